@@ -1,0 +1,18 @@
+PY := .venv/bin/python
+
+.PHONY: demo test check proto bench setup setup-demo
+
+demo: setup-demo            ## set up, make a tiny model, run a head and two agents, stream an answer
+	$(PY) -m tests.demo
+test: setup                 ## set up everything and run the whole suite
+	$(PY) -m pytest
+check: setup                ## ruff, mypy strict, architecture test
+	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy && $(PY) -m pytest -q tests/test_architecture.py
+bench: setup                ## ratios within one run
+	$(PY) -m tests.bench
+proto: setup                ## regenerate the committed stubs
+	$(PY) -m tests.generate_stubs
+setup:
+	./tests/setup.sh full
+setup-demo:
+	./tests/setup.sh demo

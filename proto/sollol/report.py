@@ -1,0 +1,251 @@
+"""What nodes say of themselves and what heads decide: frozen values, field for field those of `sollol.v1`.
+
+Sizes are bytes, durations seconds (`_s`). `common.proto` documents each field; here stand only the rules that code
+relies on.
+"""
+
+from enum import StrEnum
+
+from msgspec import Struct, field
+
+from sollol.errors import Refusal
+
+
+class DeviceKind(StrEnum):
+    CPU = "CPU"
+    GPU = "GPU"
+
+
+class EngineSource(StrEnum):
+    CONFIGURED = "CONFIGURED"
+    PATH = "PATH"
+    BUILT = "BUILT"
+    XLLAMACPP = "XLLAMACPP"
+
+
+class InstanceState(StrEnum):
+    STOPPED = "STOPPED"
+    STARTING = "STARTING"
+    READY = "READY"
+    STOPPING = "STOPPING"
+    BACKOFF = "BACKOFF"
+    FAILED = "FAILED"
+    LOST = "LOST"
+
+
+class Device(Struct, frozen=True, kw_only=True):
+    """One memory that layers can be put into. `free_bytes` is what a new reservation may take."""
+
+    device_id: str
+    kind: DeviceKind
+    total_bytes: int
+    free_bytes: int
+    measured_free_bytes: int = 0
+    reserved_bytes: int = 0
+    name: str = ""
+    vendor: str = ""
+    age_s: float = 0.0
+    cap_bytes: int | None = None
+    bandwidth_bytes_per_s: float = 0.0
+    unified: bool = False
+    usable: bool = True
+
+
+class Engine(Struct, frozen=True, kw_only=True):
+    source: EngineSource
+    path: str
+    build: str
+    rpc: bool = False
+    rpc_protocol: str = ""
+
+
+class ModelShape(Struct, frozen=True, kw_only=True):
+    """What the memory model needs of a GGUF file. Per-layer tuples have `layers` entries."""
+
+    architecture: str
+    layers: int
+    embedding_length: int
+    feed_forward_length: int
+    heads: int
+    kv_heads: tuple[int, ...]
+    key_length: int
+    value_length: int
+    vocabulary: int
+    context_length: int
+    layer_bytes: tuple[int, ...]
+    embedding_bytes: int
+    output_bytes: int
+    sliding_window: int = 0
+    sliding_layers: tuple[bool, ...] = ()
+    experts: int = 0
+    experts_used: int = 0
+    expert_bytes: tuple[int, ...] = ()
+    recurrent_bytes: tuple[int, ...] = ()
+
+
+class Model(Struct, frozen=True, kw_only=True):
+    """A GGUF that a node can load. Exactly one of `shape` and `problem` is set."""
+
+    name: str
+    size_bytes: int
+    identity: str
+    source: str = "directory"
+    quantization: str = ""
+    shape: ModelShape | None = None
+    problem: Refusal | None = None
+    has_chat_template: bool = False
+    aliases: tuple[str, ...] = ()
+
+
+class DeviceShare(Struct, frozen=True, kw_only=True):
+    """What a plan puts on one device; `total_bytes` is the sum of the other four, and what is reserved."""
+
+    device_id: str
+    layers: int
+    first_layer: int | None = None
+    last_layer: int | None = None
+    weight_bytes: int = 0
+    kv_bytes: int = 0
+    compute_bytes: int = 0
+    margin_bytes: int = 0
+    total_bytes: int = 0
+
+
+class CoordinatorPlan(Struct, frozen=True, kw_only=True):
+    """How to run one model on one node. `shares`: the CPU first (front layers), then GPUs in engine order.
+
+    The layers of all shares add up to the model's layers + 1, the output layer being the last.
+    """
+
+    model: str
+    parallel: int
+    context_per_slot: int
+    shares: tuple[DeviceShare, ...]
+    kv_type: str = "f16"
+    batch: int = 512
+    ubatch: int = 512
+    threads: int = 0
+
+
+class Instance(Struct, frozen=True, kw_only=True):
+    """One supervised engine process; `instance_id` is the pool id its caller chose."""
+
+    instance_id: str
+    model: str
+    state: InstanceState
+    percent: float = 0.0
+    parallel: int = 1
+    context_per_slot: int = 0
+    active_streams: int = 0
+    pid: int = 0
+    started_unix_s: float = 0.0
+    refusal: Refusal | None = None
+    shares: tuple[DeviceShare, ...] = ()
+
+
+class Reservation(Struct, frozen=True, kw_only=True):
+    """Bytes per device id that the ledger has promised to one pool; `expires_in_s` is None once an engine runs on it."""
+
+    pool_id: str
+    bytes: dict[str, int]
+    expires_in_s: float | None = None
+
+
+class Report(Struct, frozen=True, kw_only=True):
+    """Everything one node says of itself. `devices[0]` is always the CPU."""
+
+    node_id: str
+    host: str
+    port: int
+    devices: tuple[Device, ...]
+    boot_id: str = ""
+    sequence: int = 0
+    measured_unix_s: float = 0.0
+    cpu_count: int = 1
+    engine: Engine | None = None
+    models: tuple[Model, ...] = ()
+    instances: tuple[Instance, ...] = ()
+    reservations: tuple[Reservation, ...] = ()
+    labels: dict[str, str] = field(default_factory=dict)
+    cordoned: bool = False
+    version: str = ""
+
+    @property
+    def address(self) -> str:
+        """`host:port` of the agent's gRPC server."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class PlacementWish(Struct, frozen=True, kw_only=True):
+    """What the asker wants; None or empty means the head's configuration decides."""
+
+    model: str
+    policy: str | None = None
+    context_per_slot: int | None = None
+    parallel: int | None = None
+    kv_type: str | None = None
+    require: tuple[str, ...] = ()
+    prefer: tuple[str, ...] = ()
+    min_cpus: int | None = None
+    min_memory_bytes: int | None = None
+    pinned_node: str | None = None
+    local: bool = False
+    strategy: str | None = None
+
+
+class ScorePart(Struct, frozen=True):
+    name: str
+    value: float
+
+
+class NodeVerdict(Struct, frozen=True, kw_only=True):
+    """One node in a decision: scored (`score` is the sum of `parts`) or refused by a filter."""
+
+    node_id: str
+    host: str
+    score: float | None = None
+    parts: tuple[ScorePart, ...] = ()
+    refusal: Refusal | None = None
+    needed_bytes: int = 0
+    free_bytes: int = 0
+    best: bool = False
+
+
+class Decision(Struct, frozen=True, kw_only=True):
+    """The record of one placement: it is the explanation, `explain` only formats it.
+
+    `unit` is "MB" (classic, highest score wins) or "ms/token" (fit, lowest wins). Exactly one of `coordinator`
+    (a node id) and `refusal` is set.
+    """
+
+    model: str
+    policy: str
+    unit: str
+    nodes: tuple[NodeVerdict, ...]
+    estimate_bytes: int = 0
+    estimate_mb: int | None = None
+    coordinator: str = ""
+    coordinator_host: str = ""
+    plan: CoordinatorPlan | None = None
+    refusal: Refusal | None = None
+
+
+class Progress(Struct, frozen=True, kw_only=True):
+    """What a waiter is told before the first token. `state`: "queued", "placing" or "loading"."""
+
+    state: str
+    percent: float = 0.0
+    node_id: str = ""
+
+
+class NodeStatus(Struct, frozen=True, kw_only=True):
+    """A node as one head sees it; `report_age_s` is by the head's own monotonic clock."""
+
+    report: Report
+    report_age_s: float
+    connected: bool
+
+
+class Pool(Struct, frozen=True, kw_only=True):
+    node_id: str
+    instance: Instance

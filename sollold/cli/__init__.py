@@ -1,0 +1,4 @@
+"""The operator CLI."""
+
+
+def main() -> None: ...
