@@ -1,0 +1,112 @@
+"""gRPC channels and servers as head and agents use them, and refusals that travel as gRPC status.
+
+The options were measured together: both sides ping a silent peer, so a vanished machine is noticed within about 8 s,
+and the server allows the pings it asks for.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+import msgspec
+from google.protobuf.message import DecodeError
+
+from sollol import wire
+from sollol.errors import SURFACES, Reason, Refusal, Retry
+from sollol.v1 import common_pb2
+
+MAX_MESSAGE_BYTES = 64 << 20
+REASON_KEY = "sollol-reason"
+REFUSAL_KEY = "sollol-refusal-bin"
+# A trailer beyond the peer's limit (8 KiB by default) would turn the refusal into a bare RESOURCE_EXHAUSTED.
+_MAX_MESSAGE_CHARS = 1024
+_MAX_REFUSAL_BYTES = 3072
+
+_KEEPALIVE = (
+    ("grpc.keepalive_time_ms", 5000),
+    ("grpc.keepalive_timeout_ms", 3000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+)
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    *_KEEPALIVE,
+    # A dial is given up after 3 s, and a node that came back is found within 2 s.
+    ("grpc.min_reconnect_backoff_ms", 3000),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    # Channels to one address must not share a connection: a closed channel takes its streams with it.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_http_proxy", 0),
+)
+SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
+    *_KEEPALIVE,
+    # Two daemons on one port would each get half the calls: the second must fail to bind instead.
+    ("grpc.so_reuseport", 0),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1000),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+
+_UNREACHABLE = frozenset(
+    {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED},
+)
+
+
+def open_channel(address: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
+    """Return a channel to `address` (`host:port` or `unix:PATH`); it dials on first use and redials by itself."""
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+
+
+def new_server(interceptors: Sequence[Any] = ()) -> grpc.aio.Server:
+    """Return a server without ports or services; the caller adds both, and awaits `stop(grace)`."""
+    return grpc.aio.server(options=SERVER_OPTIONS, interceptors=tuple(interceptors))
+
+
+async def refusal_abort(context: Any, refusal: Refusal) -> NoReturn:
+    """End the call with the gRPC status of the refusal's reason, and the refusal itself in the trailers."""
+    status = grpc.StatusCode[SURFACES[refusal.reason].grpc_status]
+    message = refusal.message[:_MAX_MESSAGE_CHARS]
+    trailers = ((REASON_KEY, refusal.reason.value), (REFUSAL_KEY, _small(refusal)))
+    await context.abort(status, message, trailers)
+    raise AssertionError("abort returned")
+
+
+def _small(refusal: Refusal) -> bytes:
+    """Serialize, leaving out the oldest log lines until it fits into a trailer."""
+    message = refusal.message[:_MAX_MESSAGE_CHARS]
+    lines = tuple(line[:_MAX_MESSAGE_CHARS] for line in refusal.log_lines)
+    while True:
+        shorter = msgspec.structs.replace(refusal, message=message, log_lines=lines)
+        data = wire.fill(common_pb2.Refusal(), shorter).SerializeToString()
+        if len(data) <= _MAX_REFUSAL_BYTES or not lines:
+            return data
+        lines = lines[(len(lines) + 1) // 2 :]
+
+
+def refusal_of(error: grpc.aio.AioRpcError, peer: str = "the agent") -> Refusal:
+    """Return the refusal that a peer sent with a failed call, or what the bare transport error means.
+
+    Args:
+        error: What the call raised.
+        peer: Who was called, for the message when the error is the transport's.
+    """
+    sent = next((data for key, data in error.trailing_metadata() or () if key == REFUSAL_KEY), None)
+    if isinstance(sent, bytes):
+        try:
+            return wire.value(Refusal, common_pb2.Refusal.FromString(sent))
+        except (DecodeError, msgspec.ValidationError):
+            pass  # A newer peer's reason: the status still says enough.
+    code, details = error.code(), error.details() or "no details"
+    if code in _UNREACHABLE:
+        return unreachable(f"{peer} cannot be reached ({code.name}: {details})")
+    return Refusal(reason=Reason.INTERNAL, message=f"{peer} failed ({code.name}: {details}); see its log")
+
+
+def unreachable(message: str) -> Refusal:
+    """Return what callers get when the connection to a peer is gone; another node is worth asking."""
+    return Refusal(reason=Reason.AGENT_UNREACHABLE, message=message, retry=Retry.RETRYABLE)
