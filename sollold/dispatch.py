@@ -1,0 +1,137 @@
+"""Sends one request to a pool and brings its stream back; before the first byte, a failure is tried again elsewhere."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+
+import structlog
+from sollol.errors import Reason, SollolError, refuse
+
+from sollold.catalogue import Catalogue
+from sollold.nodes import Nodes
+from sollold.pools import Lease, Pools
+from sollold.relay import RelayStream
+from sollold.streams import EngineRequest, ProgressSink
+
+log = structlog.get_logger(__name__)
+
+MAX_ATTEMPTS = 3
+
+# Failures of a pool, not of the request: before the first byte another pool may do better.
+POOL_FAILED = frozenset(
+    {
+        Reason.ENGINE_DIED,
+        Reason.AGENT_UNREACHABLE,
+        Reason.INSTANCE_NOT_FOUND,
+        Reason.INSTANCE_NOT_READY,
+        Reason.STOPPED,
+        Reason.STREAM_TRUNCATED,
+    }
+)
+
+
+class RelayedStream:
+    """An engine's response through agent and relay; holds one slot of its pool until closed. See `EngineStream`."""
+
+    def __init__(self, relayed: RelayStream, lease: Lease, pools: Pools, *, stall_timeout_s: float) -> None:
+        self.status = 0
+        self.headers: Mapping[str, str] = {}
+        self.model = lease.model
+        self.node_id = lease.node_id
+        self.instance_id = lease.instance_id
+        self._relayed = relayed
+        self._lease = lease
+        self._pools = pools
+        self._stall_timeout_s = stall_timeout_s
+        self._first: bytes | None = None
+
+    async def begin(self, timeout_s: float) -> None:
+        """Wait for status, headers and the first bytes: until then nobody has seen anything of this attempt."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                self.status, self.headers = await self._relayed.response()
+                self._first = await anext(aiter(self._relayed), b"")
+        except TimeoutError as error:
+            raise refuse(
+                Reason.STREAM_STALLED, f"{self.instance_id} on {self.node_id} sent nothing for {timeout_s:.0f} s"
+            ) from error
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        if self._first:
+            yield self._first
+        self._first = None
+        chunks = aiter(self._relayed)
+        try:
+            while True:
+                async with asyncio.timeout(self._stall_timeout_s):
+                    chunk = await anext(chunks, None)
+                if chunk is None:
+                    return
+                yield chunk
+        except TimeoutError as error:
+            raise refuse(
+                Reason.STREAM_STALLED,
+                f"{self.instance_id} on {self.node_id} sent nothing for {self._stall_timeout_s:.0f} s in mid-stream",
+            ) from error
+        except SollolError as error:
+            if error.refusal.reason in POOL_FAILED:
+                self._pools.forget(self.instance_id)
+            raise
+
+    async def aclose(self) -> None:
+        self._relayed.cancel()
+        self._lease.release()
+
+
+class Dispatch:
+    """The head's way from a validated request to a stream of bytes."""
+
+    def __init__(
+        self,
+        nodes: Nodes,
+        pools: Pools,
+        catalogue: Catalogue,
+        *,
+        first_byte_timeout_s: float,
+        stall_timeout_s: float,
+    ) -> None:
+        self._nodes = nodes
+        self._pools = pools
+        self._catalogue = catalogue
+        self._first_byte_timeout_s = first_byte_timeout_s
+        self._stall_timeout_s = stall_timeout_s
+
+    async def open(self, request: EngineRequest, on_progress: ProgressSink) -> RelayedStream:
+        """See `sollold.streams.Dispatcher.open`."""
+        model = self._catalogue.canonical(request.model)
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            try:
+                return await self._attempt(model, request, on_progress)
+            except SollolError as error:
+                if error.refusal.reason not in POOL_FAILED or attempt == MAX_ATTEMPTS:
+                    raise
+                log.warning("request_retried", model=model, attempt=attempt, why=str(error))
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _attempt(self, model: str, request: EngineRequest, on_progress: ProgressSink) -> RelayedStream:
+        lease = await self._pools.acquire(model, on_progress)
+        try:
+            relay = self._nodes.link(lease.node_id).relay
+            relayed = await relay.open(
+                lease.instance_id, "POST", request.path, {"content-type": "application/json"}, request.body
+            )
+        except BaseException as error:
+            self._failed(lease, error)
+            raise
+        stream = RelayedStream(relayed, lease, self._pools, stall_timeout_s=self._stall_timeout_s)
+        try:
+            await stream.begin(self._first_byte_timeout_s)
+        except BaseException as error:
+            await stream.aclose()
+            self._failed(lease, error)
+            raise
+        return stream
+
+    def _failed(self, lease: Lease, error: BaseException) -> None:
+        if isinstance(error, SollolError) and error.refusal.reason in POOL_FAILED:
+            self._pools.forget(lease.instance_id)
+        lease.release()

@@ -1,0 +1,146 @@
+"""`ClusterService`: what operators ask of the head. A gRPC edge: values inside, messages outside."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import grpc
+import structlog
+from msgspec import ValidationError
+from msgspec.structs import replace
+from sollol import wire
+from sollol.channels import refusal_abort
+from sollol.errors import Reason, Refusal, SollolError, refuse
+from sollol.names import check_model_name
+from sollol.report import Decision, InstanceState, PlacementWish, Pool, Progress
+from sollol.v1 import cluster_pb2 as pb
+from sollol.v1 import cluster_pb2_grpc as rpc
+
+from sollold.catalogue import Catalogue
+from sollold.nodes import Nodes
+from sollold.pools import Pools
+
+log = structlog.get_logger(__name__)
+
+MAX_LOG_LINES = 10_000
+
+
+class ClusterService(rpc.ClusterServiceServicer):
+    """Operators' calls over the head's collaborators.
+
+    Args:
+        decide: Placement over the nodes as they are now; changes nothing.
+    """
+
+    def __init__(
+        self, nodes: Nodes, pools: Pools, catalogue: Catalogue, *, decide: Callable[[PlacementWish], Decision]
+    ) -> None:
+        self._nodes = nodes
+        self._pools = pools
+        self._catalogue = catalogue
+        self._decide = decide
+
+    async def ListNodes(self, request: pb.ListNodesRequest, context: grpc.aio.ServicerContext) -> pb.ListNodesResponse:
+        response = pb.ListNodesResponse()
+        for status in self._nodes.statuses():
+            wire.fill(response.nodes.add(), status)
+        return response
+
+    async def ListPools(self, request: pb.ListPoolsRequest, context: grpc.aio.ServicerContext) -> pb.ListPoolsResponse:
+        response = pb.ListPoolsResponse()
+        for pool in self._pools.all():
+            wire.fill(response.pools.add(), pool)
+        return response
+
+    async def Place(self, request: pb.PlaceRequest, context: grpc.aio.ServicerContext) -> pb.PlaceResponse:
+        async with _aborting(context):
+            wish = _wish(request.wish)
+            check_model_name(wish.model)
+            with contextlib.suppress(SollolError):  # an unknown model is the decision's refusal, table and all
+                wish = replace(wish, model=self._catalogue.canonical(wish.model))
+            response = pb.PlaceResponse()
+            wire.fill(response.decision, self._decide(wish))
+        return response
+
+    async def Load(self, request: pb.LoadRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[pb.LoadResponse]:
+        async with _aborting(context):
+            wish = _wish(request.wish)
+            wish = replace(wish, model=self._catalogue.canonical(wish.model))
+            async for step in _with_progress(lambda told: self._pools.ensure_ready(wish, told)):
+                response = pb.LoadResponse()
+                if isinstance(step, Pool):
+                    wire.fill(response.pool, step)
+                else:
+                    wire.fill(response.progress, step)
+                yield response
+
+    async def Unload(self, request: pb.UnloadRequest, context: grpc.aio.ServicerContext) -> pb.UnloadResponse:
+        async with _aborting(context):
+            model = self._catalogue.canonical(request.model)
+            pools = self._pools.instances_of(model)
+            for pool in pools:
+                self._pools.forget(pool.instance.instance_id)
+            await asyncio.gather(*(self._nodes.link(pool.node_id).stop(pool.instance.instance_id) for pool in pools))
+        return pb.UnloadResponse(instance_ids=[pool.instance.instance_id for pool in pools])
+
+    async def TailPoolLog(
+        self, request: pb.TailPoolLogRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.TailPoolLogResponse]:
+        async with _aborting(context):
+            pool = self._named(request.pool)
+            link = self._nodes.link(pool.node_id)
+            lines = min(request.lines or 50, MAX_LOG_LINES)
+            tail = link.tail_log(pool.instance.instance_id, lines=lines, follow=request.follow)
+            async with contextlib.aclosing(tail) as batches:
+                async for batch in batches:
+                    yield pb.TailPoolLogResponse(lines=batch)
+
+    def _named(self, name: str) -> Pool:
+        """The pool with this id, else the newest pool of the model with this name; ready ones first."""
+        pools = self._pools.all()
+        for pool in pools:
+            if pool.instance.instance_id == name:
+                return pool
+        model = self._catalogue.canonical(name)
+        of_model = [pool for pool in pools if pool.instance.model == model]
+        if not of_model:
+            raise refuse(Reason.INSTANCE_NOT_FOUND, f"no pool of {model} has run yet; `sollol load {model}` starts one")
+        return max(
+            of_model, key=lambda pool: (pool.instance.state is InstanceState.READY, pool.instance.started_unix_s)
+        )
+
+
+async def _with_progress(
+    run: Callable[[Callable[[Progress], None]], Awaitable[Pool]],
+) -> AsyncIterator[Progress | Pool]:
+    """Yield what `run` tells while it runs, newest only, then its result."""
+    newest: asyncio.Queue[Progress | None] = asyncio.Queue()
+    task = asyncio.ensure_future(run(newest.put_nowait))
+    task.add_done_callback(lambda _: newest.put_nowait(None))
+    try:
+        while (progress := await newest.get()) is not None:
+            yield progress
+        yield await task
+    finally:
+        task.cancel()
+
+
+def _wish(message: pb.PlacementWish) -> PlacementWish:
+    try:
+        return wire.value(PlacementWish, message)
+    except ValidationError as error:
+        raise refuse(Reason.INVALID_REQUEST, f"wish: {error}") from error
+
+
+@contextlib.asynccontextmanager
+async def _aborting(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+    """Turn a SollolError into the call's status; anything else is a bug: logged once, INTERNAL to the caller."""
+    try:
+        yield
+    except SollolError as error:
+        await refusal_abort(context, error.refusal)
+    except (asyncio.CancelledError, grpc.aio.AbortError):
+        raise
+    except Exception as error:
+        log.exception("call_crashed")
+        await refusal_abort(context, Refusal(reason=Reason.INTERNAL, message=f"inside the head: {error!r}"))
