@@ -1,0 +1,204 @@
+"""A daemon from start to exit status: signals, ordered bounded shutdown, systemd's notices.
+
+The first SIGINT or SIGTERM asks for a graceful stop, the second one leaves at once.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import structlog
+
+from sollol.errors import SURFACES, Reason, SollolError, refuse
+
+log = structlog.get_logger(__name__)
+
+# After `main` has returned: what asyncio's own clean-up (left tasks, threads of the executor) may take.
+_LEAVE_WITHIN_S = 5.0
+_STDIN = 0
+
+
+class UncleanStop(Exception):  # noqa: N818 - it reads as the fact it is
+    """Raised when closing steps failed or overran their bound; the exit status is then not 0."""
+
+
+class Stop:
+    """The one place where "please stop" is asked and awaited. Asking again changes nothing; the first cause stays."""
+
+    def __init__(self, notify_socket: str = "") -> None:
+        self._event = asyncio.Event()
+        self._notify_socket = notify_socket
+        self.cause = ""
+
+    @property
+    def requested(self) -> bool:
+        return self._event.is_set()
+
+    def request(self, cause: str) -> None:
+        if not self.requested:
+            self.cause = cause
+            log.info("stop_requested", cause=cause)
+            sd_notify("STOPPING=1", self._notify_socket)
+            self._event.set()
+
+    async def wait(self) -> None:
+        await self._event.wait()
+
+    def announce_ready(self) -> None:
+        """Tell systemd (Type=notify) that the daemon serves."""
+        sd_notify("READY=1", self._notify_socket)
+
+
+class Closing:
+    """Closing steps, run on leaving the block, last added first, each within its own bound.
+
+    A step that fails or overruns is logged and left, and the next one runs; leaving the block then raises UncleanStop
+    unless another exception is already on its way.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[str, Callable[[], Awaitable[object]], float]] = []
+
+    def add(self, name: str, close: Callable[[], Awaitable[object]], *, within_s: float) -> None:
+        self._steps.append((name, close, within_s))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, _kind: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        failed = [name for name, close, within_s in reversed(self._steps) if not await _closed(name, close, within_s)]
+        self._steps.clear()
+        if failed and error is None:
+            raise UncleanStop(f"not closed cleanly: {', '.join(failed)}")
+
+
+async def _closed(name: str, close: Callable[[], Awaitable[object]], within_s: float) -> bool:
+    async def step() -> None:
+        await close()
+
+    task = asyncio.create_task(step(), name=f"closing {name}")
+    await asyncio.wait({task}, timeout=within_s)
+    if not task.done():
+        task.cancel()  # and not waited for: a step may be deaf to it
+        log.error("closing_step_overran", step=name, within_s=within_s)
+        return False
+    if task.cancelled() or task.exception() is not None:
+        log.error("closing_step_failed", step=name, exc_info=None if task.cancelled() else task.exception())
+        return False
+    return True
+
+
+async def run_until_signal(
+    main: Callable[[Stop], Awaitable[None]], *, exit_with_parent: bool = False, notify_socket: str = ""
+) -> int:
+    """Run `main` until it returns; it must return soon after `stop.wait()` does.
+
+    With `exit_with_parent` the end of standard input asks for a stop too. `notify_socket` is `$NOTIFY_SOCKET`.
+
+    Returns:
+        The exit status: 0 after a clean end, that of the refusal's reason after a SollolError, 1 after anything else.
+    """
+    stop = Stop(notify_socket)
+    loop = asyncio.get_running_loop()
+    restore = _handle_signals(loop, stop)
+    try:
+        if exit_with_parent:
+            _watch_stdin(loop, stop)
+        await main(stop)
+    except SollolError as error:
+        log.error("ended_by_refusal", reason=error.refusal.reason, message=error.refusal.message)  # noqa: TRY400 - expected
+        return SURFACES[error.refusal.reason].exit_code
+    except UncleanStop as error:
+        log.error("stopped_uncleanly", error=str(error))  # noqa: TRY400 - each step has logged its own trace
+        return 1
+    except Exception:
+        log.exception("ended_by_bug")
+        return 1
+    finally:
+        if exit_with_parent:
+            loop.remove_reader(_STDIN)
+        restore()
+    log.info("stopped", cause=stop.cause)
+    return 0
+
+
+def run(
+    main: Callable[[Stop], Coroutine[Any, Any, None]], *, exit_with_parent: bool = False, notify_socket: str = ""
+) -> int:
+    """`run_until_signal` in a new event loop, for entry points: `sys.exit(run(main))`.
+
+    Once `main` is over, the process ends within a bound even if a task or a thread of a library does not.
+    """
+
+    async def bounded() -> int:
+        status = await run_until_signal(main, exit_with_parent=exit_with_parent, notify_socket=notify_socket)
+        timer = threading.Timer(_LEAVE_WITHIN_S, os._exit, args=[status or 1])
+        timer.daemon = True
+        timer.start()
+        return status
+
+    return asyncio.run(bounded())
+
+
+def _handle_signals(loop: asyncio.AbstractEventLoop, stop: Stop) -> Callable[[], None]:
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # under nohup it is ignored, and stays so
+        numbers.append(signal.SIGHUP)
+    former = {number: signal.getsignal(number) for number in numbers}
+
+    def first(number: signal.Signals) -> None:
+        # A plain handler from now on: it works even when the event loop is stuck.
+        for each in numbers:
+            loop.remove_signal_handler(each)
+            signal.signal(each, _leave_at_once)
+        stop.request(number.name)
+
+    def restore() -> None:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+            signal.signal(number, former[number])
+
+    for number in numbers:
+        loop.add_signal_handler(number, first, number)
+    return restore
+
+
+def _leave_at_once(number: int, _frame: FrameType | None) -> None:
+    os.write(2, f"second {signal.Signals(number).name}: leaving at once\n".encode())
+    os._exit(128 + number)
+
+
+def _watch_stdin(loop: asyncio.AbstractEventLoop, stop: Stop) -> None:
+    def readable() -> None:
+        try:
+            ended = not os.read(_STDIN, 4096)
+        except OSError:  # a terminal that is gone
+            ended = True
+        if ended:
+            loop.remove_reader(_STDIN)
+            stop.request("parent ended")
+
+    try:
+        loop.add_reader(_STDIN, readable)
+    except (OSError, ValueError) as error:  # a file or /dev/null, which cannot be waited on, or closed
+        raise refuse(
+            Reason.INVALID_REQUEST,
+            "exit_with_parent needs a pipe or a terminal as standard input; leave it off otherwise",
+        ) from error
+
+
+def sd_notify(state: str, notify_socket: str) -> None:
+    """Send one notice to systemd; nothing happens when `notify_socket` is empty. Raises OSError when nobody listens."""
+    if not notify_socket:
+        return
+    address = "\0" + notify_socket[1:] if notify_socket.startswith("@") else notify_socket
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+        sender.connect(address)
+        sender.sendall(state.encode())
