@@ -2,37 +2,65 @@
 
 import socket
 from pathlib import Path
+from typing import Annotated
 
-from msgspec import Struct, field
+from msgspec import Meta, Struct, field
+from sollol.config_types import LogFormat, LogLevel, NotNegative, Port, Seconds
 
 
 class AgentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sizes are bytes, durations seconds. Empty strings mean "not set"."""
 
-    node_id: str = field(default_factory=socket.gethostname)
-    host: str = "127.0.0.1"  # the address heads reach this node at
-    listen: str = "127.0.0.1"
-    port: int = 7462
-    insecure: bool = False  # allow listening off loopback without TLS
-    redis_url: str = "redis://127.0.0.1:6379/0"  # "": no registry; heads must list this agent themselves
-    model_dirs: tuple[str, ...] = ("~/models",)
-    ollama_dir: str = "auto"  # "auto": $OLLAMA_MODELS or the usual places; "": off
-    huggingface_dir: str = "auto"
-    engine: str = ""  # path of a llama-server; "": PATH, then the built one, then xllamacpp
-    threads: int = 0  # per coordinator; 0: the cores this process may use
-    caps: dict[str, int] = field(default_factory=dict)  # device id ("CPU", "CUDA0") to the most bytes to use there
-    labels: dict[str, str] = field(default_factory=dict)
-    heartbeat_s: float = 2.0
-    lease_s: float = 8.0
-    rescan_s: float = 30.0  # how often model directories are looked through again
-    start_timeout_s: float = 600.0  # without any load progress
-    stop_grace_s: float = 5.0  # TERM to KILL
-    state_dir: str = "auto"  # "auto": systemd's $STATE_DIRECTORY, else XDG
-    log_dir: str = "auto"
-    run_dir: str = "auto"  # engine sockets; kept short, a unix socket path has at most 107 bytes
-    log_level: str = "info"
-    log_format: str = "auto"  # "console" on a terminal, else "json"
-    exit_with_parent: bool = False  # leave when standard input ends (used by `sollol up`)
+    node_id: Annotated[
+        str, Meta(min_length=1, description="This node's name in the cluster; this host's by default")
+    ] = field(default_factory=socket.gethostname)
+    host: Annotated[str, Meta(min_length=1, description="The address heads reach this node at")] = "127.0.0.1"
+    listen: Annotated[str, Meta(min_length=1, description="The address the gRPC server listens on")] = "127.0.0.1"
+    port: Annotated[Port, Meta(description="The gRPC server's port")] = 7462
+    insecure: Annotated[bool, Meta(description="Allow listening off loopback without TLS")] = False
+    redis_url: Annotated[
+        str, Meta(description="The registry; empty: none, and heads must list this agent themselves")
+    ] = "redis://127.0.0.1:6379/0"
+    model_dirs: Annotated[tuple[str, ...], Meta(description="Directories of GGUF files")] = ("~/models",)
+    ollama_dir: Annotated[
+        str, Meta(description="Ollama's models; auto: $OLLAMA_MODELS or the usual places; empty: off")
+    ] = "auto"
+    huggingface_dir: Annotated[
+        str, Meta(description="Hugging Face's cache; auto: its own variables or ~/.cache/huggingface/hub; empty: off")
+    ] = "auto"
+    engine: Annotated[
+        str, Meta(description="Path of a llama-server; empty: PATH, then the built one, then the xllamacpp wheel")
+    ] = ""
+    threads: Annotated[
+        NotNegative, Meta(description="Threads of each coordinator; 0: the cores this process may use")
+    ] = 0
+    caps: Annotated[
+        dict[str, NotNegative], Meta(description="The most bytes to use on a device, by device id (CPU, CUDA0)")
+    ] = field(default_factory=dict)
+    labels: Annotated[
+        dict[str, str], Meta(description="What requests can require or prefer, such as gpu_node or rack")
+    ] = field(default_factory=dict)
+    heartbeat_s: Annotated[Seconds, Meta(description="How often a report is written to the registry")] = 2.0
+    lease_s: Annotated[Seconds, Meta(description="How long a report stands in the registry without a new one")] = 8.0
+    rescan_s: Annotated[Seconds, Meta(description="How often model directories are looked through again")] = 30.0
+    start_timeout_s: Annotated[
+        Seconds, Meta(description="How long a starting engine may make no progress before it is given up")
+    ] = 600.0
+    stop_grace_s: Annotated[Seconds, Meta(description="From SIGTERM to SIGKILL when an engine is stopped")] = 5.0
+    state_dir: Annotated[
+        str, Meta(description="What outlives a restart; auto: systemd's directory, else ~/.local/state/sollol")
+    ] = "auto"
+    log_dir: Annotated[
+        str, Meta(description="Engines' logs; auto: systemd's directory, else ~/.local/state/sollol/log")
+    ] = "auto"
+    run_dir: Annotated[
+        str, Meta(description="Engines' sockets, a short path; auto: systemd's, $XDG_RUNTIME_DIR, or /tmp/sollol-UID")
+    ] = "auto"
+    log_level: LogLevel = "info"
+    log_format: LogFormat = "auto"
+    exit_with_parent: Annotated[
+        bool, Meta(description="Leave when standard input ends; `sollol up` starts its children so")
+    ] = False
 
     def expanded_model_dirs(self) -> tuple[Path, ...]:
         return tuple(Path(item).expanduser() for item in self.model_dirs)

@@ -1,31 +1,54 @@
 """Every setting of the head. Environment `SOLLOL_HEAD_<NAME>`, file `/etc/sollol/head.toml`, flags `--name`."""
 
-from msgspec import Struct
+from typing import Annotated
+
+from msgspec import Meta, Struct
+from sollol.config_types import LogFormat, LogLevel, Port, Positive, Seconds
 
 
 class HeadConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sizes are bytes, durations seconds. Empty strings mean "not set"."""
 
-    listen: str = "127.0.0.1"
-    http_port: int = 7460
-    grpc_port: int = 7461
-    insecure: bool = False  # allow listening off loopback without TLS and keys
-    redis_url: str = "redis://127.0.0.1:6379/0"  # "": no registry; only `agents` are known
-    agents: tuple[str, ...] = ()  # host:port of agents to watch even when the registry does not list them
-    policy: str = "fit"  # or "classic"; fit falls back to classic for models without a readable header
-    strategy: str = "pack"  # or "spread"
-    context_per_slot: int = 4096  # clamped to what the model was trained for
-    parallel: int = 4
-    kv_type: str = "f16"
-    stale_after_s: float = 8.0  # a node silent for longer takes no new model
-    forget_after_s: float = 60.0
-    reservation_ttl_s: float = 30.0
-    load_timeout_s: float = 900.0
-    max_queue: int = 1024  # waiting requests per model
-    max_body_bytes: int = 33_554_432
-    first_byte_timeout_s: float = 600.0  # queue and prompt
-    stall_timeout_s: float = 60.0  # between two pieces of a running stream
-    shutdown_grace_s: float = 10.0
-    log_level: str = "info"
-    log_format: str = "auto"
-    exit_with_parent: bool = False  # leave when standard input ends (used by `sollol up`)
+    listen: Annotated[str, Meta(min_length=1, description="The address HTTP and gRPC listen on")] = "127.0.0.1"
+    http_port: Annotated[Port, Meta(description="The OpenAI-compatible API's port")] = 7460
+    grpc_port: Annotated[Port, Meta(description="The gRPC API's port")] = 7461
+    insecure: Annotated[bool, Meta(description="Allow listening off loopback without TLS and keys")] = False
+    redis_url: Annotated[str, Meta(description="The registry; empty: none, only `agents` are known")] = (
+        "redis://127.0.0.1:6379/0"
+    )
+    agents: Annotated[
+        tuple[str, ...], Meta(description="Agents (host:port) to watch even when the registry does not list them")
+    ] = ()
+    policy: Annotated[
+        str,
+        Meta(
+            pattern="^(fit|classic)$",
+            description="How nodes are chosen; fit falls back to classic for models without a readable header",
+        ),
+    ] = "fit"
+    strategy: Annotated[
+        str, Meta(pattern="^(pack|spread)$", description="What decides between plans that are equally fast")
+    ] = "pack"
+    context_per_slot: Annotated[
+        Positive, Meta(description="Tokens of context per request, clamped to what the model was trained for")
+    ] = 4096
+    parallel: Annotated[Positive, Meta(description="Requests one coordinator generates for at the same time")] = 4
+    kv_type: Annotated[
+        str, Meta(pattern="^(f32|f16|bf16|q8_0|q4_0|q4_1|iq4_nl|q5_0|q5_1)$", description="Type of the KV cache")
+    ] = "f16"
+    stale_after_s: Annotated[Seconds, Meta(description="A node silent for longer takes no new model")] = 8.0
+    forget_after_s: Annotated[Seconds, Meta(description="A node silent for longer is not listed any more")] = 60.0
+    reservation_ttl_s: Annotated[
+        Seconds, Meta(description="How long an agent keeps bytes for us before we start the engine on them")
+    ] = 30.0
+    load_timeout_s: Annotated[Seconds, Meta(description="The longest a model may take from placement to ready")] = 900.0
+    max_queue: Annotated[Positive, Meta(description="Waiting requests per model")] = 1024
+    max_body_bytes: Annotated[Positive, Meta(description="The largest HTTP request body")] = 33_554_432
+    first_byte_timeout_s: Annotated[Seconds, Meta(description="For the engine's queue and the prompt together")] = 600.0
+    stall_timeout_s: Annotated[Seconds, Meta(description="Between two pieces of a running stream")] = 60.0
+    shutdown_grace_s: Annotated[Seconds, Meta(description="What running streams get to end in at shutdown")] = 10.0
+    log_level: LogLevel = "info"
+    log_format: LogFormat = "auto"
+    exit_with_parent: Annotated[
+        bool, Meta(description="Leave when standard input ends; `sollol up` starts its children so")
+    ] = False

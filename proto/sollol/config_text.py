@@ -43,6 +43,8 @@ def _expected(info: inspect.Type) -> str:
             text = f"table of {_expected(info.value_type)}"
         case inspect.StrType(pattern=str(pattern)):
             text = pattern.removeprefix("^(").removesuffix(")$")
+        case inspect.StrType(min_length=int()):
+            text = "text, not empty"
         case _:
             text = "text"
     return text
