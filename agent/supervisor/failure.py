@@ -1,0 +1,117 @@
+"""Why an engine ended. Pure.
+
+llama-server's exit status says nothing (1 for nearly everything), so its last log lines must.
+"""
+
+import re
+import signal
+from typing import NamedTuple
+
+from sollol.errors import Reason, Refusal, Retry
+
+KEPT_LINES = 20
+
+
+class _Rule(NamedTuple):
+    pattern: re.Pattern[str]
+    reason: Reason
+    retry: Retry
+    advice: str
+
+
+def _rule(pattern: str, reason: Reason, retry: Retry, advice: str) -> _Rule:
+    return _Rule(re.compile(pattern, re.IGNORECASE), reason, retry, advice)
+
+
+_OUT_OF_MEMORY = _rule(
+    r"insufficient memory|(failed|unable) to allocate|out of memory|std::bad_alloc|cudaMalloc failed",
+    Reason.OUT_OF_MEMORY,
+    Retry.RETRYABLE,
+    "there was not enough memory for it; use fewer slots, a shorter context or another node",
+)
+
+# The first rule that matches any line wins: a failed allocation also ends in "error loading model".
+_AT_START = (
+    _OUT_OF_MEMORY,
+    _rule(
+        r"couldn't bind HTTP server socket",
+        Reason.PORT_TAKEN,
+        Retry.RETRYABLE,
+        "its socket or port is taken; look for an engine that was started by hand",
+    ),
+    _rule(
+        r"failed to open GGUF file .*No such file",
+        Reason.MODEL_ABSENT,
+        Retry.RETRYABLE,
+        "the file is not there any more",
+    ),
+    _rule(
+        r"unknown model architecture|unknown pre-tokenizer type|unsupported model|unknown tokenizer|invalid ggml type",
+        Reason.MODEL_UNSUPPORTED,
+        Retry.FATAL,
+        "this engine does not know its architecture; use a newer engine",
+    ),
+    _rule(
+        r"invalid magic characters|not within the file bounds|corrupted|failed to read|wrong number of tensors"
+        r"|tensor '.*' not found|error loading model",
+        Reason.MODEL_CORRUPT,
+        Retry.FATAL,
+        "its file is damaged or incomplete; fetch it again",
+    ),
+    _rule(
+        r"error: invalid argument|error while handling argument",
+        Reason.ENGINE_START_FAILED,
+        Retry.RETRYABLE,
+        "the engine does not take our command line; use a newer engine",
+    ),
+)
+
+
+def classify(exit_code: int, log_tail: tuple[str, ...], *, was_ready: bool, model: str) -> Refusal:
+    """Say why an engine that nobody stopped has ended.
+
+    Args:
+        exit_code: As of `asyncio`: the status, or minus the signal's number.
+        log_tail: Its last log lines, oldest first.
+        was_ready: Whether it had been serving.
+        model: For the message.
+    """
+    rules = (_OUT_OF_MEMORY,) if was_ready else _AT_START
+    # A served engine logs its clients' errors too: only what it said at the very end explains its death.
+    lines = log_tail[-5:] if was_ready else log_tail
+    rule = next((rule for rule in rules if any(rule.pattern.search(line) for line in lines)), None)
+    doing = "while it was serving" if was_ready else "before it was ready"
+    what = f"the engine of {model} ended {doing} ({ended(exit_code)})"
+    if rule is not None:
+        return _refusal(rule.reason, rule.retry, f"{what}: {rule.advice}", exit_code, log_tail)
+    if was_ready or exit_code < 0:
+        hint = "; the kernel does this when memory runs out" if exit_code == -signal.SIGKILL else ""
+        return _refusal(Reason.ENGINE_DIED, Retry.RETRYABLE, what + hint, exit_code, log_tail)
+    return _refusal(Reason.ENGINE_START_FAILED, Retry.RETRYABLE, f"{what}: see its log", exit_code, log_tail)
+
+
+def ended(exit_code: int) -> str:
+    """Return "exit status 1" or "SIGKILL"."""
+    if exit_code >= 0:
+        return f"exit status {exit_code}"
+    try:
+        return signal.Signals(-exit_code).name
+    except ValueError:
+        return f"signal {-exit_code}"
+
+
+def stalled(model: str, waited_s: float, log_tail: tuple[str, ...]) -> Refusal:
+    """Say that a start was given up because nothing moved for `waited_s` seconds."""
+    message = f"the engine of {model} made no progress for {waited_s:.0f} s while loading; see its log"
+    return Refusal(
+        reason=Reason.ENGINE_STALLED,
+        message=message,
+        retry=Retry.RETRYABLE,
+        numbers={"waited_s": int(waited_s)},
+        log_lines=log_tail[-KEPT_LINES:],
+    )
+
+
+def _refusal(reason: Reason, retry: Retry, message: str, exit_code: int, log_tail: tuple[str, ...]) -> Refusal:
+    numbers = {"exit_code": exit_code}
+    return Refusal(reason=reason, message=message, retry=retry, numbers=numbers, log_lines=log_tail[-KEPT_LINES:])

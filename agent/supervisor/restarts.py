@@ -1,0 +1,36 @@
+"""How long a model that keeps dying must wait for its next start. Pure: times are any monotonic clock's seconds."""
+
+from msgspec import Struct
+
+
+class RestartPolicy(Struct, frozen=True, kw_only=True):
+    """`deaths` unexpected exits within `window_s` cost a wait of `first_wait_s`, doubled at each further one."""
+
+    deaths: int = 3
+    window_s: float = 60.0
+    first_wait_s: float = 5.0
+    longest_wait_s: float = 60.0
+
+
+class History(Struct, frozen=True):
+    """The unexpected exits of one model that still count, and the wait that the newest one cost."""
+
+    deaths: tuple[float, ...] = ()
+    wait_s: float = 0.0
+
+
+def after_death(history: History, policy: RestartPolicy, *, now_s: float) -> History:
+    # A wait keeps the deaths apart, so it lengthens the window: else a long wait would make the model look healthy.
+    window_s = policy.window_s + (policy.deaths - 1) * history.wait_s
+    recent = (*(death for death in history.deaths if now_s - death < window_s), now_s)
+    if len(recent) < policy.deaths:
+        return History(recent)
+    wait_s = min(2 * history.wait_s or policy.first_wait_s, policy.longest_wait_s)
+    return History(recent[-policy.deaths :], wait_s)
+
+
+def retry_after_s(history: History, *, now_s: float) -> float:
+    """Return the seconds until a start is allowed; 0 means go on."""
+    if not history.wait_s:
+        return 0.0
+    return max(0.0, history.deaths[-1] + history.wait_s - now_s)
