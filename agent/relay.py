@@ -1,0 +1,280 @@
+"""Carries token streams from this node's engines to the heads: many streams, one gRPC message per batch.
+
+One gRPC message costs the same CPU whatever its size, so the cost must be per batch and not per token: a frame leaves
+at once when nothing was sent for GATHER_S, else with all others that are due by then. Chunks reach the outbox by plain
+callbacks; a stream's task only opens the connection and says how it ended.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import structlog
+from sollol.channels import refusal_abort
+from sollol.errors import Reason, Refusal, SollolError, refuse
+from sollol.v1 import agent_pb2
+
+from agent.engine_client import EngineProtocolError, Exchange, connect, request_bytes
+from agent.outbox import Lane, Outbox
+
+GATHER_S = 0.002
+MAX_STREAMS = 4096
+"""Streams of one head at a time; far above any engine's slots, it bounds memory against a broken head."""
+FAILURE_WAIT_S = 1.0
+_FAILURE_POLL_S = 0.02
+CANCELLED = Refusal(reason=Reason.CANCELLED, message="the reader let go of this stream")
+
+ALLOWED = frozenset(
+    {
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/v1/completions"),
+        ("POST", "/completion"),
+        ("POST", "/v1/embeddings"),
+        ("POST", "/tokenize"),
+        ("POST", "/detokenize"),
+        ("POST", "/apply-template"),
+        # For heads themselves; no head lets its users name a path.
+        ("GET", "/health"),
+        ("GET", "/props"),
+        ("GET", "/slots"),
+    }
+)
+# Never X-Conversation-Id: with it the engine generates on after its reader has gone.
+_UP_HEADERS = frozenset({"content-type", "accept"})
+_DOWN_HEADERS = frozenset({"content-type", "content-length", "retry-after"})
+
+log = structlog.get_logger()
+
+
+class RelayContext(Protocol):
+    """What a relay call needs of `grpc.aio.ServicerContext`."""
+
+    async def read(self) -> Any: ...
+
+    async def write(self, message: agent_pb2.RelayResponse) -> None: ...
+
+
+class Relay:
+    """All relay calls of this agent.
+
+    Args:
+        socket_of: The unix socket of a ready instance; raises SollolError for others.
+        failure_of: Why an instance's process is gone, once its supervisor knows; None before.
+    """
+
+    def __init__(self, socket_of: Callable[[str], Path], failure_of: Callable[[str], Refusal | None]) -> None:
+        self.socket_of = socket_of
+        self.failure_of = failure_of
+        self._active: Counter[str] = Counter()
+
+    def active_streams(self, instance_id: str) -> int:
+        return self._active[instance_id]
+
+    @contextmanager
+    def counted(self, instance_id: str) -> Iterator[None]:
+        self._active[instance_id] += 1
+        try:
+            yield
+        finally:
+            self._active[instance_id] -= 1
+            if not self._active[instance_id]:
+                del self._active[instance_id]
+
+    async def serve(self, context: RelayContext) -> None:
+        """Serve one head's call until it ends; its streams end with it."""
+        refusal = await _Call(self, context).run()
+        if refusal is not None:
+            log.warning("relay_call_refused", reason=refusal.reason, message=refusal.message)
+            await refusal_abort(context, refusal)
+
+
+class _Call:
+    """One head's call: a reader, a writer, and a task per stream, all gone when `run` returns."""
+
+    def __init__(self, relay: Relay, context: RelayContext) -> None:
+        self.relay = relay
+        self._context = context
+        self._streams: dict[int, _Stream] = {}
+        self._outbox = Outbox(on_end=self._forget)
+        self._wake = asyncio.Event()
+
+    async def run(self) -> Refusal | None:
+        """Return why the head's frames could not be followed, or None when it ended the call."""
+        async with asyncio.TaskGroup() as group:
+            writer = group.create_task(self._write(), name="relay-writer")
+            try:
+                return await self._read(group)
+            finally:
+                for stream in list(self._streams.values()):
+                    stream.cancel()
+                writer.cancel()
+
+    async def _read(self, group: asyncio.TaskGroup) -> Refusal | None:
+        while isinstance(message := await self._context.read(), agent_pb2.RelayRequest):
+            for frame in message.frames:
+                stream = self._streams.get(frame.stream)
+                kind = frame.WhichOneof("frame")
+                if kind == "open":
+                    if stream is not None:
+                        return _opened_twice(frame.stream)
+                    if len(self._streams) >= 2 * MAX_STREAMS:  # it goes on opening while it takes no refusals
+                        return _too_many()
+                    self._open(frame.stream, frame.open, group)
+                elif stream is None:
+                    continue  # it crossed the stream's End on the way
+                elif kind == "credit":
+                    stream.grant(frame.credit.bytes)
+                elif kind == "cancel":
+                    stream.cancel()
+        return None
+
+    def _open(self, number: int, request: agent_pb2.Open, group: asyncio.TaskGroup) -> None:
+        full = len(self._streams) >= MAX_STREAMS
+        stream = self._streams[number] = _Stream(self.relay, request, Lane(number, request.credit_bytes), self)
+        if full:
+            self.end(stream.lane, _too_many())
+        else:
+            group.create_task(stream.run(), name=f"relay-stream-{number}")
+
+    def _forget(self, number: int) -> None:
+        del self._streams[number]
+
+    async def _write(self) -> None:
+        clock = asyncio.get_running_loop().time
+        next_at = 0.0
+        while True:
+            await self._wake.wait()
+            pause = next_at - clock()
+            if pause > 0:
+                await asyncio.sleep(pause)
+            self._wake.clear()
+            next_at = clock() + GATHER_S
+            more = bool(self._outbox)
+            while more:
+                batch, more = self._outbox.take()
+                await self._context.write(batch)
+
+    def head(self, lane: Lane, status: int, headers: Mapping[str, str]) -> None:
+        self._outbox.head(lane, status, headers)
+        self._wake.set()
+
+    def data(self, lane: Lane, data: bytes) -> None:
+        self._outbox.data(lane, data)
+        self._wake.set()
+
+    def grant(self, lane: Lane, credit: int) -> None:
+        self._outbox.grant(lane, credit)
+        self._wake.set()
+
+    def end(self, lane: Lane, refusal: Refusal | None, *, drop_data: bool = False) -> None:
+        self._outbox.end(lane, refusal, drop_data=drop_data)
+        self._wake.set()
+
+
+class _Stream:
+    """One request to one engine. Its task opens the connection and says how it ended; chunks come by callback."""
+
+    def __init__(self, relay: Relay, request: agent_pb2.Open, lane: Lane, call: _Call) -> None:
+        self.lane = lane
+        self._request: agent_pb2.Open | None = request  # until it is sent: bodies are large, streams long
+        self._instance_id = request.instance_id
+        self._relay = relay
+        self._call = call
+        self._exchange: Exchange | None = None
+
+    def grant(self, credit: int) -> None:
+        self._call.grant(self.lane, credit)
+        if self._exchange is not None and self.lane.room:
+            self._exchange.resume()
+
+    def cancel(self) -> None:
+        self._call.end(self.lane, CANCELLED, drop_data=True)
+        if self._exchange is not None:
+            self._exchange.abort()
+
+    async def run(self) -> None:
+        with self._relay.counted(self._instance_id):
+            refusal = await self._outcome()
+        self._call.end(self.lane, refusal)
+
+    async def _outcome(self) -> Refusal | None:
+        try:
+            await self._talk()
+        except SollolError as error:
+            return error.refusal
+        except EngineProtocolError as error:
+            log.warning("engine_response_malformed", instance_id=self._instance_id, error=str(error))
+            return _malformed(self._instance_id, error)
+        except OSError as error:
+            log.warning("engine_connection_lost", instance_id=self._instance_id, error=str(error))
+            return await self._why_lost(error)
+        except Exception:  # a bug in one stream must not end the others
+            log.exception("relay_stream_failed", instance_id=self._instance_id)
+            return Refusal(reason=Reason.INTERNAL, message="the agent failed in this stream; its log says why")
+        return None
+
+    async def _talk(self) -> None:
+        request, self._request = self._request, None
+        if request is None or self.lane.ended:  # cancelled before it began
+            return
+        exchange = Exchange(_engine_request(request), self._on_head, self._on_body)
+        del request
+        path = self._relay.socket_of(self._instance_id)
+        self._exchange = exchange
+        try:
+            await connect(path, exchange)
+            await exchange.done
+        finally:
+            exchange.abort()
+
+    def _on_head(self, status: int, headers: dict[str, str]) -> None:
+        wanted = {name: content for name, content in headers.items() if name in _DOWN_HEADERS}
+        self._call.head(self.lane, status, wanted)
+
+    def _on_body(self, data: bytes) -> None:
+        lane = self.lane
+        self._call.data(lane, data)
+        if not lane.room and self._exchange is not None:
+            self._exchange.pause()
+
+    async def _why_lost(self, error: OSError) -> Refusal:
+        """Give the supervisor a moment to notice that the process is gone: it knows the reason, we only the symptom."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + FAILURE_WAIT_S
+        while not self.lane.ended:
+            known = self._relay.failure_of(self._instance_id)
+            if known is not None:
+                return known
+            if clock() >= deadline:
+                break
+            await asyncio.sleep(_FAILURE_POLL_S)
+        message = f"engine {self._instance_id} closed the connection before its answer was complete: {error}"
+        return refuse(Reason.ENGINE_DIED, message, retryable=True).refusal
+
+
+def _engine_request(request: agent_pb2.Open) -> bytes:
+    if (request.method, request.path) not in ALLOWED:
+        message = f"{request.method[:16]} {request.path[:80]} is not an inference route that agents relay"
+        raise refuse(Reason.PATH_NOT_ALLOWED, message)
+    headers = {name: text for name, text in request.headers.items() if name.lower() in _UP_HEADERS}
+    for name, text in headers.items():
+        if not (text.isascii() and text.isprintable()):
+            raise refuse(Reason.INVALID_REQUEST, f"header {name} has characters that HTTP does not allow")
+    return request_bytes(request.method, request.path, headers, request.body)
+
+
+def _opened_twice(number: int) -> Refusal:
+    return Refusal(reason=Reason.INVALID_REQUEST, message=f"stream {number} was opened twice in one relay call")
+
+
+def _too_many() -> Refusal:
+    message = f"this head has {MAX_STREAMS} streams open on this agent already; wait until some end"
+    return refuse(Reason.QUEUE_FULL, message, retryable=True).refusal
+
+
+def _malformed(instance_id: str, error: EngineProtocolError) -> Refusal:
+    message = f"engine {instance_id} sent a damaged HTTP response: {error}"
+    return refuse(Reason.STREAM_TRUNCATED, message, retryable=True).refusal
