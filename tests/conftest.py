@@ -1,0 +1,102 @@
+"""What every test may ask for: free ports, the tiny models, the real engine; and what every test must do: clean up."""
+
+import ctypes
+import os
+import random
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from sollol.directories import cache_directory
+
+from tests.tiny_model import write_random_model, write_reciting_model
+
+_PR_SET_CHILD_SUBREAPER = 36
+_PORTS = range(20_000, 32_000)  # below the ephemeral range, so that no outgoing connection takes one
+
+
+def pytest_sessionstart() -> None:
+    """Become the parent of orphans: an engine that outlives its agent is then seen, not lost to init."""
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def _running_children() -> dict[int, str]:
+    running = {}
+    for child in psutil.Process().children(recursive=True):
+        try:
+            if child.status() != psutil.STATUS_ZOMBIE:
+                running[child.pid] = " ".join(child.cmdline()) or child.name()
+        except psutil.NoSuchProcess:
+            continue
+    return running
+
+
+@pytest.fixture(autouse=True)
+def no_process_left() -> Iterator[None]:
+    """Fail a test that leaves a process behind. What a wider fixture started before the test does not count."""
+    before = _running_children()
+    yield
+    deadline = time.monotonic() + 3
+    while (left := {pid: name for pid, name in _running_children().items() if pid not in before}) and (
+        time.monotonic() < deadline
+    ):
+        time.sleep(0.02)
+    for pid in left:
+        try:
+            psutil.Process(pid).kill()
+        except psutil.NoSuchProcess:
+            continue
+    assert not left, f"the test left processes running: {left}"
+
+
+@pytest.fixture
+def ports() -> Callable[[], int]:
+    """Call it for a port that nobody listens on; never the same twice in one test."""
+    start = random.SystemRandom().choice(_PORTS)
+    candidates = iter([*range(start, _PORTS.stop), *range(_PORTS.start, start)])
+
+    def free_port() -> int:
+        return next(port for port in candidates if _is_free(port))
+
+    return free_port
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+@pytest.fixture(scope="session")
+def engine_binary() -> Path:
+    """A real llama-server with RPC. Its absence is a failure: a skipped engine test would prove nothing."""
+    if given := os.environ.get("SOLLOL_TEST_ENGINE"):
+        found = [Path(given)]
+    else:
+        found = sorted(cache_directory(os.environ).glob("**/bin/llama-server"), key=lambda path: path.stat().st_mtime)
+    if not found or not os.access(found[-1], os.X_OK):
+        pytest.fail("no llama-server: run `make test`, or `sollol engine build`, or set SOLLOL_TEST_ENGINE to one")
+    return found[-1]
+
+
+@pytest.fixture(scope="session")
+def reciting_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that recites one text whatever it is asked: every lost or repeated token shows."""
+    path = tmp_path_factory.mktemp("models") / "tiny-reciter.gguf"
+    write_reciting_model(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with random weights: what it says depends on all of its context."""
+    path = tmp_path_factory.mktemp("models") / "tiny-random.gguf"
+    write_random_model(path, seed=0)
+    return path

@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# Makes everything `make demo` (demo) or `make test` (full) needs. Safe to run again: a second run takes no time.
+set -euo pipefail
+mode="${1:-full}"
+cd "$(dirname "$0")/.."
+
+say() { printf '\033[2m· %s\033[0m\n' "$*" >&2; }
+fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
+
+case "$mode" in
+    demo) extra=demo ;;
+    full) extra=dev ;;
+    *) fail "unknown mode '$mode': demo or full" ;;
+esac
+
+find_python() {
+    for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python3.14 python; do
+        if [ -n "$candidate" ] && command -v "$candidate" >/dev/null &&
+            "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    fail "no Python 3.11 or newer found; install one (Debian, Ubuntu: apt-get install python3 python3-venv) or set PYTHON"
+}
+
+make_venv() {
+    [ -x .venv/bin/python ] && .venv/bin/python -m pip --version >/dev/null 2>&1 && return
+    local python
+    python="$(find_python)"
+    "$python" -c 'import ensurepip' 2>/dev/null ||
+        fail "$python cannot make virtual environments; install its venv package (Debian, Ubuntu: apt-get install python3-venv)"
+    say "making .venv with $("$python" --version)"
+    "$python" -m venv --prompt sollol .venv
+}
+
+# The stamp names what was installed: the dependencies' description, and the extra. dev holds all of demo.
+install_packages() {
+    local wanted stamp=.venv/.sollol-setup
+    wanted="$(cksum <pyproject.toml)"
+    if [ -f "$stamp" ] && { [ "$(cat "$stamp")" = "$wanted dev" ] || [ "$(cat "$stamp")" = "$wanted $extra" ]; }; then
+        return
+    fi
+    say "installing Python packages into .venv"
+    .venv/bin/python -m pip install -q --disable-pip-version-check -e ".[$extra]"
+    printf '%s %s' "$wanted" "$extra" >"$stamp"
+}
+
+missing_system_packages() {
+    command -v redis-server >/dev/null || echo redis-server
+    command -v mosquitto >/dev/null || [ -x /usr/sbin/mosquitto ] || echo mosquitto
+    command -v mosquitto_pub >/dev/null || echo mosquitto-clients
+    command -v g++ >/dev/null || echo g++
+    command -v cmake >/dev/null || [ -x .venv/bin/cmake ] || echo cmake
+    command -v make >/dev/null || echo make
+}
+
+# Packages that tests start themselves, on their own ports: the installed services must stay off.
+install_system_packages() {
+    local missing policy=/usr/sbin/policy-rc.d made=""
+    missing="$(missing_system_packages | tr '\n' ' ')"
+    [ -n "${missing// /}" ] || return 0
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+        fail "please install: $missing"
+    fi
+    say "installing $missing"
+    if [ ! -e "$policy" ]; then
+        printf '#!/bin/sh\nexit 101\n' >"$policy"
+        chmod +x "$policy"
+        made="$policy"
+    fi
+    local status=0
+    export DEBIAN_FRONTEND=noninteractive
+    { apt-get -qq update && apt-get -qq install -y --no-install-recommends $missing; } >/dev/null </dev/null || status=$?
+    [ -z "$made" ] || rm -f "$made"
+    [ "$status" = 0 ] || fail "apt-get could not install: $missing"
+}
+
+build_engine() {
+    if .venv/bin/python -m agent.engine show --built >/dev/null 2>&1; then
+        return
+    fi
+    say "building llama.cpp once into ${XDG_CACHE_HOME:-$HOME/.cache}/sollol (several minutes)"
+    .venv/bin/python -m agent.engine build
+}
+
+make_venv
+[ "$mode" = demo ] || install_system_packages
+install_packages
+[ "$mode" = demo ] || build_engine

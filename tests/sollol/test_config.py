@@ -1,0 +1,228 @@
+from pathlib import Path
+
+import pytest
+from msgspec.structs import fields
+from sollol.config import ConfigError, check_listen, is_loopback, load, load_or_exit
+from sollol.errors import SURFACES
+
+from agent.config import AgentConfig
+from sollold.config import HeadConfig
+
+NO_FILE = Path("/nonexistent/agent.toml")
+
+
+def agent(*argv: str, environ: dict[str, str] | None = None, default_file: Path = NO_FILE):
+    return load(AgentConfig, name="agent", argv=argv, environ=environ or {}, default_file=default_file)
+
+
+def refusal(*argv: str, environ: dict[str, str] | None = None, default_file: Path = NO_FILE) -> str:
+    with pytest.raises(ConfigError) as caught:
+        agent(*argv, environ=environ, default_file=default_file)
+    assert SURFACES[caught.value.refusal.reason].exit_code == 2
+    return caught.value.refusal.message
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("kind", [AgentConfig, HeadConfig])
+def test_without_any_source_every_setting_has_its_default(kind):
+    name = "agent" if kind is AgentConfig else "head"
+    loaded = load(kind, name=name, argv=[], environ={"HOME": "/root"}, default_file=NO_FILE)
+    assert loaded.value == kind()
+    assert loaded.origins == {info.name: "default" for info in fields(kind)}
+
+
+def test_flags_win_over_environment_over_file_over_defaults(tmp_path):
+    file = written(tmp_path / "agent.toml", "port = 1111\nthreads = 11\nheartbeat_s = 3\n")
+    environ = {"SOLLOL_AGENT_PORT": "2222", "SOLLOL_AGENT_THREADS": "22"}
+    loaded = agent("--port", "3333", environ=environ, default_file=file)
+    assert (loaded.value.port, loaded.value.threads, loaded.value.heartbeat_s) == (3333, 22, 3.0)
+    assert loaded.value.lease_s == AgentConfig().lease_s
+    assert loaded.origins["port"] == "flag --port"
+    assert loaded.origins["threads"] == "environment SOLLOL_AGENT_THREADS"
+    assert loaded.origins["heartbeat_s"] == f"file {file} line 3"
+    assert loaded.origins["lease_s"] == "default"
+
+
+def test_a_named_file_replaces_the_default_file(tmp_path):
+    default = written(tmp_path / "default.toml", "port = 1111\nthreads = 3\n")
+    named = written(tmp_path / "named.toml", "port = 2222\n")
+    value = agent("--config", str(named), default_file=default).value
+    assert (value.port, value.threads) == (2222, 0)
+
+
+@pytest.mark.parametrize("argv", [("--port", "7000"), ("--port=7000",)])
+def test_a_flag_takes_its_value_as_the_next_word_or_after_an_equals_sign(argv):
+    assert agent(*argv).value.port == 7000
+
+
+def test_a_bool_flag_needs_no_value_and_can_be_negated():
+    assert agent("--insecure").value.insecure is True
+    assert agent("--no-insecure", environ={"SOLLOL_AGENT_INSECURE": "true"}).value.insecure is False
+    assert agent("--insecure=false").value.insecure is False
+
+
+def test_lists_are_repeated_or_separated_by_commas():
+    assert agent("--model-dirs", "/a,/b", "--model-dirs", "/c").value.model_dirs == ("/a", "/b", "/c")
+    assert agent(environ={"SOLLOL_AGENT_MODEL_DIRS": "/a, /b"}).value.model_dirs == ("/a", "/b")
+    assert agent("--model-dirs", "").value.model_dirs == ()
+
+
+def test_tables_are_repeated_key_value_pairs():
+    value = agent("--labels", "rack=a", "--labels", "gpu_node=", "--caps", "CPU=1000,CUDA0=5").value
+    assert value.labels == {"rack": "a", "gpu_node": ""}
+    assert value.caps == {"CPU": 1000, "CUDA0": 5}
+
+
+def test_a_table_in_the_file_may_be_a_section(tmp_path):
+    file = written(tmp_path / "agent.toml", "port = 7000\n[labels]\nrack = 'a'\n")
+    loaded = agent(default_file=file)
+    assert loaded.value.labels == {"rack": "a"}
+    assert loaded.origins["labels"] == f"file {file} line 2"
+
+
+def test_an_unknown_setting_names_the_closest_one_and_where_it_stands(tmp_path):
+    file = written(tmp_path / "agent.toml", "port = 7000\nlease = 3\n")
+    assert refusal(default_file=file) == f'file {file} line 2: unknown setting "lease"; the closest one is "lease_s"'
+    assert refusal("--prot", "1") == 'flag --prot: unknown setting "prot"; the closest one is "port"'
+    assert refusal("--ollama_dri=1").endswith('the closest one is "ollama-dir"')
+    assert refusal(environ={"SOLLOL_AGENT_REDIS": "x"}).endswith('the closest one is "SOLLOL_AGENT_REDIS_URL"')
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('port = "7000"', 'port must be int from 1 to 65535, got "7000"'),
+        ("port = true", "port must be int from 1 to 65535, got true"),
+        ("port = 0", "got 0"),
+        ("port = 65536", "got 65536"),
+        ("heartbeat_s = 0", "heartbeat_s must be number above 0, got 0"),
+        ("heartbeat_s = nan", "number above 0"),
+        ("heartbeat_s = inf", "number above 0"),
+        ("threads = -1", "int of 0 or more, got -1"),
+        ("insecure = 1", "insecure must be true|false, got 1"),
+        ('model_dirs = "x"', "model_dirs must be list of text"),
+        ("model_dirs = [1]", "model_dirs must be list of text, got [1]"),
+        ('caps = { CPU = "8" }', "caps must be table of int of 0 or more"),
+        ('log_level = "loud"', "log_level must be debug|info|warning|error"),
+        ("port = 1979-05-27", "port must be int"),
+        ('node_id = ""', "node_id must be text, not empty"),
+    ],
+)
+def test_a_wrong_value_in_the_file_is_refused_with_what_was_expected_and_got(tmp_path, text, complaint):
+    file = written(tmp_path / "agent.toml", f"# first line\n{text}\n")
+    message = refusal(default_file=file)
+    assert message.startswith(f"file {file} line 2: ")
+    assert complaint in message
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--port", "seven"),
+        ("--port", "7000.5"),
+        ("--port", ""),
+        ("--heartbeat-s", "nan"),
+        ("--heartbeat-s", "-1"),
+        ("--insecure=perhaps",),
+        ("--caps", "CPU"),
+        ("--caps", "CPU=lots"),
+    ],
+)
+def test_a_wrong_value_of_a_flag_is_refused_by_name(argv):
+    flag = argv[0].partition("=")[0]
+    assert refusal(*argv).startswith(f"flag {flag}: {flag[2:].replace('-', '_')} ")
+
+
+@pytest.mark.parametrize("argv", [("--port",), ("--port", "--insecure"), ("serve",), ("-p", "1"), ("--no-port",)])
+def test_a_malformed_command_line_is_refused(argv):
+    assert refusal(*argv)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [(b"port = ", "not TOML"), (b"\xff\xfe", "not UTF-8"), (b"port = 1\nport = 2", "not TOML")],
+)
+def test_a_broken_file_is_refused_by_name(tmp_path, content, complaint):
+    file = tmp_path / "agent.toml"
+    file.write_bytes(content)
+    assert refusal("--config", str(file)).startswith(f"file {file}: {complaint}")
+
+
+def test_a_named_file_that_is_missing_is_refused():
+    assert "cannot be read: No such file" in refusal("--config", "/nonexistent.toml")
+
+
+def test_listening_off_loopback_needs_a_clear_word():
+    assert "insecure = true" in refusal("--listen", "0.0.0.0")
+    assert agent("--listen", "0.0.0.0", "--insecure").value.listen == "0.0.0.0"
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("[::1]", True), ("localhost", True)]
+    + [(host, False) for host in ("0.0.0.0", "::", "192.168.1.20", "example.org", "", "127.0.0.1.example.org")],
+)
+def test_only_addresses_of_this_machine_are_loopback(host, loopback):
+    assert is_loopback(host) is loopback
+    if not loopback:
+        with pytest.raises(ConfigError):
+            check_listen(host, insecure=False)
+
+
+def test_check_config_says_ok_and_leaves_with_0(capsys):
+    with pytest.raises(SystemExit) as left:
+        agent("--check-config", "--port", "7000")
+    assert left.value.code == 0
+    assert capsys.readouterr().out == "ok\n"
+
+
+def test_check_config_says_what_is_wrong_and_leaves_with_2(capsys):
+    with pytest.raises(SystemExit) as left:
+        load_or_exit(
+            AgentConfig, name="agent", argv=["--check-config", "--port", "x"], environ={}, default_file=NO_FILE
+        )
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith("sollol-agent: flag --port: port must be int")
+
+
+def test_print_config_shows_values_and_origins_and_masks_passwords(capsys):
+    with pytest.raises(SystemExit):
+        agent("--print-config", "--redis-url", "redis://me:s3cr/et@host:6379/0")
+    out = capsys.readouterr().out
+    assert 'redis_url = "redis://me:***@host:6379/0"  # flag --redis-url' in out
+    assert "port = 7462  # default" in out
+    assert "s3cr" not in out
+
+
+def test_print_config_can_be_read_back(capsys, tmp_path):
+    argv = ("--labels", "a=b", "--caps", "CPU=5", "--model-dirs", "/a,/b c", "--lease-s", "9.5")
+    with pytest.raises(SystemExit):
+        agent("--print-config", *argv)
+    file = written(tmp_path / "agent.toml", capsys.readouterr().out)
+    assert agent(default_file=file).value == agent(*argv).value
+
+
+def test_a_password_is_masked_in_error_messages_too():
+    message = refusal("--log-level", "redis://:hunter2@host/0")
+    assert "hunter2" not in message
+
+
+@pytest.mark.parametrize(("kind", "name"), [(AgentConfig, "agent"), (HeadConfig, "head")])
+def test_help_describes_every_setting(kind, name, capsys):
+    with pytest.raises(SystemExit) as left:
+        load(kind, name=name, argv=["--help", "--nonsense-comes-too-late"][:1], environ={}, default_file=NO_FILE)
+    assert left.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    for info in fields(kind):
+        at = next(n for n, line in enumerate(lines) if info.name.replace("_", "-") in line and line.startswith("  --"))
+        assert len(lines[at + 1].strip()) > 10, f"{info.name} has no description"
+
+
+def test_version_names_the_program(capsys):
+    with pytest.raises(SystemExit):
+        agent("--version")
+    assert capsys.readouterr().out.startswith("sollol-agent ")
