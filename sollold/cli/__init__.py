@@ -1,4 +1,13 @@
-"""The operator CLI."""
+"""The operator CLI, `sollol`: a user of the head like any other, through `sollol.client`.
+
+argparse, because importing Typer alone takes twice the time that `sollol --help` may take. Each command's module is
+imported when the command runs.
+"""
+
+import sys
 
 
-def main() -> None: ...
+def main() -> None:
+    from sollold.cli.arguments import run
+
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,3 @@
+from sollold.cli import main
+
+main()

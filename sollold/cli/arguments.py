@@ -1,0 +1,181 @@
+"""The command line: its words, their help, and which function runs each command."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from sollol import __version__
+
+DEFAULT_HEAD = "127.0.0.1:7461"
+EXIT_CODES = """\
+exit codes: 0 done · 1 bug · 2 wrong usage or request · 3 head or node unavailable · 4 not found · 5 refused
+(no room, not now) · 6 an engine or a child process broke · 130 interrupted"""
+
+Subparsers = argparse._SubParsersAction  # noqa: SLF001 - argparse has no public name for it
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse, run one command, and return the exit status."""
+    options = parser().parse_args(argv)
+    try:
+        return _command(options.command)(options)
+    except BrokenPipeError:
+        # Whoever read our output (`| head`) has gone: point stdout at nothing so that the exit does not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if options.debug:
+            raise
+        from sollold.cli.failure import report_failure
+
+        return report_failure(error)
+
+
+def _command(path: str) -> Callable[[argparse.Namespace], int]:
+    module, function = path.split(":")
+    found: Callable[[argparse.Namespace], int] = getattr(importlib.import_module(module), function)
+    return found
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="sollol",
+        description="Run big language models on the small machines you already own.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"sollol {__version__}")
+    top.add_argument(
+        "--head",
+        metavar="HOST:PORT",
+        default=os.environ.get("SOLLOL_HEAD") or DEFAULT_HEAD,
+        help="the head's gRPC address (default: $SOLLOL_HEAD, else %(default)s)",
+    )
+    top.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+    _add_up(commands)
+    _add_reads(commands)
+    _add_place(commands)
+    _add_run(commands)
+    _add_pool_commands(commands)
+    _add_engine(commands)
+    return top
+
+
+def _add(
+    commands: "Subparsers[argparse.ArgumentParser]", name: str, command: str, text: str
+) -> argparse.ArgumentParser:
+    added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    added.set_defaults(command=f"sollold.cli.{command}")
+    return added
+
+
+def _add_up(commands: "Subparsers[argparse.ArgumentParser]") -> None:
+    up = _add(commands, "up", "up:up", "run everything on this machine, in the foreground, until Ctrl-C")
+    up.add_argument(
+        "--models", metavar="DIR", action="append", default=[], help="directory with GGUF files; repeatable"
+    )
+    up.add_argument("--agents", metavar="N", type=_positive, default=1, help="agents to start; unequal when several")
+    up.add_argument("--engine", metavar="PATH", default="", help="a llama-server to use instead of the one found")
+    up.add_argument("--http-port", metavar="PORT", type=_port, default=7460, help="default: %(default)s")
+    up.add_argument("--grpc-port", metavar="PORT", type=_port, default=7461, help="default: %(default)s")
+    up.add_argument(
+        "--agent-port",
+        metavar="PORT",
+        type=_port,
+        default=7462,
+        help="of the first agent, the others follow: %(default)s",
+    )
+    up.add_argument("--state", metavar="DIR", default="", help="state and logs (default: the user's state directory)")
+    up.add_argument("-v", "--verbose", action="store_true", help="show every log line of the daemons")
+
+
+def _add_reads(commands: "Subparsers[argparse.ArgumentParser]") -> None:
+    for name, text in (
+        ("nodes", "list nodes: memory, devices, engine, what runs there"),
+        ("models", "list the models that some node can load"),
+        ("pools", "list running replicas of models"),
+    ):
+        _add_json(_add(commands, name, f"reads:{name}", text))
+
+
+def _add_place(commands: "Subparsers[argparse.ArgumentParser]") -> None:
+    place = _add(commands, "place", "place:place", "show where a model would run and why; changes nothing")
+    place.add_argument("model", metavar="MODEL")
+    place.add_argument(
+        "--nodes",
+        metavar="FILE",
+        help='without a head, over a JSON list of {"host", "cpu_ram_mb", "gpu_vram_mb", "has_gpu"}; "-" is standard '
+        "input; policy classic, since such a list knows no model file",
+    )
+    _add_wish(place)
+    _add_json(place)
+
+
+def _add_wish(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--policy", choices=("fit", "classic"), help="default: the head's")
+    command.add_argument("--strategy", choices=("pack", "spread"), help="between equally good nodes")
+    command.add_argument("--context", metavar="TOKENS", type=_positive, help="context of each parallel request")
+    command.add_argument("--parallel", metavar="N", type=_positive, help="requests to generate for at the same time")
+    command.add_argument("--kv-type", metavar="TYPE", help="f16, q8_0, q4_0, ...")
+    command.add_argument(
+        "--require", metavar="LABEL", action="append", default=[], help="name or name=value; repeatable"
+    )
+    command.add_argument("--prefer", metavar="LABEL", action="append", default=[], help="wins a tie; repeatable")
+    command.add_argument("--min-cpus", metavar="N", type=_positive)
+    command.add_argument("--min-memory", metavar="BYTES", type=_positive, help="free on the node")
+    command.add_argument("--pin", metavar="NODE", help="this node or none")
+    command.add_argument("--local", action="store_true", help="only the head's own host")
+
+
+def _add_run(commands: "Subparsers[argparse.ArgumentParser]") -> None:
+    run_ = _add(commands, "run", "generate:run", "ask a model and stream its answer")
+    run_.add_argument("model", metavar="MODEL")
+    run_.add_argument("prompt", metavar="PROMPT", nargs="?", help="standard input is used, or appended, when piped")
+    run_.add_argument("--max-tokens", metavar="N", type=_positive)
+    run_.add_argument("--temperature", metavar="T", type=float)
+    run_.add_argument("--seed", metavar="N", type=int)
+    run_.add_argument("--system", metavar="TEXT", help="system message")
+    run_.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
+
+
+def _add_pool_commands(commands: "Subparsers[argparse.ArgumentParser]") -> None:
+    load = _add(commands, "load", "operate:load", "load a model now and wait until it is ready")
+    load.add_argument("model", metavar="MODEL")
+    _add_wish(load)
+    _add_json(load)
+    unload = _add(commands, "unload", "operate:unload", "stop every pool of a model")
+    unload.add_argument("model", metavar="MODEL")
+    _add_json(unload)
+    logs = _add(commands, "logs", "operate:logs", "show the engine's log of a pool, or of a model's newest pool")
+    logs.add_argument("pool", metavar="POOL_OR_MODEL")
+    logs.add_argument("-n", "--lines", metavar="N", type=_positive, default=50, help="default: %(default)s")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on with new lines until Ctrl-C")
+
+
+def _add_engine(commands: "Subparsers[argparse.ArgumentParser]") -> None:
+    engine = _add(commands, "engine", "engine:engine", "build llama.cpp for this machine, or show the engine in use")
+    engine.add_argument("action", choices=("build", "show"))
+    engine.add_argument("rest", metavar="...", nargs=argparse.REMAINDER, help="passed on; try `build --help`")
+
+
+def _add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print one JSON value with a `schema` field")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def _port(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not a port (1 to 65535)")
+    return number

@@ -1,0 +1,156 @@
+"""Shows a Decision to people and programs. Decides and computes nothing: everything is in the record."""
+
+from typing import Any
+
+import msgspec
+from sollol.report import CoordinatorPlan, Decision, DeviceShare, NodeVerdict
+
+SCHEMA = "sollol.place/v1"
+
+
+def explain(decision: Decision) -> str:
+    """The whole record as text: the node-by-node table, then the outcome."""
+    lines = [_title(decision), node_table(decision)] if decision.nodes else [_title(decision)]
+    if decision.refusal is not None:
+        lines.append(f"Not placed: {decision.refusal.reason}: {decision.refusal.message.splitlines()[0]}")
+        lines.extend(line for line in decision.refusal.message.splitlines() if line.startswith("largest possible fit"))
+        return "\n".join(lines)
+    best = next(verdict for verdict in decision.nodes if verdict.best)
+    unit = "" if decision.unit == "MB" else f" {decision.unit}"
+    lines.append(f"Selected {_classic_name(best)} for coordinator (score={_number(best.score or 0)}{unit})")
+    if decision.plan is not None:
+        lines.append(plan_table(decision.plan))
+    return "\n".join(lines)
+
+
+def node_table(decision: Decision) -> str:
+    """One line for each node, in the order of the record."""
+    if decision.unit == "MB":
+        return "\n".join(_classic_line(verdict) for verdict in decision.nodes)
+    names = _part_names(decision)
+    rows = [("node", "needed", "free", *names, decision.unit, "verdict")]
+    rows.extend(_fit_row(verdict, names) for verdict in decision.nodes)
+    return _aligned(rows)
+
+
+def plan_table(plan: CoordinatorPlan) -> str:
+    title = (
+        f"Plan: {plan.parallel} x {plan.context_per_slot} tokens of context, KV {plan.kv_type}, ubatch {plan.ubatch}"
+    )
+    rows = [("device", "layers", "weights", "KV", "compute", "margin", "total"), *map(_share_row, plan.shares)]
+    return f"{title}\n{_aligned(rows)}"
+
+
+def as_json(decision: Decision) -> dict[str, Any]:
+    """The record for programs. Scores and parts are in `unit`; in megabytes they are whole numbers."""
+    return {
+        "schema": SCHEMA,
+        "model": decision.model,
+        "policy": decision.policy,
+        "unit": decision.unit,
+        "estimate_mb": decision.estimate_mb,
+        "estimate_bytes": decision.estimate_bytes,
+        "nodes": [_verdict_json(verdict, megabytes=decision.unit == "MB") for verdict in decision.nodes],
+        "coordinator": decision.coordinator or None,
+        "coordinator_host": decision.coordinator_host or None,
+        "plan": msgspec.to_builtins(decision.plan),
+        "refusal": msgspec.to_builtins(decision.refusal),
+    }
+
+
+def _verdict_json(verdict: NodeVerdict, *, megabytes: bool) -> dict[str, Any]:
+    score = None if verdict.score is None else _plain(verdict.score)
+    return {
+        "node_id": verdict.node_id,
+        "host": verdict.host,
+        **({"score_mb": score} if megabytes else {}),
+        "score": score,
+        "parts": {part.name: _plain(part.value) for part in verdict.parts},
+        "refusal": msgspec.to_builtins(verdict.refusal),
+        "needed_bytes": verdict.needed_bytes,
+        "free_bytes": verdict.free_bytes,
+        "best": verdict.best,
+    }
+
+
+def _title(decision: Decision) -> str:
+    if decision.unit == "MB":
+        return f"Selecting coordinator node for {decision.model} (estimated {decision.estimate_mb}MB needed)"
+    size = f" ({bytes_text(decision.estimate_bytes)} needed)" if decision.estimate_bytes else ""
+    return (
+        f"Selecting coordinator node for {decision.model}{size}, policy {decision.policy}, lowest {decision.unit} wins"
+    )
+
+
+def _classic_name(verdict: NodeVerdict) -> str:
+    return verdict.host if verdict.host == verdict.node_id else f"{verdict.node_id} ({verdict.host})"
+
+
+def _classic_line(verdict: NodeVerdict) -> str:
+    """The line of the seed's guide, character for character."""
+    name = _classic_name(verdict)
+    if verdict.score is None:
+        return f"  {name}: {_why(verdict)}"
+    part = {item.name: _number(item.value) for item in verdict.parts}
+    best = " [ok] BEST" if verdict.best else ""
+    return f"  {name}: RAM={part['ram_mb']}MB, GPU_VRAM={part['vram_mb']}MB, score={_number(verdict.score)}{best}"
+
+
+def _part_names(decision: Decision) -> list[str]:
+    names: dict[str, None] = {}
+    for verdict in decision.nodes:
+        names.update(dict.fromkeys(part.name for part in verdict.parts))
+    return sorted(names, key=lambda name: (name == "busy_ms", name))
+
+
+def _fit_row(verdict: NodeVerdict, names: list[str]) -> tuple[str, ...]:
+    part = {item.name: item.value for item in verdict.parts}
+    values = [f"{part[name]:.3f}" if name in part else "-" for name in names]
+    score = "-" if verdict.score is None else f"{verdict.score:.3f}"
+    outcome = "BEST" if verdict.best else "ok" if verdict.refusal is None else _why(verdict)
+    needed = f"{verdict.needed_bytes:,}" if verdict.needed_bytes else "-"
+    return (verdict.node_id, needed, f"{verdict.free_bytes:,}", *values, score, outcome)
+
+
+def _why(verdict: NodeVerdict) -> str:
+    return "" if verdict.refusal is None else f"{verdict.refusal.reason}: {verdict.refusal.message}"
+
+
+def _share_row(share: DeviceShare) -> tuple[str, ...]:
+    layers = "none" if share.first_layer is None else f"{share.first_layer}-{share.last_layer}"
+    held = 0 if share.first_layer is None or share.last_layer is None else share.last_layer - share.first_layer + 1
+    if share.layers > held:
+        layers = "output" if share.first_layer is None else f"{layers} + output"
+    sizes = (share.weight_bytes, share.kv_bytes, share.compute_bytes, share.margin_bytes, share.total_bytes)
+    return (share.device_id, layers, *(f"{size:,}" for size in sizes))
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> str:
+    """Columns two spaces apart, numbers to the right; the last column is free text when it is the verdict."""
+    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
+    return "\n".join("  " + _line(row, widths, free_last=rows[0][-1] == "verdict") for row in rows)
+
+
+def _line(row: tuple[str, ...], widths: list[int], *, free_last: bool) -> str:
+    last = len(row) - 1
+    cells = [
+        cell.ljust(width) if at == 0 or (free_last and at == last) else cell.rjust(width)
+        for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]
+    return "  ".join(cells).rstrip()
+
+
+def bytes_text(size: int) -> str:
+    """`4_567_890_123` as `4.25 GiB`."""
+    for unit, factor in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= factor:
+            return f"{size / factor:.2f} {unit}"
+    return f"{size} B"
+
+
+def _plain(value: float) -> float:
+    return int(value) if value == int(value) else value
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value == int(value) else f"{value:.3f}"

@@ -1,0 +1,123 @@
+"""Placement by what the GGUF header says: feasible in bytes, best in predicted milliseconds per token.
+
+Generating one token reads every active weight once, so memory bandwidth bounds it:
+
+    score = sum over devices (bytes read per token / bandwidth) + busy_ms; the lowest wins.
+
+`busy_ms` is what other pools cost: each instance that is generating on the node takes an equal turn at the same
+memory, so it is the sum of the reads times the number of such instances. Nodes within 5 % of the best are equals, for a
+prediction is not better than that: preferred labels, pack or spread, and the node id order those, in this sequence.
+"""
+
+from collections.abc import Sequence
+
+from sollol.errors import Reason, Refusal, Retry
+from sollol.report import CoordinatorPlan, Model, ModelShape, NodeStatus, NodeVerdict, Report, ScorePart
+
+from sollold.placement.filters import free_bytes, total_bytes
+from sollold.placement.job import Job
+from sollold.placement.layout import Layouts, Load, layouts_for, read_parts
+from sollold.placement.preference import tie_order
+
+EQUAL_WITHIN = 1.05
+
+
+class FitPolicy:
+    name = "fit"
+    unit = "ms/token"
+    estimate_mb: int | None = None
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._load = Load(
+            context_per_slot=job.context_per_slot,
+            parallel=job.parallel,
+            kv_type=job.kv_type,
+            batch=job.batch,
+            ubatch=job.ubatch,
+        )
+        self._by_identity: dict[int, Layouts] = {}
+
+    def judge(self, node: NodeStatus, model: Model | None) -> NodeVerdict:
+        report = node.report
+        layouts = self._layouts(_shape_of(model))
+        layout = layouts.best(report.devices)
+        if layout is None:
+            return _short(report, layouts)
+        reads = read_parts(layout, report.devices)
+        read_ms = sum(value for _, value in reads)
+        busy_ms = read_ms * generating(report)
+        parts = (
+            *[ScorePart("read_ms." + device_id, value) for device_id, value in reads],
+            ScorePart("busy_ms", busy_ms),
+        )
+        return NodeVerdict(
+            node_id=report.node_id,
+            host=report.host,
+            score=read_ms + busy_ms,
+            parts=parts,
+            needed_bytes=layout.total_bytes,
+            free_bytes=free_bytes(report),
+        )
+
+    def choose(self, nodes: Sequence[NodeStatus], verdicts: Sequence[NodeVerdict]) -> int | None:
+        scores = {at: verdict.score for at, verdict in enumerate(verdicts) if verdict.score is not None}
+        if not scores:
+            return None
+        limit = min(scores.values()) * EQUAL_WITHIN
+        equals = [at for at, score in scores.items() if score <= limit]
+        return min(equals, key=lambda at: tie_order(self._job, nodes[at].report))
+
+    def plan(self, node: NodeStatus, model: Model | None) -> CoordinatorPlan | None:
+        """The layout `judge` scored; everything on the CPU where nothing fits; None without a header."""
+        if model is None or model.shape is None:
+            return None
+        layouts = self._layouts(model.shape)
+        devices = node.report.devices
+        return layouts.plan(model.name, layouts.best(devices) or layouts.on_cpu(devices[0]))
+
+    def estimate_bytes(self, verdicts: Sequence[NodeVerdict]) -> int:
+        """The least that any node would need for it."""
+        return min((verdict.needed_bytes for verdict in verdicts if verdict.needed_bytes), default=0)
+
+    def _layouts(self, shape: ModelShape) -> Layouts:
+        """By identity first: hashing a shape costs more than judging a node."""
+        layouts = self._by_identity.get(id(shape))
+        if layouts is None:
+            layouts = self._by_identity[id(shape)] = layouts_for(shape, self._load)
+        return layouts
+
+
+def generating(report: Report) -> int:
+    """How many instances on the node are producing tokens now."""
+    return sum(instance.active_streams > 0 for instance in report.instances)
+
+
+def _shape_of(model: Model | None) -> ModelShape:
+    # The filters let only a model with a readable header through, unless the nodes come from a list without files.
+    assert model is not None
+    assert model.shape is not None
+    return model.shape
+
+
+def _short(report: Report, layouts: Layouts) -> NodeVerdict:
+    needed = layouts.on_cpu(report.devices[0]).total_bytes
+    free = free_bytes(report)
+    layers = layouts.most_layers(report.devices)
+    return NodeVerdict(
+        node_id=report.node_id,
+        host=report.host,
+        needed_bytes=needed,
+        free_bytes=free,
+        refusal=Refusal(
+            reason=Reason.MEMORY_SHORT,
+            message=f"needs {needed:,} bytes, {free:,} free: {layers} of {layouts.all_layers} layers would fit",
+            retry=Retry.RETRYABLE if needed <= total_bytes(report) else Retry.FATAL,
+            numbers={
+                "needed_bytes": needed,
+                "free_bytes": free,
+                "largest_layers": layers,
+                "all_layers": layouts.all_layers,
+            },
+        ),
+    )
