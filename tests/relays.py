@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc.aio
-from agent.relay import Relay
 from sollol.channels import new_server, open_channel
 from sollol.errors import Reason, Refusal, refuse
 from sollol.v1 import agent_pb2_grpc
+
+from agent.relay import Relay
 
 Script = Callable[["Conversation"], Awaitable[None]]
 
@@ -124,6 +125,6 @@ class RelayNode:
 
 
 @asynccontextmanager
-async def agent_stub(address: str) -> AsyncIterator[agent_pb2_grpc.AgentServiceAsyncStub]:
+async def agent_stub(address: str) -> AsyncIterator[agent_pb2_grpc.AgentServiceStub]:
     async with open_channel(address) as channel:
         yield agent_pb2_grpc.AgentServiceStub(channel)

@@ -1,14 +1,17 @@
+import itertools
+
 import pytest
-from agent.engine_client import MAX_HEAD_BYTES, EngineProtocolError, ResponseReader, request_bytes
 from hypothesis import given
 from hypothesis import strategies as st
+
+from agent.engine_client import MAX_HEAD_BYTES, EngineProtocolError, ResponseReader, request_bytes
 
 CHUNKED_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 def cut(data: bytes, places: list[int]) -> list[bytes]:
     edges = [0, *sorted({place % len(data) for place in places}), len(data)]
-    return [data[start:end] for start, end in zip(edges, edges[1:], strict=False) if start != end]
+    return [data[start:end] for start, end in itertools.pairwise(edges) if start != end]
 
 
 def read(pieces: list[bytes]) -> tuple[ResponseReader, bytes]:
