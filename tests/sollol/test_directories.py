@@ -51,7 +51,7 @@ def test_a_directory_that_others_can_write_to_or_a_link_is_refused(tmp_path):
 
 def test_a_directory_that_cannot_be_made_is_refused_by_its_setting(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="log_dir = .*file/log: cannot be made"):
+    with pytest.raises(ConfigError, match=r"log_dir = .*file/log: cannot be made"):
         directories({"HOME": str(tmp_path)}, log=str(tmp_path / "file" / "log"))
 
 
