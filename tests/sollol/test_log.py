@@ -93,7 +93,7 @@ def test_libraries_logs_and_warnings_take_the_same_way_from_warning_on():
 def test_an_exception_is_written_with_its_traceback_and_without_local_variables():
     for log_format in ("json", "console"):
         stream = configured(log_format=log_format)
-        hidden = "".join(["hunter", "2"])
+        hidden = "hunter2"
         try:
             int(hidden[:-1])
         except ValueError:

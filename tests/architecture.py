@@ -1,0 +1,114 @@
+"""The rules of DESIGN.md that a program can check, as functions over a source tree: each returns what breaks a rule."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+# Where a module lives decides what it must not import: (path prefix, forbidden prefixes of imported names).
+LAYERS = {
+    "proto/sollol/": ("agent", "sollold"),
+    "agent/": ("sollold",),
+    "sollold/": ("agent",),
+}
+PURE = (
+    "sollold/placement/",
+    "proto/sollol/errors.py",
+    "proto/sollol/report.py",
+    "proto/sollol/memory.py",
+    "proto/sollol/names.py",
+    "proto/sollol/redaction.py",
+    "agent/supervisor/state.py",
+    "agent/supervisor/restarts.py",
+    "agent/supervisor/command.py",
+    "agent/engine/environment.py",
+)
+IMPURE_IMPORTS = ("asyncio", "grpc", "redis", "structlog", "time", "random", "aiohttp", "socket", "subprocess")
+# `_pb2` types stop at the gRPC edges.
+GRPC_EDGES = (
+    "proto/sollol/v1/",
+    "proto/sollol/wire.py",
+    "proto/sollol/client.py",
+    "proto/sollol/channels.py",
+    "proto/sollol/inference.py",
+    "agent/server.py",
+    "agent/relay.py",
+    "agent/outbox.py",
+    "sollold/agent_link.py",
+    "sollold/relay.py",
+    "sollold/front/grpc.py",
+    "sollold/operators.py",
+    "sollold/cli/",
+)
+ENTRY_POINTS = ("proto/sollol/config.py", "/__main__.py", "sollold/cli/", "agent/engine/__main__.py")
+MODULE_LINES, FUNCTION_LINES = 300, 60
+
+
+def modules(root: Path) -> Iterator[tuple[str, ast.Module, int]]:
+    """Every hand-written module under the three packages: path relative to root, tree and number of lines."""
+    for folder in ("proto/sollol", "agent", "sollold"):
+        for path in sorted((root / folder).rglob("*.py")):
+            if "_pb2" not in path.name:
+                text = path.read_text()
+                yield str(path.relative_to(root)), ast.parse(text), text.count("\n")
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    """Every name imported anywhere in a module, in full: `from a import b` is `a.b`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (item.name for item in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{item.name}" for item in node.names)
+
+
+def _under(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def forbidden_imports(root: Path) -> list[str]:
+    """Imports against the layers, impure imports in pure modules, and `_pb2` away from the gRPC edges."""
+    found = []
+    for path, tree, _ in modules(root):
+        layer = next(names for prefix, names in LAYERS.items() if path.startswith(prefix))
+        for name in imported(tree):
+            if _under(name, layer):
+                found.append(f"{path} imports {name}: the layers are sollold -> sollol <- agent")
+            if path.startswith(PURE) and _under(name, IMPURE_IMPORTS):
+                found.append(f"{path} imports {name}: this module is pure")
+            if ("_pb2" in name or name.startswith("sollol.v1")) and not path.startswith(GRPC_EDGES):
+                found.append(f"{path} imports {name}: protobuf types stop at the gRPC edges")
+    return found
+
+
+def stray_reads(root: Path) -> list[str]:
+    """Environment and argv away from the entry points, Redis keys away from the registry."""
+    found = []
+    for path, tree, _ in modules(root):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and not any(part in path for part in ENTRY_POINTS):
+                read = f"{node.value.id}.{node.attr}" if isinstance(node.value, ast.Name) else ""
+                if read in ("os.environ", "os.getenv", "sys.argv") and path != "proto/sollol/__init__.py":
+                    found.append(f"{path}:{node.lineno} reads {read}: only config and entry points do")
+            if (
+                isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and re.match(r"sollol:\w", node.value)
+                and path != "proto/sollol/registry.py"
+            ):
+                found.append(f"{path}:{node.lineno} spells the key {node.value!r}: only registry knows keys")
+    return found
+
+
+def oversized(root: Path) -> list[str]:
+    """Modules and functions over the budget."""
+    found = []
+    for path, tree, lines in modules(root):
+        if lines > MODULE_LINES:
+            found.append(f"{path} has {lines} lines, more than {MODULE_LINES}")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > FUNCTION_LINES:
+                    found.append(f"{path}:{node.lineno} {node.name} has {length} lines, more than {FUNCTION_LINES}")
+    return found
