@@ -1,7 +1,7 @@
 """The life of one supervised engine, as a table. Pure: the owner task in `instance` acts on it.
 
 A process exists exactly in the live states: only START enters them and only EXITED leaves them, so no
-path through the code can forget a child.
+path through the code can forget a child. STOP changes nothing about a dead one: its record still says why it died.
 """
 
 from enum import StrEnum
@@ -43,10 +43,8 @@ _TABLE: dict[tuple[InstanceState, Event], InstanceState] = {
     (LOST, Event.EXITED): FAILED,
     (STOPPING, Event.EXITED): STOPPED,
     (FAILED, Event.START): STARTING,
-    (FAILED, Event.STOP): STOPPED,
     (FAILED, Event.BACK_OFF): BACKOFF,
     (BACKOFF, Event.RETRY_DUE): FAILED,
-    (BACKOFF, Event.STOP): STOPPED,
 }
 
 

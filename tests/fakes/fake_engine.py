@@ -67,7 +67,7 @@ class Engine:
     def __init__(self, flags: Flags) -> None:
         self.flags = flags
         self.child_mode = "LLAMA_SERVER_ROUTER_PORT" in os.environ
-        self.ready = False
+        self.ready = self.signalled = False
         self.stopping = asyncio.Event()
         self.told_to_exit = asyncio.Event()
         self.slots = [Slot(number) for number in range(flags.slots)]
@@ -139,9 +139,10 @@ class Engine:
     def terminate(self) -> None:
         if self.flags.number("ignore_term", 0):
             return
-        if self.stopping.is_set():
+        if self.signalled:
             log("Received second interrupt, terminating immediately.")
             os._exit(1)
+        self.signalled = True
         self.stopping.set()
 
     def read_stdin(self, loop: asyncio.AbstractEventLoop) -> None:

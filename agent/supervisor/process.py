@@ -1,0 +1,142 @@
+"""One engine process and its group: start it, wait for its end, end it."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import structlog
+
+from agent.supervisor.command import EXIT_LINE
+from agent.supervisor.files import InstanceFiles
+
+log = structlog.get_logger(__name__)
+
+_GROUP_END_S = 2.0  # a killed process is gone in milliseconds, unless the kernel itself is stuck
+_POLL_S = 0.01
+
+
+class EngineProcess:
+    """A running engine that leads its own session and group. Its owner must see it gone: `wait`, or `kill`."""
+
+    def __init__(self, process: asyncio.subprocess.Process, stdin: int) -> None:
+        self._process = process
+        self._stdin = stdin
+        self.pid = process.pid
+
+    async def wait(self) -> int:
+        """Return the exit status (minus the signal's number) once the process and all of its group are gone."""
+        exit_code = await self._process.wait()
+        os.close(self._stdin)
+        self._stdin = -1
+        if _signal_group(self.pid, signal.SIGKILL):
+            await self._until_group_is_gone()
+        return exit_code
+
+    async def _until_group_is_gone(self) -> None:
+        deadline = asyncio.get_running_loop().time() + _GROUP_END_S
+        while members := _running_members(self.pid):
+            if asyncio.get_running_loop().time() > deadline:
+                log.error("engine_group_not_gone", group=self.pid, members=members)
+                return
+            await asyncio.sleep(_POLL_S)
+
+    async def stop(self, exited: asyncio.Task[int], grace_s: float) -> None:
+        """Ask the engine to end, and after `grace_s` end its group by force. Returns when `exited` is done.
+
+        In child mode a served engine that got SIGTERM still waits for its standard input: it needs the line too.
+        """
+        if self._stdin >= 0:
+            os.write(self._stdin, EXIT_LINE)
+        _signal_group(self.pid, signal.SIGTERM)
+        done, _ = await asyncio.wait({exited}, timeout=grace_s)
+        if not done:
+            log.warning("engine_killed", pid=self.pid, grace_s=grace_s)
+            _signal_group(self.pid, signal.SIGKILL)
+            await asyncio.wait({exited})
+
+    def kill(self) -> None:
+        """End the whole group at once, without waiting. For the way out of a failing owner."""
+        if self._process.returncode is None:
+            _signal_group(self.pid, signal.SIGKILL)
+
+
+async def spawn(argv: tuple[str, ...], environment: Mapping[str, str], files: InstanceFiles) -> EngineProcess:
+    """Start an engine in its own session, so that it outlives us when it must and its group can be ended as one.
+
+    Its output goes to files and never to a pipe: nobody needs to read for it to go on.
+
+    Raises:
+        OSError: The program is not there or cannot be run.
+    """
+    files.remove_run_files()
+    stdin = _endless_fifo(files.stdin)
+    try:
+        with _new_file(files.progress) as stdout, _new_file(files.log) as stderr:
+            process = await asyncio.create_subprocess_exec(
+                *argv,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                env=environment,
+                start_new_session=True,
+                umask=0o077,
+            )
+    except BaseException:
+        os.close(stdin)
+        raise
+    return EngineProcess(process, stdin)
+
+
+def _new_file(path: Path) -> BinaryIO:
+    """Open an empty file for appending: whoever truncates a long log by hand then leaves no hole in it."""
+    path.unlink(missing_ok=True)
+    return path.open("ab")
+
+
+def _endless_fifo(path: Path) -> int:
+    """Return a standard input that never ends, even when we do: the child holds its other end itself.
+
+    It must block: the child shares our file's flags, and takes "nothing to read now" for the end.
+    """
+    os.mkfifo(path, 0o600)
+    try:
+        return os.open(path, os.O_RDWR)
+    finally:
+        path.unlink()
+
+
+def bytes_read(pid: int) -> int:
+    """Return what a process has read so far, from disk and from cache; 0 when it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+    except OSError:
+        return 0
+    counts = dict(line.split(": ", 1) for line in lines)
+    return int(counts.get("rchar", 0)) + int(counts.get("read_bytes", 0))
+
+
+def _signal_group(group: int, number: signal.Signals) -> bool:
+    """Return whether there was a process to send it to."""
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _running_members(group: int) -> list[int]:
+    """Return the group's processes that still hold memory; a zombie holds none and only waits for its parent."""
+    members = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            state, _, its_group = (entry / "stat").read_text().rpartition(") ")[2].split()[:3]
+        except OSError:
+            continue  # it has just ended
+        if int(its_group) == group and state not in "ZX":
+            members.append(int(entry.name))
+    return members

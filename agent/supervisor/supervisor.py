@@ -1,0 +1,227 @@
+"""All coordinators of this agent: started once per pool, watched by many, never left behind."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+
+import structlog
+from sollol.errors import Reason, Refusal, Retry, refuse
+from sollol.report import CoordinatorPlan, Instance, InstanceState
+
+from agent.supervisor import leftovers
+from agent.supervisor.command import coordinator_argv, coordinator_environment
+from agent.supervisor.files import Directories, files_of, remove_oldest_logs
+from agent.supervisor.instance import Coordinator, Launch, Limits
+from agent.supervisor.restarts import History, RestartPolicy, after_death, retry_after_s
+from agent.supervisor.state import SETTLED
+
+log = structlog.get_logger(__name__)
+
+KEPT_RECORDS = 20
+KEPT_RECORD_S = 600.0
+_LONGEST_ID = 200
+_CLOSE_MARGIN_S = 5.0
+
+
+class Supervisor:
+    """Owns every coordinator of the node.
+
+    Args:
+        engine: How to run llama-server, such as `("/usr/bin/llama-server",)`; empty when there is none.
+        gpu_devices: That engine's names of its GPUs, in its order.
+        resolve: The file of a model by name; raises SollolError for names it does not know.
+        environment: Our own environment; engines get what they need of it and nothing else.
+        threads: Per coordinator, when its plan does not say; 0 leaves it to the engine.
+        on_gone: Called when an instance's process is gone, before anybody is told: gives its reservation back.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: tuple[str, ...],
+        gpu_devices: tuple[str, ...],
+        resolve: Callable[[str], Path],
+        environment: Mapping[str, str],
+        directories: Directories,
+        limits: Limits,
+        threads: int = 0,
+        restarts: RestartPolicy | None = None,
+        on_gone: Callable[[Instance], None] = lambda _: None,
+    ) -> None:
+        self._engine, self._gpu_devices, self._threads = engine, gpu_devices, threads
+        self._resolve = resolve
+        self._environment = coordinator_environment(environment)
+        self._directories, self._limits = directories, limits
+        self._restarts = restarts or RestartPolicy()
+        self._on_gone = on_gone
+        self._coordinators: dict[str, Coordinator] = {}
+        self._histories: dict[str, History] = {}
+        self._watchers: dict[str, set[asyncio.Queue[Instance]]] = {}
+        self._subscribers: list[Callable[[Instance], None]] = []
+        self._closing = False
+        directories.create()
+
+    async def reap_leftovers(self) -> int:
+        """End what a crashed agent left running; returns how many. Call it before the first start."""
+        return await leftovers.reap(self._directories)
+
+    async def start(self, pool_id: str, plan: CoordinatorPlan) -> Instance:
+        """Start a coordinator and return at once. One that starts or serves under this id is left as it is.
+
+        Raises:
+            SollolError: BACKING_OFF (the model keeps dying here), INSTANCE_NOT_READY (this pool is just stopping),
+                ENGINE_MISSING, INVALID_REQUEST, SHUTTING_DOWN, or whatever `resolve` says of the model.
+        """
+        existing = self._coordinators.get(pool_id)
+        if existing is not None and existing.view.state in (InstanceState.STARTING, InstanceState.READY):
+            return existing.view
+        self._check_start(pool_id, plan.model, existing)
+        launch = self._launch(pool_id, plan)
+        if existing is not None:
+            existing.dismiss()
+        self._forget_old_records()
+        running = [item.files.log for item in self._coordinators.values() if item.is_live]
+        remove_oldest_logs(self._directories.log, keep=running)
+        coordinator = Coordinator(
+            launch, self._limits, on_change=self._changed, on_gone=self._on_gone, wait_after=self._wait_after
+        )
+        # A new key goes last, also when the id is an old one: the order of records is the order of starts.
+        self._coordinators.pop(pool_id, None)
+        self._coordinators[pool_id] = coordinator
+        return coordinator.view
+
+    def _check_start(self, pool_id: str, model: str, existing: Coordinator | None) -> None:
+        if self._closing:
+            raise refuse(Reason.SHUTTING_DOWN, "this agent is shutting down", retryable=True)
+        if not 0 < len(pool_id) <= _LONGEST_ID:
+            raise refuse(Reason.INVALID_REQUEST, f"a pool id has 1 to {_LONGEST_ID} characters")
+        if not self._engine:
+            raise refuse(Reason.ENGINE_MISSING, "this node has no llama-server; run `sollol engine build`")
+        if existing is not None and existing.is_live:
+            message = f"{pool_id} is just stopping; ask again when it is gone, or under another id"
+            raise refuse(Reason.INSTANCE_NOT_READY, message, retryable=True, retry_after_s=self._limits.stop_grace_s)
+        wait_s = retry_after_s(self._histories.get(model, History()), now_s=self._now_s())
+        if wait_s > 0:
+            message = f"{model} died {self._restarts.deaths} times in short order here; see the log of its last start"
+            raise refuse(Reason.BACKING_OFF, message, retryable=True, retry_after_s=wait_s)
+
+    def _launch(self, pool_id: str, plan: CoordinatorPlan) -> Launch:
+        files = files_of(pool_id, self._directories)
+        argv = coordinator_argv(
+            self._engine,
+            plan,
+            model_path=self._resolve(plan.model),
+            socket_path=files.socket,
+            gpu_devices=self._gpu_devices,
+            threads=self._threads,
+        )
+        return Launch(instance_id=pool_id, plan=plan, argv=argv, environment=self._environment, files=files)
+
+    async def watch(self, instance_id: str) -> AsyncIterator[Instance]:
+        """Yield the present state, then every change; ends after READY, FAILED or STOPPED.
+
+        Raises:
+            SollolError: INSTANCE_NOT_FOUND.
+        """
+        # Bounded by nature: a life has a handful of states and at most a hundred percents.
+        changes: asyncio.Queue[Instance] = asyncio.Queue()
+        changes.put_nowait(self._find(instance_id).view)
+        watchers = self._watchers.setdefault(instance_id, set())
+        watchers.add(changes)
+        try:
+            while True:
+                instance = await changes.get()
+                yield instance
+                if instance.state in SETTLED:
+                    return
+        finally:
+            watchers.discard(changes)
+            if not watchers and self._watchers.get(instance_id) is watchers:
+                del self._watchers[instance_id]
+
+    async def stop(self, instance_id: str) -> None:
+        """Return when the process is gone and its reservation given back. Unknown and ended ones are a success."""
+        coordinator = self._coordinators.get(instance_id)
+        if coordinator is not None and coordinator.is_live:
+            await coordinator.stop()
+
+    async def close(self) -> None:
+        """Stop every coordinator, all at once; takes little more than the grace of one."""
+        self._closing = True
+        live = [item for item in self._coordinators.values() if item.is_live]
+        try:
+            async with asyncio.timeout(self._limits.stop_grace_s + _CLOSE_MARGIN_S):
+                await asyncio.gather(*(item.stop() for item in live))
+        except TimeoutError:
+            log.exception("coordinators_not_gone", instances=[item.view.instance_id for item in live if item.is_live])
+        await asyncio.gather(*(item.close() for item in self._coordinators.values()))
+
+    def instances(self) -> tuple[Instance, ...]:
+        """Every coordinator that runs, and those that failed not long ago."""
+        self._forget_old_records()
+        views = (item.view for item in self._coordinators.values())
+        return tuple(view for view in views if view.state is not InstanceState.STOPPED)
+
+    def socket_of(self, instance_id: str) -> Path:
+        """Raises SollolError: INSTANCE_NOT_FOUND, INSTANCE_NOT_READY."""
+        coordinator = self._find(instance_id)
+        if coordinator.view.state is not InstanceState.READY:
+            message = f"{instance_id} is {coordinator.view.state}, not ready to serve"
+            raise refuse(Reason.INSTANCE_NOT_READY, message, retryable=True)
+        return coordinator.files.socket
+
+    def failure_of(self, instance_id: str) -> Refusal | None:
+        """Why an instance's process is gone; None while it runs, and when the instance is unknown."""
+        coordinator = self._coordinators.get(instance_id)
+        if coordinator is None or coordinator.is_live:
+            return None
+        stopped = Refusal(reason=Reason.STOPPED, message=f"{instance_id} was stopped", retry=Retry.RETRYABLE)
+        return coordinator.view.refusal or stopped
+
+    def log_path(self, instance_id: str) -> Path:
+        """The log of an instance, also of one that ended long ago; raises SollolError: INSTANCE_NOT_FOUND."""
+        if instance_id in self._coordinators:
+            return self._coordinators[instance_id].files.log
+        path = files_of(instance_id, self._directories).log
+        if not path.exists():
+            self._find(instance_id)
+        return path
+
+    def pid_of(self, instance_id: str) -> int:
+        """0 when it does not run; raises SollolError: INSTANCE_NOT_FOUND."""
+        return self._find(instance_id).view.pid
+
+    def subscribe(self, callback: Callable[[Instance], None]) -> Callable[[], None]:
+        """Call `callback` with every change of every instance; returns what ends that."""
+        self._subscribers.append(callback)
+        return lambda: self._subscribers.remove(callback)
+
+    def _find(self, instance_id: str) -> Coordinator:
+        try:
+            return self._coordinators[instance_id]
+        except KeyError:
+            message = f"this node runs no instance {instance_id[:_LONGEST_ID]}; it may have ended long ago"
+            raise refuse(Reason.INSTANCE_NOT_FOUND, message, retryable=True) from None
+
+    def _changed(self, instance: Instance) -> None:
+        for changes in self._watchers.get(instance.instance_id, ()):
+            changes.put_nowait(instance)
+        for callback in tuple(self._subscribers):
+            callback(instance)
+
+    def _wait_after(self, instance: Instance) -> float:
+        before = self._histories.get(instance.model, History())
+        history = after_death(before, self._restarts, now_s=self._now_s())
+        self._histories[instance.model] = history
+        return retry_after_s(history, now_s=self._now_s())
+
+    def _forget_old_records(self) -> None:
+        ended = [item for item in reversed(self._coordinators.values()) if item.ended_s is not None]
+        for place, item in enumerate(ended):
+            if place >= KEPT_RECORDS or self._now_s() - (item.ended_s or 0.0) > KEPT_RECORD_S:
+                item.dismiss()
+                del self._coordinators[item.view.instance_id]
+
+    @staticmethod
+    def _now_s() -> float:
+        return asyncio.get_running_loop().time()
