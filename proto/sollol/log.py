@@ -68,7 +68,7 @@ def configure(
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
-        structlog.processors.TimeStamper(fmt="%H:%M:%S" if console else "iso", utc=not console, key="at"),
+        structlog.processors.TimeStamper(fmt="%H:%M:%S" if console else "iso", utc=not console),
         _mask_secrets,
     ]
     renderers = _renderers(console=console, colors=out.isatty(), journal=_is_journal(out, journal_stream))
@@ -96,14 +96,19 @@ def _renderers(*, console: bool, colors: bool, journal: bool) -> list[Processor]
     if console:
         # plain_traceback: the richer ones print local variables, and with them whatever secret they hold.
         text = structlog.dev.ConsoleRenderer(
-            colors=colors, timestamp_key="at", exception_formatter=structlog.dev.plain_traceback, pad_event_to=24
+            colors=colors, exception_formatter=structlog.dev.plain_traceback, pad_event_to=24
         )
         return [_mask_line(text, journal=journal)]
     return [structlog.processors.format_exc_info, _mask_line(_json_line, journal=journal)]
 
 
 def _json_line(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
-    ordered = {"at": event.pop("at", ""), "level": event.pop("level", ""), "event": event.pop("event", ""), **event}
+    ordered = {
+        "timestamp": event.pop("timestamp", ""),
+        "level": event.pop("level", ""),
+        "event": event.pop("event", ""),
+        **event,
+    }
     return msgspec.json.encode(ordered, enc_hook=str).decode()
 
 

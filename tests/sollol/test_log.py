@@ -43,7 +43,7 @@ def test_off_a_terminal_each_fact_is_one_json_line_with_its_fields():
     stream = configured(log_format="auto")
     structlog.get_logger("x").info("coordinator_ready", model="a\nb", took_s=1.5)
     (line,) = lines_of(stream)
-    assert line.pop("at").endswith("Z")
+    assert line.pop("timestamp").endswith("Z")
     assert line == {"level": "info", "event": "coordinator_ready", "model": "a\nb", "took_s": 1.5}
 
 
