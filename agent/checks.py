@@ -1,0 +1,109 @@
+"""What heads may ask for: ids, time-outs and plans within their ranges, before anything acts on them. Pure."""
+
+import re
+from collections.abc import Mapping
+
+from sollol.errors import Reason, SollolError, refuse
+from sollol.names import check_model_name
+from sollol.report import CoordinatorPlan, DeviceShare
+
+KV_TYPES = frozenset({"f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"})
+MAX_TTL_S = 600.0
+MAX_BYTES = 1 << 50
+_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+_DEVICE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+# Lowest and highest value of each number that becomes an engine flag.
+_RANGES = {
+    "parallel": (1, 256),
+    "context_per_slot": (1, 1 << 24),
+    "batch": (1, 1 << 16),
+    "ubatch": (1, 1 << 16),
+    "threads": (0, 1024),
+}
+_MAX_SHARES = 64
+_MAX_LAYERS = 4096
+
+
+def check_id(found: str, what: str) -> str:
+    """Return `found` when it can be a pool or instance id.
+
+    Raises:
+        SollolError: INVALID_REQUEST.
+    """
+    if not _ID.fullmatch(found):
+        raise _invalid(f"{what} {found[:40]!r} is not 1 to 128 of A-Z a-z 0-9 _ . -")
+    return found
+
+
+def check_ttl(ttl_s: float) -> float:
+    if not 1 <= ttl_s <= MAX_TTL_S:  # NaN fails too
+        raise _invalid(f"ttl_s is {ttl_s}, not 1 to {MAX_TTL_S:.0f} seconds")
+    return ttl_s
+
+
+def check_bytes(wanted: Mapping[str, int]) -> dict[str, int]:
+    if not 1 <= len(wanted) <= _MAX_SHARES:
+        raise _invalid(f"a reservation names 1 to {_MAX_SHARES} devices, not {len(wanted)}")
+    for device_id, size in wanted.items():
+        _check_device(device_id)
+        if not 0 <= size <= MAX_BYTES:
+            raise _invalid(f"{size} bytes on {device_id} are not within 0 to {MAX_BYTES}")
+    return dict(wanted)
+
+
+def check_plan(plan: CoordinatorPlan) -> None:
+    """Accept a plan whose every field can become an engine flag.
+
+    Raises:
+        SollolError: INVALID_REQUEST or INVALID_MODEL_NAME, naming the field.
+    """
+    check_model_name(plan.model)
+    for name, (lowest, highest) in _RANGES.items():
+        if not lowest <= getattr(plan, name) <= highest:
+            raise _invalid(f"plan.{name} is {getattr(plan, name)}, not {lowest} to {highest}")
+    if plan.ubatch > plan.batch:
+        raise _invalid(f"plan.ubatch ({plan.ubatch}) is larger than plan.batch ({plan.batch})")
+    if plan.kv_type not in KV_TYPES:
+        raise _invalid(f"plan.kv_type is {plan.kv_type[:20]!r}, not one of {', '.join(sorted(KV_TYPES))}")
+    if not 1 <= len(plan.shares) <= _MAX_SHARES:
+        raise _invalid(f"a plan has 1 to {_MAX_SHARES} shares, not {len(plan.shares)}")
+    for share in plan.shares:
+        _check_share(share)
+    devices = [share.device_id for share in plan.shares]
+    if len(set(devices)) != len(devices):
+        raise _invalid("a plan names each device once")
+
+
+def check_covered(plan: CoordinatorPlan, reserved: Mapping[str, int]) -> None:
+    """Accept a plan whose every share fits into the bytes reserved for its pool.
+
+    Raises:
+        SollolError: RESERVATION_MISSING, with the figures.
+    """
+    for share in plan.shares:
+        have = reserved.get(share.device_id, 0)
+        if share.total_bytes > have:
+            raise refuse(
+                Reason.RESERVATION_MISSING,
+                f"the plan puts {share.total_bytes} bytes on {share.device_id}, its pool reserved {have} there: "
+                "reserve what the plan says",
+                numbers={"needed_bytes": share.total_bytes, "reserved_bytes": have},
+            )
+
+
+def _check_share(share: DeviceShare) -> None:
+    _check_device(share.device_id)
+    if share.layers > _MAX_LAYERS:
+        raise _invalid(f"{share.layers} layers on {share.device_id} are more than {_MAX_LAYERS}")
+    parts = share.weight_bytes + share.kv_bytes + share.compute_bytes + share.margin_bytes
+    if parts != share.total_bytes or parts > MAX_BYTES:
+        raise _invalid(f"the bytes on {share.device_id} add up to {parts}, its total says {share.total_bytes}")
+
+
+def _check_device(device_id: str) -> None:
+    if not _DEVICE_ID.fullmatch(device_id):
+        raise _invalid(f"device id {device_id[:40]!r} is not 1 to 64 of A-Z a-z 0-9 _ . : -")
+
+
+def _invalid(message: str) -> SollolError:
+    return refuse(Reason.INVALID_REQUEST, message)

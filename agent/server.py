@@ -1,0 +1,259 @@
+"""The agent's gRPC service: checks what heads ask, lets the owners of state act, and answers as agent.proto says.
+
+Expected refusals are values where the response has a field for them, else the status and trailers of
+`sollol.channels`. Anything unexpected is logged once and becomes INTERNAL.
+"""
+
+import functools
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc.aio
+import msgspec
+import structlog
+from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untyped]
+from sollol import wire
+from sollol.channels import refusal_abort
+from sollol.errors import Reason, Refusal, SollolError, refuse
+from sollol.report import CoordinatorPlan, Device, Instance, InstanceState, Model, Report, Reservation
+from sollol.v1 import agent_pb2, agent_pb2_grpc
+
+from agent import log_tail
+from agent.checks import check_bytes, check_covered, check_id, check_plan, check_ttl
+
+_LIVE = frozenset({InstanceState.STARTING, InstanceState.READY, InstanceState.STOPPING})
+_LINES_PER_MESSAGE = 256
+
+log = structlog.get_logger()
+
+
+class Reporter(Protocol):
+    def current(self) -> Report:
+        """The newest report."""
+
+    def watch(self) -> AsyncIterator[Report]:
+        """The newest report, then every newer one."""
+
+    def changed(self) -> None:
+        """Something that reports show has changed: report soon."""
+
+
+class Ledger(Protocol):
+    def reserve(
+        self, pool_id: str, bytes_by_device: Mapping[str, int], ttl_s: float, devices: Sequence[Device]
+    ) -> Refusal | None: ...
+
+    def release(self, pool_id: str) -> None: ...
+
+    def bind(self, pool_id: str) -> dict[str, int]: ...
+
+    def freed(self, pool_id: str) -> None: ...
+
+    def reservations(self) -> tuple[Reservation, ...]: ...
+
+
+class Supervisor(Protocol):
+    async def start(self, pool_id: str, plan: CoordinatorPlan) -> Instance: ...
+
+    def watch(self, instance_id: str) -> AsyncIterator[Instance]: ...
+
+    async def stop(self, instance_id: str) -> None: ...
+
+    def instances(self) -> tuple[Instance, ...]: ...
+
+    def log_path(self, instance_id: str) -> Path: ...
+
+
+class Relaying(Protocol):
+    async def serve(self, context: Any) -> None: ...
+
+
+_Rpc = Callable[["AgentService", Any, Any], Coroutine[Any, Any, Any]]
+
+
+def _guarded(rpc: _Rpc) -> Any:
+    """Turn what an RPC raises into the call's status; nothing it raises is lost or logged twice."""
+
+    @functools.wraps(rpc)
+    async def call(self: "AgentService", request: Any, context: Any) -> Any:
+        try:
+            return await rpc(self, request, context)
+        except grpc.aio.AbortError:
+            raise
+        except SollolError as error:
+            await refusal_abort(context, error.refusal)
+        except grpc.aio.BaseError as error:
+            log.info("call_lost", rpc=rpc.__name__, error=str(error))
+            raise
+        except Exception:
+            log.exception("rpc_failed", rpc=rpc.__name__)
+            message = f"the agent failed in {rpc.__name__}; its log says why"
+            await refusal_abort(context, Refusal(reason=Reason.INTERNAL, message=message))
+
+    return call
+
+
+class AgentService(agent_pb2_grpc.AgentServiceServicer):
+    """One node's service; method by method as agent.proto documents it.
+
+    Args:
+        reporter: Owns the report.
+        ledger: Owns the reservations. Whoever builds this lets the supervisor call `ledger.freed` when a process is
+            gone.
+        supervisor: Owns the engine processes.
+        relay: Owns the token streams.
+    """
+
+    def __init__(self, *, reporter: Reporter, ledger: Ledger, supervisor: Supervisor, relay: Relaying) -> None:
+        self._reporter = reporter
+        self._ledger = ledger
+        self._supervisor = supervisor
+        self._relay = relay
+        self._health = health.aio.HealthServicer()
+        self._draining = False
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Add this service and the standard health service."""
+        agent_pb2_grpc.add_AgentServiceServicer_to_server(self, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+
+    async def drain(self) -> None:
+        """From now on take no reservation and start nothing; streams go on. Health says NOT_SERVING, for good."""
+        self._draining = True
+        await self._health.enter_graceful_shutdown()
+
+    @_guarded
+    async def GetReport(self, request: agent_pb2.GetReportRequest, context: Any) -> agent_pb2.GetReportResponse:
+        response = agent_pb2.GetReportResponse()
+        wire.fill(response.report, self._reporter.current())
+        return response
+
+    @_guarded
+    async def WatchReport(self, request: agent_pb2.WatchReportRequest, context: Any) -> None:
+        sent: tuple[Model, ...] | None = None
+        async for report in self._reporter.watch():
+            unchanged = sent is report.models or sent == report.models
+            sent = report.models
+            response = agent_pb2.WatchReportResponse(models_unchanged=unchanged)
+            wire.fill(response.report, msgspec.structs.replace(report, models=()) if unchanged else report)
+            await context.write(response)
+
+    @_guarded
+    async def Reserve(self, request: agent_pb2.ReserveRequest, context: Any) -> agent_pb2.ReserveResponse:
+        response = agent_pb2.ReserveResponse()
+        try:
+            self._reserve(request)
+        except SollolError as error:
+            wire.fill(response.refusal, error.refusal)
+        return response
+
+    def _reserve(self, request: agent_pb2.ReserveRequest) -> None:
+        pool_id = check_id(request.pool_id, "pool id")
+        wanted, ttl_s = check_bytes(request.bytes), check_ttl(request.ttl_s)
+        self._check_open()
+        report = self._reporter.current()
+        if report.cordoned:
+            raise refuse(Reason.CORDONED, f"node {report.node_id} is cordoned: it takes no new pools", retryable=True)
+        refusal = self._ledger.reserve(pool_id, wanted, ttl_s, report.devices)
+        if refusal is not None:
+            raise SollolError(refusal)
+        self._reporter.changed()
+
+    @_guarded
+    async def Release(self, request: agent_pb2.ReleaseRequest, context: Any) -> agent_pb2.ReleaseResponse:
+        self._ledger.release(check_id(request.pool_id, "pool id"))
+        self._reporter.changed()
+        return agent_pb2.ReleaseResponse()
+
+    @_guarded
+    async def StartCoordinator(
+        self,
+        request: agent_pb2.StartCoordinatorRequest,
+        context: Any,
+    ) -> agent_pb2.StartCoordinatorResponse:
+        response = agent_pb2.StartCoordinatorResponse()
+        try:
+            instance = await self._start(request)
+        except SollolError as error:
+            wire.fill(response.refusal, error.refusal)
+        else:
+            wire.fill(response.instance, instance)
+        return response
+
+    async def _start(self, request: agent_pb2.StartCoordinatorRequest) -> Instance:
+        pool_id = check_id(request.pool_id, "pool id")
+        plan = _plan_of(request)
+        for instance in self._supervisor.instances():
+            if instance.instance_id == pool_id and instance.state in (InstanceState.STARTING, InstanceState.READY):
+                return instance
+        self._check_open()
+        held = next((item for item in self._ledger.reservations() if item.pool_id == pool_id), None)
+        if held is not None:  # else bind says so
+            check_covered(plan, held.bytes)
+        self._ledger.bind(pool_id)
+        try:
+            return await self._supervisor.start(pool_id, plan)
+        except BaseException:
+            if not self._is_live(pool_id):
+                self._ledger.freed(pool_id)
+            raise
+        finally:
+            self._reporter.changed()
+
+    @_guarded
+    async def WatchInstance(self, request: agent_pb2.WatchInstanceRequest, context: Any) -> None:
+        async for instance in self._supervisor.watch(check_id(request.instance_id, "instance id")):
+            response = agent_pb2.WatchInstanceResponse()
+            wire.fill(response.instance, instance)
+            await context.write(response)
+
+    @_guarded
+    async def Stop(self, request: agent_pb2.StopRequest, context: Any) -> agent_pb2.StopResponse:
+        instance_id = check_id(request.instance_id, "instance id")
+        await self._supervisor.stop(instance_id)
+        self._ledger.release(instance_id)  # reserved, and never started
+        self._reporter.changed()
+        return agent_pb2.StopResponse()
+
+    @_guarded
+    async def Relay(self, request_iterator: Any, context: Any) -> None:
+        await self._relay.serve(context)
+
+    @_guarded
+    async def TailLog(self, request: agent_pb2.TailLogRequest, context: Any) -> None:
+        try:
+            instance_id = check_id(request.instance_id, "instance id")
+            path = self._supervisor.log_path(instance_id)
+        except SollolError as error:
+            response = agent_pb2.TailLogResponse()
+            wire.fill(response.refusal, error.refusal)
+            await context.write(response)
+            return
+        lines, offset = await log_tail.tail(path, request.lines, unfinished=not request.follow)
+        await _write_lines(context, lines)
+        if request.follow:
+            async for more in log_tail.follow(path, offset, ended=lambda: not self._is_live(instance_id)):
+                await _write_lines(context, more)
+
+    def _is_live(self, instance_id: str) -> bool:
+        found = self._supervisor.instances()
+        return any(item.instance_id == instance_id and item.state in _LIVE for item in found)
+
+    def _check_open(self) -> None:
+        if self._draining:
+            raise refuse(Reason.SHUTTING_DOWN, "this agent is shutting down", retryable=True)
+
+
+def _plan_of(request: agent_pb2.StartCoordinatorRequest) -> CoordinatorPlan:
+    try:
+        plan = wire.value(CoordinatorPlan, request.plan)
+    except msgspec.ValidationError as error:
+        raise refuse(Reason.INVALID_REQUEST, f"the plan is not readable: {error}") from error
+    check_plan(plan)
+    return plan
+
+
+async def _write_lines(context: Any, lines: Sequence[str]) -> None:
+    for start in range(0, len(lines), _LINES_PER_MESSAGE):
+        await context.write(agent_pb2.TailLogResponse(lines=lines[start : start + _LINES_PER_MESSAGE]))
