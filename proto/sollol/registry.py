@@ -1,0 +1,214 @@
+"""The notice board: Redis, and the only place that knows its keys.
+
+| key                             | type   | value                                             | life                |
+|---------------------------------|--------|---------------------------------------------------|---------------------|
+| `sollol:node:<node id>`         | string | JSON of `sollol.report.Report`                    | lease               |
+| `sollol:nodes`                  | zset   | node id, scored by its lease's end in server ms   | longest lease in it |
+| `sollol:rpc:node:<host>:<port>` | string | JSON of `SeedNode`, the seed's record             | lease               |
+| `sollol:events`                 | stream | `kind`, `payload` in JSON: decisions and events   | 10 000 entries      |
+
+Never the only copy of anything, and never obeyed: heads read here where agents are, agents read nothing. What is found
+here was written by others, so each value is checked alone, and a bad one costs its own node only. Deadlines are the
+server's clock, so that no node's wrong clock makes it or others vanish.
+"""
+
+from collections.abc import Awaitable, Mapping
+from typing import Any
+
+import msgspec
+import structlog
+from msgspec import Struct
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import RedisError
+
+from sollol.report import DeviceKind, Report
+
+log = structlog.get_logger(__name__)
+
+NODES_KEY = "sollol:nodes"
+EVENTS_KEY = "sollol:events"
+EVENTS_KEPT = 10_000
+
+_SOCKET_TIMEOUT_S = 1.0
+_RETRIES = 2
+_CONNECTIONS = 8  # a burst of events waits for one instead of opening more
+_HEALTH_CHECK_S = 15
+
+# Writes the report, its place in the index and the seed's record at once. An index of a wrong type is replaced: a
+# stranger's SET must not hide the cluster for ever.
+_PUBLISH = """
+local time = redis.call('TIME')
+local now, lease = time[1] * 1000 + math.floor(time[2] / 1000), tonumber(ARGV[2])
+if redis.call('TYPE', KEYS[2]).ok ~= 'zset' then redis.call('DEL', KEYS[2]) end
+redis.call('SET', KEYS[1], ARGV[3], 'PX', lease)
+redis.call('SET', KEYS[3], ARGV[4], 'PX', lease)
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
+redis.call('ZADD', KEYS[2], now + lease, ARGV[1])
+if redis.call('PTTL', KEYS[2]) < lease then redis.call('PEXPIRE', KEYS[2], lease) end
+return 1
+"""
+
+_LIVE_IDS = """
+if redis.call('TYPE', KEYS[1]).ok ~= 'zset' then return {} end
+local time = redis.call('TIME')
+return redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. time[1] * 1000 + math.floor(time[2] / 1000), '+inf')
+"""
+
+
+def node_key(node_id: str) -> str:
+    return f"sollol:node:{node_id}"
+
+
+def rpc_node_key(report: Report) -> str:
+    """The seed's key of a node, so that the seed's commands go on working."""
+    return f"sollol:rpc:node:{report.host}:{report.port}"
+
+
+class RegistryUnavailable(Exception):  # noqa: N818 - it names a condition that callers live through, not a defect
+    """Raised when Redis cannot be reached in time or refuses; what was asked may or may not have been done."""
+
+
+class SeedNode(Struct, frozen=True, kw_only=True):
+    """The seed's record of a node: totals, in MB of 2**20 bytes.
+
+    Only GPUs that layers can go to are listed. A GPU that shares the CPU's memory has 0 of its own.
+    """
+
+    has_gpu: bool
+    gpu_devices: tuple[str, ...]
+    gpu_vram_mb: tuple[int, ...]
+    gpu_names: tuple[str, ...]
+    cpu_ram_mb: int
+
+
+class Event(Struct, frozen=True, kw_only=True):
+    """One entry of the history; `unix_s` is the Redis server's time."""
+
+    event_id: str
+    unix_s: float
+    kind: str
+    payload: Any
+
+
+def seed_node(report: Report) -> SeedNode:
+    gpus = [device for device in report.devices if device.kind is DeviceKind.GPU and device.usable]
+    ram = sum(device.total_bytes for device in report.devices if device.kind is DeviceKind.CPU)
+    return SeedNode(
+        has_gpu=bool(gpus),
+        gpu_devices=tuple(gpu.device_id for gpu in gpus),
+        gpu_vram_mb=tuple(0 if gpu.unified else gpu.total_bytes >> 20 for gpu in gpus),
+        gpu_names=tuple(gpu.name for gpu in gpus),
+        cpu_ram_mb=ram >> 20,
+    )
+
+
+class Registry:
+    """One client of the notice board. Every call ends within a few seconds: 1 s time-outs, 2 retries.
+
+    Every method but `close` raises RegistryUnavailable.
+
+    Args:
+        url: `redis://`, `rediss://` or `unix://`, as redis-py reads them.
+        client_name: Shown by `CLIENT LIST`; no spaces.
+    """
+
+    def __init__(self, url: str, *, client_name: str = "sollol") -> None:
+        pool = BlockingConnectionPool.from_url(
+            url,
+            max_connections=_CONNECTIONS,
+            timeout=_SOCKET_TIMEOUT_S,
+            client_name=client_name,
+            socket_timeout=_SOCKET_TIMEOUT_S,
+            socket_connect_timeout=_SOCKET_TIMEOUT_S,
+            retry=Retry(ExponentialWithJitterBackoff(cap=0.5, base=0.05), _RETRIES),
+            health_check_interval=_HEALTH_CHECK_S,
+        )
+        self._redis: Redis = Redis.from_pool(pool)
+        self._publish = self._redis.register_script(_PUBLISH)
+        self._live_ids = self._redis.register_script(_LIVE_IDS)
+        self._decoder = msgspec.json.Decoder(Report)
+        self._complained: set[str] = set()
+
+    async def ping(self) -> None:
+        await self._ask(self._redis.ping())
+
+    async def publish(self, report: Report, lease_s: float) -> None:
+        """Put a report up for `lease_s` seconds; its node is listed until then or until the next report."""
+        await self._ask(
+            self._publish(
+                keys=[node_key(report.node_id), NODES_KEY, rpc_node_key(report)],
+                args=[
+                    report.node_id,
+                    max(1, int(lease_s * 1000)),
+                    msgspec.json.encode(report),
+                    msgspec.json.encode(seed_node(report)),
+                ],
+            )
+        )
+
+    async def withdraw(self, report: Report) -> None:
+        """Take a node's report down at once, when its agent leaves in order."""
+        async with self._redis.pipeline(transaction=True) as pipeline:
+            pipeline.delete(node_key(report.node_id), rpc_node_key(report))
+            pipeline.zrem(NODES_KEY, report.node_id)
+            await self._ask(pipeline.execute())
+
+    async def reports(self) -> tuple[Report, ...]:
+        """The newest report of every node whose lease stands, ordered by node id. Costs no KEYS and no SCAN."""
+        raw_ids: list[bytes] = await self._ask(self._live_ids(keys=[NODES_KEY]))
+        ids = sorted(raw.decode(errors="backslashreplace") for raw in raw_ids)
+        if not ids:
+            return ()
+        values: list[bytes | None] = await self._ask(self._redis.mget([node_key(node_id) for node_id in ids]))
+        found = (self._decoded(node_id, value) for node_id, value in zip(ids, values, strict=True) if value is not None)
+        return tuple(report for report in found if report is not None)
+
+    async def record(self, kind: str, payload: Struct | Mapping[str, Any]) -> None:
+        """Add one decision or event to the history, which drops its oldest entries."""
+        entry: dict[Any, Any] = {"kind": kind, "payload": msgspec.json.encode(payload)}
+        await self._ask(self._redis.xadd(EVENTS_KEY, entry, maxlen=EVENTS_KEPT, approximate=True))
+
+    async def events(self, count: int) -> tuple[Event, ...]:
+        """The newest `count` entries of the history, oldest first. Entries of strangers' making are left out."""
+        entries: list[tuple[bytes, dict[bytes, bytes]]] = await self._ask(
+            self._redis.xrevrange(EVENTS_KEY, count=count)
+        )
+        events = (_event(entry_id.decode(), fields) for entry_id, fields in reversed(entries))
+        return tuple(event for event in events if event is not None)
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+    def _decoded(self, node_id: str, value: bytes) -> Report | None:
+        try:
+            report = self._decoder.decode(value)
+        except (msgspec.DecodeError, RecursionError) as error:
+            self._complain(node_id, str(error))
+            return None
+        if report.node_id != node_id:
+            self._complain(node_id, f"it is the report of node {report.node_id!r}")
+            return None
+        self._complained.discard(node_id)
+        return report
+
+    def _complain(self, node_id: str, problem: str) -> None:
+        """Once per node until its report is good again: heads read every second."""
+        if node_id not in self._complained:
+            self._complained.add(node_id)
+            log.warning("registry_value_skipped", key=node_key(node_id), problem=problem)
+
+    async def _ask(self, answer: Awaitable[Any]) -> Any:
+        try:
+            return await answer
+        except (RedisError, OSError, TimeoutError) as error:
+            raise RegistryUnavailable(f"Redis: {error or type(error).__name__}") from error
+
+
+def _event(event_id: str, fields: Mapping[bytes, bytes]) -> Event | None:
+    try:
+        kind, payload = fields[b"kind"].decode(), msgspec.json.decode(fields[b"payload"])
+    except (KeyError, UnicodeDecodeError, msgspec.DecodeError):
+        return None
+    return Event(event_id=event_id, unix_s=int(event_id.partition("-")[0]) / 1000, kind=kind, payload=payload)
