@@ -1,0 +1,303 @@
+"""What the memory model needs to know of a model, from its GGUF headers alone.
+
+Generic over architectures: metadata keys begin with the architecture's name and mean the same in all. What the engine
+decides by architecture (which layers slide, which are recurrent) is in the tables here, read from its source.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from sollol.errors import Reason, SollolError, refuse
+from sollol.gguf import Header, Skipped, TensorInfo, Value
+from sollol.gguf_tables import FILE_TYPE_GUESSED, FILE_TYPES, TENSOR_TYPES
+from sollol.names import quoted
+from sollol.report import ModelShape
+
+MOST_LAYERS = 512  # the engine's own limit
+LARGEST_FIGURE = 1 << 31
+WIDEST = 1 << 20  # of one layer: the widest models today have 1 << 16; more would overflow every sum made of it
+F32 = 4
+
+# Period of the sliding layers where the file does not say: all but the last of each period slide.
+SLIDING_PERIODS = {
+    "afmoe": 4,
+    "cohere2": 4,
+    "exaone-moe": 4,
+    "gemma-embedding": 6,
+    "gemma2": 2,
+    "gemma3": 6,
+    "gemma3n": 5,
+    "gpt-oss": 2,
+    "llama4": 4,
+    "mellum": 4,
+    "olmo2": 4,
+    "plamo3": 8,
+}
+# All but the first of each period slide.
+SLIDING_PERIODS_DENSE_FIRST = {"cohere2moe": 4, "laguna": 4, "modern-bert": 3, "smallthinker": 4}
+DEFAULT_WINDOWS = {"gemma2": 4096, "llama4": 8192}
+IGNORED_WINDOWS = frozenset({"phi3"})  # the engine keeps everything
+RECURRENT = frozenset({"mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7"})
+BOTH_IN_EVERY_LAYER = frozenset({"falcon-h1"})
+FULL_ATTENTION_INTERVALS = {"qwen3next": 4, "qwen35": 4, "qwen35moe": 4, "minimax-01": 8}
+LIGHTNING_ATTENTION = frozenset({"minimax-01"})  # a state of key length squared for every head
+KV_LAYERS_FROM_START = {"gemma3n": 20}  # the later ones use the caches of earlier ones
+NOT_LANGUAGE_MODELS = frozenset({"clip", "wavtokenizer-dec"})
+
+_LAYER = re.compile(r"(?:(?:enc|dec)\.)?blk\.(\d{1,9})\.", re.ASCII)
+_EXPERTS = re.compile(r"\.ffn_\w+_exps\.")
+_STAYS_ON_HOST = re.compile(r"(token_embd|per_layer_token_embd|position_embd|token_types)\b")
+
+
+class _Metadata:
+    """One model's metadata as checked figures. `figure("block_count")` reads `<architecture>.block_count`."""
+
+    def __init__(self, header: Header) -> None:
+        self._header = header
+        self.architecture = self.word("general.architecture")
+        if not self.architecture:
+            raise self.corrupt("its metadata names no architecture")
+
+    def corrupt(self, what: str) -> SollolError:
+        return refuse(Reason.MODEL_CORRUPT, f"{quoted(self._header.name)}: {what}; get another file of this model")
+
+    def word(self, key: str) -> str:
+        value = self._header.metadata.get(key, "")
+        return value if isinstance(value, str) else ""
+
+    def _value(self, name: str) -> Value | None:
+        return self._header.metadata.get(f"{self.architecture}.{name}")
+
+    def has(self, name: str) -> bool:
+        return self._value(name) is not None
+
+    def figure(self, name: str, default: int = 0) -> int:
+        """A number, or the largest of an array with one per layer."""
+        value = self._value(name)
+        if value is None:
+            return default
+        return max((self._checked(name, item) for item in (value if isinstance(value, tuple) else (value,))), default=0)
+
+    def per_layer(self, name: str, layers: int, default: int) -> tuple[int, ...]:
+        value = self._value(name)
+        if not isinstance(value, tuple):
+            return (default if value is None else self._checked(name, value),) * layers
+        if len(value) < layers:
+            raise self.corrupt(f"{name} has {len(value)} entries for {layers} layers")
+        return tuple(self._checked(name, item) for item in value[:layers])
+
+    def flags(self, name: str, layers: int) -> tuple[bool, ...] | None:
+        """One truth per layer, None when the file has no such array."""
+        if not isinstance(self._value(name), tuple):
+            return None
+        return tuple(bool(item) for item in self.per_layer(name, layers, 0))
+
+    def _checked(self, name: str, value: Value) -> int:
+        if not isinstance(value, int) or not 0 <= value <= LARGEST_FIGURE:
+            raise self.corrupt(f"{name} is {quoted(str(value))}, no sensible number")
+        return int(value)
+
+    def length(self, key: str) -> int:
+        value = self._header.metadata.get(key)
+        if isinstance(value, Skipped):
+            return value.length
+        return len(value) if isinstance(value, tuple) else 0
+
+
+def shape_of(headers: Sequence[Header]) -> ModelShape:
+    """The shape of a model from the headers of all its parts, the first one first.
+
+    Raises:
+        SollolError: MODEL_CORRUPT when figures are missing, absurd or contradict the tensors; MODEL_UNSUPPORTED for
+            files that are no language model.
+    """
+    metadata = _Metadata(headers[0])
+    if metadata.architecture in NOT_LANGUAGE_MODELS or metadata.word("general.type") in {"adapter", "mmproj"}:
+        raise refuse(Reason.MODEL_UNSUPPORTED, f"{quoted(headers[0].name)} is no language model but an addition to one")
+    layers = metadata.figure("block_count")
+    if not 1 <= layers <= MOST_LAYERS:
+        raise metadata.corrupt(f"it claims {layers} layers, must be 1 to {MOST_LAYERS}")
+    tensors = tuple(tensor for header in headers for tensor in header.tensors)
+    layer_bytes, expert_bytes = _bytes_per_layer(metadata, tensors, layers)
+    embedding, output = _bytes_outside_layers(tensors)
+    window, sliding = _sliding(metadata, layers)
+    recurrent = _recurrent_layers(metadata, layers)
+    experts = metadata.figure("expert_count")
+    heads = metadata.figure("attention.head_count")
+    head_size = metadata.figure("embedding_length") // heads if heads else 0
+    is_mla = metadata.has("attention.key_length_mla")  # the engine then keeps compressed keys only
+    shape = ModelShape(
+        architecture=metadata.architecture,
+        layers=layers,
+        embedding_length=metadata.figure("embedding_length"),
+        feed_forward_length=_feed_forward_length(metadata),
+        heads=heads,
+        kv_heads=_kv_heads(metadata, layers, recurrent),
+        key_length=_longest(metadata, "attention.key_length", head_size),
+        value_length=0 if is_mla else _longest(metadata, "attention.value_length", head_size),
+        vocabulary=metadata.length("tokenizer.ggml.tokens") or metadata.figure("vocab_size"),
+        context_length=metadata.figure("context_length"),
+        layer_bytes=layer_bytes,
+        embedding_bytes=embedding,
+        output_bytes=output,
+        sliding_window=window,
+        sliding_layers=sliding,
+        experts=experts,
+        experts_used=min(metadata.figure("expert_used_count"), experts),
+        expert_bytes=expert_bytes if experts else (),
+        recurrent_bytes=_recurrent_bytes(metadata, recurrent),
+    )
+    _check_widths(metadata, shape)
+    return shape
+
+
+def _check_widths(metadata: _Metadata, shape: ModelShape) -> None:
+    longest = max(shape.key_length, shape.value_length)
+    widths = {
+        "embedding": shape.embedding_length,
+        "feed-forward": shape.feed_forward_length,
+        "attention": max(shape.heads, *shape.kv_heads) * longest,
+        "vocabulary": shape.vocabulary // 16,
+        "recurrent state": max(shape.recurrent_bytes, default=0) // 1024,
+    }
+    for name, width in widths.items():
+        if width > WIDEST:
+            raise metadata.corrupt(f"its {name} of {width} is absurd")
+    if not shape.embedding_length:
+        raise metadata.corrupt("it claims no embedding length")
+
+
+def has_chat_template(header: Header) -> bool:
+    return "tokenizer.chat_template" in header.metadata
+
+
+def quantization_of(headers: Sequence[Header]) -> str:
+    """`Q4_K_M` and the like: what the file says, else the type of most of its bytes."""
+    file_type = headers[0].metadata.get("general.file_type")
+    if isinstance(file_type, int) and (name := FILE_TYPES.get(file_type & ~FILE_TYPE_GUESSED)):
+        return name
+    sizes: Counter[int] = Counter()
+    for header in headers:
+        for tensor in header.tensors:
+            sizes[tensor.type] += tensor.size_bytes
+    return TENSOR_TYPES[sizes.most_common(1)[0][0]][0] if sizes else ""
+
+
+def _bytes_per_layer(
+    metadata: _Metadata, tensors: Iterable[TensorInfo], layers: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Bytes of all tensors, and of the experts' alone, by layer."""
+    everything, experts = [0] * layers, [0] * layers
+    for tensor in tensors:
+        found = _LAYER.match(tensor.name)
+        if found is None:
+            continue
+        layer = int(found[1])
+        if layer >= layers:
+            raise metadata.corrupt(f"tensor {quoted(tensor.name)} is beyond its {layers} layers")
+        everything[layer] += tensor.size_bytes
+        if _EXPERTS.search(tensor.name):
+            experts[layer] += tensor.size_bytes
+    needed = everything[: max(1, layers - metadata.figure("nextn_predict_layers"))]  # drafting layers may be left out
+    if not all(needed):
+        raise metadata.corrupt(f"layer {everything.index(0)} of {layers} has no weights")
+    return tuple(everything), tuple(experts)
+
+
+def _bytes_outside_layers(tensors: Iterable[TensorInfo]) -> tuple[int, int]:
+    """Bytes that stay in the host's memory (embeddings), and bytes beside the last layer (output head, norms)."""
+    outside = {tensor.name: tensor.size_bytes for tensor in tensors if not _LAYER.match(tensor.name)}
+    host = sum(size for name, size in outside.items() if _STAYS_ON_HOST.match(name))
+    output = sum(outside.values()) - host
+    if "output.weight" not in outside:  # the engine uses a copy of the embeddings
+        output += outside.get("token_embd.weight", 0)
+    return host, output
+
+
+def _feed_forward_length(metadata: _Metadata) -> int:
+    """The widest that one token gets in a layer: with experts, all the chosen ones together."""
+    dense = metadata.figure("feed_forward_length")
+    used = metadata.figure("expert_used_count")
+    return max(dense, used * metadata.figure("expert_feed_forward_length", dense))
+
+
+def _longest(metadata: _Metadata, name: str, head_size: int) -> int:
+    """A head's length. Where sliding layers have another one, the longer of the two stands for both."""
+    return max(metadata.figure(name, head_size), metadata.figure(f"{name}_swa"))
+
+
+def _kv_heads(metadata: _Metadata, layers: int, recurrent: Sequence[bool]) -> tuple[int, ...]:
+    heads = metadata.per_layer("attention.head_count", layers, 0)
+    kv_heads = metadata.per_layer("attention.head_count_kv", layers, 0)
+    if not metadata.has("attention.head_count_kv"):
+        kv_heads = heads
+    shared = metadata.figure("attention.shared_kv_layers")
+    cached = min(KV_LAYERS_FROM_START.get(metadata.architecture, layers), layers - min(shared, layers))
+    attends_everywhere = metadata.architecture in BOTH_IN_EVERY_LAYER
+    return tuple(
+        count if layer < cached and (attends_everywhere or not recurrent[layer]) else 0
+        for layer, count in enumerate(kv_heads)
+    )
+
+
+def _sliding(metadata: _Metadata, layers: int) -> tuple[int, tuple[bool, ...]]:
+    architecture = metadata.architecture
+    window = metadata.figure("attention.sliding_window", DEFAULT_WINDOWS.get(architecture, 0))
+    if architecture in IGNORED_WINDOWS or not window:
+        return 0, ()
+    pattern = metadata.flags("attention.sliding_window_pattern", layers)
+    if pattern is None:
+        dense_first = SLIDING_PERIODS_DENSE_FIRST.get(architecture)
+        period = dense_first or SLIDING_PERIODS.get(architecture)
+        if period is None:
+            return 0, ()  # unknown here: counted as if every layer kept everything
+        period = metadata.figure("attention.sliding_window_pattern", period)
+        dense_at = 0 if dense_first else period - 1
+        pattern = tuple(not period or layer % period != dense_at for layer in range(layers))
+    return window, pattern
+
+
+def _recurrent_layers(metadata: _Metadata, layers: int) -> tuple[bool, ...]:
+    """Which layers keep a state of fixed size in place of, or beside, keys and values."""
+    if metadata.architecture in RECURRENT | BOTH_IN_EVERY_LAYER:
+        return (True,) * layers
+    listed = metadata.flags("attention.recurrent_layers", layers)
+    if listed is not None:
+        return listed
+    interval = FULL_ATTENTION_INTERVALS.get(metadata.architecture)
+    if interval is not None:
+        interval = metadata.figure("full_attention_interval", interval) or 1
+        return tuple((layer + 1) % interval != 0 for layer in range(layers))
+    if not _state_elements(metadata):
+        return (False,) * layers
+    feed_forward = metadata.per_layer("feed_forward_length", layers, 0)
+    kv_heads = metadata.per_layer("attention.head_count_kv", layers, 0)
+    pure_feed_forward = metadata.architecture.startswith("nemotron_h")
+    return tuple(
+        not heads and not (pure_feed_forward and width) for heads, width in zip(kv_heads, feed_forward, strict=True)
+    )
+
+
+def _state_elements(metadata: _Metadata) -> int:
+    """Elements that a recurrent layer keeps per sequence: its convolution's inputs and its state."""
+    embedding = metadata.figure("embedding_length")
+    if wkv := metadata.figure("wkv.head_size"):
+        return embedding * (metadata.figure("token_shift_count", 2) + wkv)
+    if kernel := metadata.figure("shortconv.l_cache"):
+        return embedding * (kernel - 1)
+    kernel = max(metadata.figure("ssm.conv_kernel") - 1, 0)
+    if head := metadata.figure("kda.head_dim"):
+        heads = metadata.figure("attention.head_count")
+        return heads * head * (3 * (kernel or 3) + head)
+    if metadata.architecture in LIGHTNING_ATTENTION:
+        return metadata.figure("attention.head_count") * metadata.figure("attention.key_length") ** 2
+    inner, state = metadata.figure("ssm.inner_size"), metadata.figure("ssm.state_size")
+    return kernel * (inner + 2 * metadata.figure("ssm.group_count") * state) + state * inner
+
+
+def _recurrent_bytes(metadata: _Metadata, recurrent: Sequence[bool]) -> tuple[int, ...]:
+    if not any(recurrent):
+        return ()
+    size = F32 * _state_elements(metadata)
+    return tuple(size if is_recurrent else 0 for is_recurrent in recurrent)
