@@ -12,6 +12,7 @@ here was written by others, so each value is checked alone, and a bad one costs 
 server's clock, so that no node's wrong clock makes it or others vanish.
 """
 
+import asyncio
 from collections.abc import Awaitable, Mapping
 from typing import Any
 
@@ -35,6 +36,7 @@ _SOCKET_TIMEOUT_S = 1.0
 _RETRIES = 2
 _CONNECTIONS = 8  # a burst of events waits for one instead of opening more
 _HEALTH_CHECK_S = 15
+_CALL_WITHIN_S = 3.0  # against a frozen server the retries of connecting and of asking would multiply
 
 # Writes the report, its place in the index and the seed's record at once. An index of a wrong type is replaced: a
 # stranger's SET must not hide the cluster for ever.
@@ -105,7 +107,7 @@ def seed_node(report: Report) -> SeedNode:
 
 
 class Registry:
-    """One client of the notice board. Every call ends within a few seconds: 1 s time-outs, 2 retries.
+    """One client of the notice board. Every call ends within a few seconds.
 
     Every method but `close` raises RegistryUnavailable.
 
@@ -201,7 +203,8 @@ class Registry:
 
     async def _ask(self, answer: Awaitable[Any]) -> Any:
         try:
-            return await answer
+            async with asyncio.timeout(_CALL_WITHIN_S):
+                return await answer
         except (RedisError, OSError, TimeoutError) as error:
             raise RegistryUnavailable(f"Redis: {error or type(error).__name__}") from error
 

@@ -1,0 +1,220 @@
+import asyncio
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from redis import Redis
+from sollol.errors import Reason, Refusal
+from sollol.registry import Registry, RegistryUnavailable, node_key
+from sollol.report import Device, DeviceKind, Model, Report
+from structlog.testing import capture_logs
+
+from tests.redis_fixture import redis_command, wait_for_redis
+from tests.waiting import wait_until
+
+GIB = 1 << 30
+CPU = Device(device_id="CPU", kind=DeviceKind.CPU, total_bytes=16 * GIB, free_bytes=10 * GIB)
+CUDA = Device(device_id="CUDA0", kind=DeviceKind.GPU, name="RTX 3090", total_bytes=24 * GIB, free_bytes=20 * GIB)
+
+pytestmark = pytest.mark.usefixtures("every_key_has_a_lease")
+
+
+def report(node_id: str = "laptop", devices: tuple[Device, ...] = (CPU,), **more) -> Report:
+    return Report(node_id=node_id, host="192.168.1.20", port=7462, devices=devices, **more)
+
+
+@pytest.fixture
+async def registry(clean_redis: str):
+    registry = Registry(clean_redis, client_name="sollol-test")
+    yield registry
+    await registry.close()
+
+
+@pytest.fixture
+def redis(clean_redis: str):
+    with Redis.from_url(clean_redis) as client:
+        yield client
+
+
+async def test_a_published_report_is_read_back_whole(registry: Registry):
+    problem = Refusal(reason=Reason.MODEL_CORRUPT, message="truncated", numbers={"size_bytes": 3})
+    sent = report(
+        devices=(CPU, CUDA),
+        labels={"rack": "attic"},
+        models=(Model(name="a", size_bytes=1, identity="x", problem=problem),),
+    )
+    await registry.publish(sent, lease_s=5)
+    assert await registry.reports() == (sent,)
+
+
+async def test_reports_are_ordered_by_node_id_and_the_newest_wins(registry: Registry):
+    for node_id, sequence in (("b", 1), ("a", 1), ("b", 2)):
+        await registry.publish(report(node_id, sequence=sequence), lease_s=5)
+    assert [(found.node_id, found.sequence) for found in await registry.reports()] == [("a", 1), ("b", 2)]
+
+
+async def test_the_seed_finds_its_fields_and_only_those(registry: Registry, redis: Redis):
+    unified = msgspec.structs.replace(CUDA, device_id="Vulkan1", name="iGPU", unified=True)
+    unusable = msgspec.structs.replace(CUDA, device_id="AMD0", usable=False)
+    await registry.publish(report(devices=(CPU, CUDA, unified, unusable)), lease_s=5)
+    assert json.loads(redis.get("sollol:rpc:node:192.168.1.20:7462")) == {
+        "has_gpu": True,
+        "gpu_devices": ["CUDA0", "Vulkan1"],
+        "gpu_vram_mb": [24576, 0],
+        "gpu_names": ["RTX 3090", "iGPU"],
+        "cpu_ram_mb": 16384,
+    }
+
+
+async def test_a_node_without_gpu_has_empty_lists_in_the_seeds_record(registry: Registry, redis: Redis):
+    await registry.publish(report(), lease_s=5)
+    record = json.loads(redis.get("sollol:rpc:node:192.168.1.20:7462"))
+    assert record == {"has_gpu": False, "gpu_devices": [], "gpu_vram_mb": [], "gpu_names": [], "cpu_ram_mb": 16384}
+
+
+async def test_a_silent_node_is_gone_when_its_lease_ends(registry: Registry, redis: Redis):
+    await registry.publish(report("brief"), lease_s=0.1)
+    await registry.publish(report("lasting"), lease_s=10)
+    assert len(await registry.reports()) == 2
+
+    async def only_one_left() -> bool:
+        return [found.node_id for found in await registry.reports()] == ["lasting"]
+
+    await wait_until(only_one_left, within_s=2, what="the lease of `brief` ends")
+    await registry.publish(report("lasting"), lease_s=10)
+    assert redis.zrange("sollol:nodes", 0, -1) == [b"lasting"]  # publishing sweeps the index
+
+
+async def test_a_short_lease_does_not_cut_the_index_of_longer_ones(registry: Registry, redis: Redis):
+    await registry.publish(report("a"), lease_s=10)
+    await registry.publish(report("b"), lease_s=1)
+    assert redis.pttl("sollol:nodes") > 5000
+
+
+async def test_a_withdrawn_report_is_gone_at_once(registry: Registry, redis: Redis):
+    await registry.publish(report(), lease_s=10)
+    await registry.withdraw(report())
+    assert await registry.reports() == ()
+    assert redis.keys() == []
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"", b"\xff\xfe", b"{}", b"[" * 100_000, b'{"node_id": 3}', msgspec.json.encode(report("someone-else"))]
+)
+async def test_a_malformed_value_hides_its_own_node_only_and_is_told_once(
+    registry: Registry, redis: Redis, garbage: bytes
+):
+    await registry.publish(report("bad"), lease_s=10)
+    await registry.publish(report("good"), lease_s=10)
+    redis.set(node_key("bad"), garbage, px=10_000)
+    with capture_logs() as logs:
+        for _ in range(3):
+            assert [found.node_id for found in await registry.reports()] == ["good"]
+    assert [entry["event"] for entry in logs] == ["registry_value_skipped"]
+    await registry.publish(report("bad"), lease_s=10)
+    assert len(await registry.reports()) == 2
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(value=st.binary(max_size=200))
+def test_no_bytes_in_a_node_key_break_the_reader(redis_url: str, value: bytes):
+    async def read() -> None:
+        registry = Registry(redis_url)
+        try:
+            await registry.publish(report("fuzzed"), lease_s=10)
+            with Redis.from_url(redis_url) as redis:
+                redis.set(node_key("fuzzed"), value, px=10_000)
+            await registry.reports()
+        finally:
+            await registry.close()
+
+    asyncio.run(read())
+
+
+async def test_keys_of_the_wrong_type_heal_with_the_next_report(registry: Registry, redis: Redis):
+    redis.set("sollol:nodes", "not an index", px=10_000)
+    redis.hset(node_key("laptop"), "a", "hash")
+    redis.pexpire(node_key("laptop"), 10_000)
+    assert await registry.reports() == ()
+    await registry.publish(report(), lease_s=5)
+    assert len(await registry.reports()) == 1
+    redis.delete(node_key("laptop"))
+    redis.hset(node_key("laptop"), "a", "hash")
+    redis.pexpire(node_key("laptop"), 10_000)
+    assert await registry.reports() == ()
+
+
+async def test_a_flushed_redis_lists_the_node_again_after_its_next_report(registry: Registry, redis: Redis):
+    await registry.publish(report(), lease_s=5)
+    redis.flushall()
+    redis.script_flush()
+    assert await registry.reports() == ()
+    await registry.publish(report(), lease_s=5)
+    assert len(await registry.reports()) == 1
+
+
+async def test_events_are_read_oldest_first_and_foreign_entries_left_out(registry: Registry, redis: Redis):
+    await registry.record("placed", {"model": "a", "score": 1.5})
+    redis.xadd("sollol:events", {"who": "a stranger"})
+    await registry.record("reported", report())
+    placed, reported = await registry.events(10)
+    assert (placed.kind, placed.payload) == ("placed", {"model": "a", "score": 1.5})
+    assert msgspec.convert(reported.payload, Report) == report()
+    assert abs(placed.unix_s - time.time()) < 60
+    assert [event.kind for event in await registry.events(1)] == ["reported"]
+
+
+async def test_the_history_is_capped(registry: Registry, redis: Redis):
+    pipeline = redis.pipeline()
+    for _ in range(10_500):
+        pipeline.xadd("sollol:events", {"kind": "filler", "payload": "0"})
+    pipeline.execute()
+    await registry.record("last", {})
+    assert redis.xlen("sollol:events") < 10_200
+
+
+async def test_a_burst_of_events_waits_for_connections_and_loses_none(registry: Registry, redis: Redis):
+    await asyncio.gather(*(registry.record("burst", {"n": n}) for n in range(200)))
+    assert redis.xlen("sollol:events") == 200
+
+
+async def test_a_redis_that_is_not_there_is_reported_soon(tmp_path: Path):
+    registry = Registry(f"unix://{tmp_path}/none.sock")
+    begun = time.monotonic()
+    for call in (registry.ping(), registry.reports(), registry.publish(report(), 5), registry.record("a", {})):
+        with pytest.raises(RegistryUnavailable):
+            await call
+    await registry.close()
+    assert time.monotonic() - begun < 5
+
+
+async def test_a_hanging_redis_holds_the_caller_for_a_few_seconds_only_and_then_works_again(tmp_path: Path):
+    server = shutil.which("redis-server") or shutil.which("valkey-server")
+    process = subprocess.Popen(redis_command(server, tmp_path / "r.sock"), stdout=subprocess.DEVNULL)
+    registry = Registry(f"unix://{tmp_path}/r.sock")
+    try:
+        wait_for_redis(f"unix://{tmp_path}/r.sock")
+        await registry.publish(report(), lease_s=30)
+        process.send_signal(signal.SIGSTOP)
+        begun = time.monotonic()
+        with pytest.raises(RegistryUnavailable):
+            await registry.reports()
+        assert time.monotonic() - begun < 5
+        process.send_signal(signal.SIGCONT)
+        assert len(await registry.reports()) == 1
+    finally:
+        await registry.close()
+        process.kill()
+        process.wait()
+
+
+async def test_the_client_is_named_for_whoever_looks_at_redis(registry: Registry, redis: Redis):
+    await registry.ping()
+    assert "sollol-test" in {client["name"] for client in redis.client_list()}
