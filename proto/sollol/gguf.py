@@ -8,6 +8,8 @@ arrays are stepped over, and whatever is wrong comes out as one refusal that nam
 import os
 import stat
 import struct
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -15,7 +17,7 @@ from msgspec import Struct
 
 from sollol.errors import Reason, refuse
 from sollol.gguf_source import LONGEST_STRING, Source
-from sollol.gguf_tables import TENSOR_TYPES
+from sollol.gguf_tables import FILE_TYPE_GUESSED, FILE_TYPES, TENSOR_TYPES
 from sollol.names import quoted
 
 MAGIC = b"GGUF"
@@ -100,6 +102,22 @@ def read_header(path: Path) -> Header:
         raise refuse(
             Reason.MODEL_CORRUPT, f"{quoted(path.name)} cannot be read: {why}; check that it exists and may be read"
         ) from error
+
+
+def has_chat_template(header: Header) -> bool:
+    return "tokenizer.chat_template" in header.metadata
+
+
+def quantization_of(headers: Sequence[Header]) -> str:
+    """`Q4_K_M` and the like: what the file says, else the type of most of its bytes."""
+    file_type = headers[0].metadata.get("general.file_type")
+    if isinstance(file_type, int) and (name := FILE_TYPES.get(file_type & ~FILE_TYPE_GUESSED)):
+        return name
+    sizes: Counter[int] = Counter()
+    for header in headers:
+        for tensor in header.tensors:
+            sizes[tensor.type] += tensor.size_bytes
+    return TENSOR_TYPES[sizes.most_common(1)[0][0]][0] if sizes else ""
 
 
 class _HeaderReader:

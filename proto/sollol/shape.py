@@ -5,12 +5,10 @@ decides by architecture (which layers slide, which are recurrent) is in the tabl
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from sollol.errors import Reason, SollolError, refuse
 from sollol.gguf import Header, Skipped, TensorInfo, Value
-from sollol.gguf_tables import FILE_TYPE_GUESSED, FILE_TYPES, TENSOR_TYPES
 from sollol.names import quoted
 from sollol.report import ModelShape
 
@@ -166,22 +164,6 @@ def _check_widths(metadata: _Metadata, shape: ModelShape) -> None:
             raise metadata.corrupt(f"its {name} of {width} is absurd")
     if not shape.embedding_length:
         raise metadata.corrupt("it claims no embedding length")
-
-
-def has_chat_template(header: Header) -> bool:
-    return "tokenizer.chat_template" in header.metadata
-
-
-def quantization_of(headers: Sequence[Header]) -> str:
-    """`Q4_K_M` and the like: what the file says, else the type of most of its bytes."""
-    file_type = headers[0].metadata.get("general.file_type")
-    if isinstance(file_type, int) and (name := FILE_TYPES.get(file_type & ~FILE_TYPE_GUESSED)):
-        return name
-    sizes: Counter[int] = Counter()
-    for header in headers:
-        for tensor in header.tensors:
-            sizes[tensor.type] += tensor.size_bytes
-    return TENSOR_TYPES[sizes.most_common(1)[0][0]][0] if sizes else ""
 
 
 def _bytes_per_layer(
