@@ -1,0 +1,77 @@
+"""The log lines are llama-server's own, taken from runs."""
+
+import pytest
+from sollol.errors import Reason, Retry
+
+from agent.supervisor.failure import classify, ended, stalled
+
+LOADING_FAILED = (
+    "0.00.005.212 E llama_model_load: error loading model: llama_model_loader: failed to load model from m.gguf",
+    "0.00.005.213 E llama_model_load_from_file_impl: failed to load model",
+    "0.00.005.707 E srv  llama_server: exiting due to model loading error",
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason", "retry"),
+    [
+        ("E gguf_init_from_file: failed to open GGUF file 'm.gguf' (No such file or directory)", Reason.MODEL_ABSENT, Retry.RETRYABLE),
+        ("E gguf_init_from_reader: invalid magic characters: 'abcd', expected 'GGUF'", Reason.MODEL_CORRUPT, Retry.FATAL),
+        ("E tensor 'output.weight' data is not within the file bounds, model is corrupted or incomplete", Reason.MODEL_CORRUPT, Retry.FATAL),
+        ("E llama_model_load: error loading model: check_tensor_dims: tensor 'token_embd.weight' not found", Reason.MODEL_CORRUPT, Retry.FATAL),
+        ("E llama_model_load: error loading model: unknown model architecture: 'mystery'", Reason.MODEL_UNSUPPORTED, Retry.FATAL),
+        ("E llama_model_load: error loading model: unable to allocate CUDA0 buffer", Reason.OUT_OF_MEMORY, Retry.RETRYABLE),
+        ("E llama_init_from_model: failed to initialize the context: failed to allocate buffer for kv cache", Reason.OUT_OF_MEMORY, Retry.RETRYABLE),
+        ("E ggml_aligned_malloc: insufficient memory (attempted to allocate 400000.00 MB)", Reason.OUT_OF_MEMORY, Retry.RETRYABLE),
+    ],
+)  # fmt: skip
+def test_a_load_that_fails_says_why(line: str, reason: Reason, retry: Retry) -> None:
+    refusal = classify(1, (line, *LOADING_FAILED), was_ready=False, model="m")
+    assert (refusal.reason, refusal.retry) == (reason, retry)
+    assert refusal.log_lines == (line, *LOADING_FAILED)
+    assert refusal.numbers == {"exit_code": 1}
+
+
+def test_a_taken_socket_is_a_taken_port() -> None:
+    tail = (
+        "E srv start: couldn't bind HTTP server socket, hostname: /x.sock, port: 8080",
+        "exiting due to HTTP server error",
+    )
+    assert classify(1, tail, was_ready=False, model="m").reason is Reason.PORT_TAKEN
+
+
+def test_an_engine_that_does_not_know_a_flag_failed_to_start() -> None:
+    refusal = classify(1, ("error: invalid argument: --no-kv-unified",), was_ready=False, model="m")
+    assert refusal.reason is Reason.ENGINE_START_FAILED
+    assert "newer engine" in refusal.message
+
+
+@pytest.mark.parametrize(("code", "name"), [(-9, "SIGKILL"), (-6, "SIGABRT"), (-11, "SIGSEGV")])
+@pytest.mark.parametrize("was_ready", [True, False])
+def test_a_signal_is_a_death(code: int, name: str, was_ready: bool) -> None:
+    refusal = classify(code, ("last words",), was_ready=was_ready, model="m")
+    assert refusal.reason is Reason.ENGINE_DIED
+    assert refusal.retry is Retry.RETRYABLE
+    assert refusal.numbers == {"exit_code": code}
+    assert name in refusal.message
+
+
+def test_any_other_end_at_start_failed_to_start_and_while_serving_is_a_death() -> None:
+    assert classify(1, (), was_ready=False, model="m").reason is Reason.ENGINE_START_FAILED
+    assert classify(1, (), was_ready=True, model="m").reason is Reason.ENGINE_DIED
+
+
+def test_an_allocation_that_failed_long_before_the_death_does_not_explain_it() -> None:
+    early, late = "E failed to allocate graph", "terminate called after throwing"
+    assert classify(-6, (early, *["I fine"] * 10, late), was_ready=True, model="m").reason is Reason.ENGINE_DIED
+    assert classify(-6, ("CUDA error: out of memory",), was_ready=True, model="m").reason is Reason.OUT_OF_MEMORY
+
+
+def test_only_the_last_twenty_lines_are_kept() -> None:
+    lines = tuple(f"line {number}" for number in range(40))
+    assert classify(1, lines, was_ready=False, model="m").log_lines == lines[-20:]
+    assert stalled("m", 600.4, lines).log_lines == lines[-20:]
+
+
+def test_an_end_is_named_for_people() -> None:
+    assert [ended(code) for code in (0, 1, -15, -250)] == ["exit status 0", "exit status 1", "SIGTERM", "signal 250"]

@@ -1,0 +1,58 @@
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sollol.errors import Reason, SollolError
+
+from agent.supervisor.files import KEPT_LOGS, Directories, files_of, last_lines, remove_oldest_logs
+
+SOMEWHERE = Directories(log=Path("/log"), run=Path("/run"), state=Path("/state"))
+
+
+@given(st.text(max_size=300).filter(lambda text: text.isprintable()))
+def test_no_id_leaves_its_directories(instance_id: str) -> None:
+    files = files_of(instance_id, SOMEWHERE)
+    assert files.log.parent == SOMEWHERE.log
+    assert files.state.parent == SOMEWHERE.instances
+    assert {files.socket.parent, files.stdin.parent, files.progress.parent} == {SOMEWHERE.run}
+    assert len(files.log.name.encode()) < 100
+    assert ".." not in files.log.parts
+
+
+def test_a_usual_id_names_its_log() -> None:
+    assert files_of("llama3.1-70b-5f0c1a2b", SOMEWHERE).log == Path("/log/llama3.1-70b-5f0c1a2b.log")
+
+
+def test_a_socket_path_that_the_kernel_would_not_take_is_refused_with_its_length() -> None:
+    deep = Directories(log=Path("/log"), run=Path("/" + "r" * 100), state=Path("/state"))
+    with pytest.raises(SollolError) as refused:
+        files_of("p", deep)
+    assert refused.value.refusal.reason is Reason.ENGINE_START_FAILED
+    assert refused.value.refusal.numbers == {"path_bytes": 119, "limit_bytes": 107}
+
+
+def test_the_last_lines_of_a_long_log_are_read_without_reading_it_all(tmp_path: Path) -> None:
+    log = tmp_path / "x.log"
+    log.write_text("".join(f"line {number}\n\n" for number in range(100_000)))
+    assert last_lines(log, 2) == ("line 99998", "line 99999")
+
+
+def test_a_log_with_bytes_that_are_no_text_is_read_all_the_same(tmp_path: Path) -> None:
+    log = tmp_path / "x.log"
+    log.write_bytes(b"\xff\xfe broken\nlast")
+    assert last_lines(log, 5)[-1] == "last"
+
+
+def test_no_log_has_no_lines(tmp_path: Path) -> None:
+    assert last_lines(tmp_path / "none.log", 5) == ()
+
+
+def test_the_oldest_logs_go_but_never_one_of_a_running_engine(tmp_path: Path) -> None:
+    logs = [tmp_path / f"{number}.log" for number in range(KEPT_LOGS + 10)]
+    for age, path in enumerate(reversed(logs)):
+        path.write_text("x")
+        os.utime(path, (1_000_000 - age, 1_000_000 - age))
+    remove_oldest_logs(tmp_path, keep=[logs[0]])
+    assert sorted(tmp_path.glob("*.log")) == sorted([logs[0], *logs[-KEPT_LOGS:]])
