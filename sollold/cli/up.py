@@ -8,6 +8,7 @@ import signal
 import sys
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 from sollol.directories import directories, private, runtime_directory
 from sollol.errors import Reason, refuse
@@ -98,14 +99,15 @@ class _Up:
         stop = asyncio.create_task(self._stop.wait(), name="await stop")
         ready = asyncio.create_task(self._await_ready(), name="await ready")
         ends = {asyncio.create_task(child.wait(), name=f"await {child.name}"): child for child in self._children()}
-        waiting = {stop, ready, *ends}
+        waiting: set[asyncio.Task[Any]] = {stop, ready, *ends}
         try:
             while True:
                 done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 if stop in done:
                     return
-                for task in done & set(ends):
-                    raise self._child_ended(ends[task], await task)
+                for end, child in ends.items():
+                    if end in done:
+                        raise self._child_ended(child, end.result())
                 await ready
                 self._announce()
         finally:
@@ -123,7 +125,7 @@ class _Up:
         port = self._options.http_port
         try:
             async with asyncio.timeout(READY_WITHIN_S):
-                while await http_status(HOST, port, "/readyz") != 200 or not await self._all_nodes_seen():
+                while await http_status(HOST, port, "/readyz") != 200 or not await self._all_nodes_seen():  # noqa: ASYNC110 - no event, it is another process
                     await asyncio.sleep(POLL_S)
         except TimeoutError:
             message = f"not ready within {READY_WITHIN_S:g} s; the logs are in {self._logs}"
@@ -198,7 +200,5 @@ def model_directory(given: str) -> str:
     if not path.is_dir():
         raise refuse(Reason.INVALID_REQUEST, f"--models {given}: is no directory")
     if "," in str(path):
-        raise refuse(
-            Reason.INVALID_REQUEST, f"--models {given}: a comma in the path is not supported; use a link to it"
-        )
+        raise refuse(Reason.INVALID_REQUEST, f"--models {given}: a comma in the path is not supported, use a link")
     return str(path)

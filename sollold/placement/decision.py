@@ -15,6 +15,8 @@ from sollold.placement.filters import Filter, filters_for, find_model, free_byte
 from sollold.placement.fit import FitPolicy
 from sollold.placement.job import Job, PlacementDefaults, job_for
 
+MOST_ROWS = 32  # of the table in a refusal's message; the record itself has every node
+
 
 class Policy(Protocol):
     """How good a node is, once no filter refuses it."""
@@ -150,7 +152,7 @@ def _no_fit(decision: Decision) -> Refusal:
     fit = f"\nlargest possible fit: {layers} layers on {largest.node_id}" if layers >= 0 else ""
     return Refusal(
         reason=Reason.NO_FIT,
-        message=f"no node can take {decision.model}: {summary}\n{node_table(decision)}{fit}",
+        message=f"no node can take {decision.model}: {summary}\n{node_table(decision, MOST_ROWS)}{fit}",
         retry=Retry.RETRYABLE if retryable else Retry.FATAL,
         numbers={
             "nodes": len(decision.nodes),

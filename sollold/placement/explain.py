@@ -1,5 +1,6 @@
 """Shows a Decision to people and programs. Decides and computes nothing: everything is in the record."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -23,14 +24,18 @@ def explain(decision: Decision) -> str:
     return "\n".join(lines)
 
 
-def node_table(decision: Decision) -> str:
-    """One line for each node, in the order of the record."""
+def node_table(decision: Decision, most: int | None = None) -> str:
+    """One line for each node (the first `most` of them), in the order of the record."""
+    shown = decision.nodes[:most]
     if decision.unit == "MB":
-        return "\n".join(_classic_line(verdict) for verdict in decision.nodes)
-    names = _part_names(decision)
-    rows = [("node", "needed", "free", *names, decision.unit, "verdict")]
-    rows.extend(_fit_row(verdict, names) for verdict in decision.nodes)
-    return _aligned(rows)
+        table = "\n".join(_classic_line(verdict) for verdict in shown)
+    else:
+        names = _part_names(shown)
+        rows = [("node", "needed", "free", *names, decision.unit, "verdict")]
+        rows.extend(_fit_row(verdict, names) for verdict in shown)
+        table = _aligned(rows)
+    hidden = len(decision.nodes) - len(shown)
+    return f"{table}\n  and {hidden} more nodes" if hidden else table
 
 
 def plan_table(plan: CoordinatorPlan) -> str:
@@ -96,9 +101,9 @@ def _classic_line(verdict: NodeVerdict) -> str:
     return f"  {name}: RAM={part['ram_mb']}MB, GPU_VRAM={part['vram_mb']}MB, score={_number(verdict.score)}{best}"
 
 
-def _part_names(decision: Decision) -> list[str]:
+def _part_names(verdicts: Sequence[NodeVerdict]) -> list[str]:
     names: dict[str, None] = {}
-    for verdict in decision.nodes:
+    for verdict in verdicts:
         names.update(dict.fromkeys(part.name for part in verdict.parts))
     return sorted(names, key=lambda name: (name == "busy_ms", name))
 

@@ -146,7 +146,8 @@ def model_unusable(_job: Job, _node: NodeStatus, model: Model | None) -> Refusal
 
 def backing_off(_job: Job, node: NodeStatus, model: Model | None) -> Refusal | None:
     """A coordinator for this model keeps failing there: its supervisor, not we, decides when to try again."""
-    for instance in node.report.instances:
+    instances = node.report.instances
+    for instance in instances:
         if instance.state is InstanceState.BACKOFF and model is not None and instance.model == model.name:
             return Refusal(
                 reason=Reason.BACKING_OFF,

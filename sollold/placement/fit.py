@@ -20,6 +20,7 @@ from sollold.placement.layout import Layouts, Load, layouts_for, read_parts
 from sollold.placement.preference import tie_order
 
 EQUAL_WITHIN = 1.05
+IDLE = ScorePart("busy_ms", 0.0)
 
 
 class FitPolicy:
@@ -44,28 +45,25 @@ class FitPolicy:
         layout = layouts.best(report.devices)
         if layout is None:
             return _short(report, layouts)
-        reads = read_parts(layout, report.devices)
-        read_ms = sum(value for _, value in reads)
-        busy_ms = read_ms * generating(report)
-        parts = (
-            *[ScorePart("read_ms." + device_id, value) for device_id, value in reads],
-            ScorePart("busy_ms", busy_ms),
-        )
+        parts = [ScorePart("read_ms." + device_id, value) for device_id, value in read_parts(layout, report.devices)]
+        read_ms = parts[0].value if len(parts) == 1 else sum([part.value for part in parts])
+        busy_ms = read_ms * generating(report) if report.instances else 0.0
+        parts.append(ScorePart("busy_ms", busy_ms) if busy_ms else IDLE)
         return NodeVerdict(
             node_id=report.node_id,
             host=report.host,
             score=read_ms + busy_ms,
-            parts=parts,
+            parts=tuple(parts),
             needed_bytes=layout.total_bytes,
             free_bytes=free_bytes(report),
         )
 
     def choose(self, nodes: Sequence[NodeStatus], verdicts: Sequence[NodeVerdict]) -> int | None:
-        scores = {at: verdict.score for at, verdict in enumerate(verdicts) if verdict.score is not None}
+        scores = [(verdict.score, at) for at, verdict in enumerate(verdicts) if verdict.score is not None]
         if not scores:
             return None
-        limit = min(scores.values()) * EQUAL_WITHIN
-        equals = [at for at, score in scores.items() if score <= limit]
+        limit = min(scores)[0] * EQUAL_WITHIN
+        equals = [at for score, at in scores if score <= limit]
         return min(equals, key=lambda at: tie_order(self._job, nodes[at].report))
 
     def plan(self, node: NodeStatus, model: Model | None) -> CoordinatorPlan | None:

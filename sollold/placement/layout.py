@@ -15,11 +15,12 @@ from sollol.report import CoordinatorPlan, Device, DeviceKind, DeviceShare, Mode
 # A GPU in unified memory reads that memory: the CPU's figure is its figure.
 DEFAULT_CPU_BANDWIDTH = 20e9
 DEFAULT_GPU_BANDWIDTH = 200e9
-
-# Splits kept per model: a model has one per number of layers on one GPU, many more over several unequal GPUs.
+# Kept per model: splits over several GPUs, and GPUs' names.
 MAX_KNOWN = 4096
+MAX_NAMES = 64
 
-Split = tuple[tuple[str, DeviceKind, int], ...]
+# Device ids and how many layers each holds, the CPU first. The kinds follow from that and stay out of the key.
+Split = tuple[tuple[str, int], ...]
 
 
 class Load(Struct, frozen=True, kw_only=True):
@@ -51,18 +52,48 @@ def bandwidth(device: Device, cpu: Device) -> float:
 
 def fits(layout: Layout, devices: Sequence[Device]) -> bool:
     """Whether every share finds its bytes free; GPUs in unified memory take theirs out of the CPU's."""
-    cpu = devices[0]
     if len(layout.shares) == 1:
-        return layout.total_bytes <= cpu.free_bytes
-    by_id = {device.device_id: device for device in devices}
+        return layout.total_bytes <= devices[0].free_bytes
     on_host = 0
-    for share in layout.shares:
-        device = by_id[share.device_id]
+    for share, device in _held(layout, devices):
         if share.total_bytes > device.free_bytes:
             return False
-        if device is cpu or device.unified:
+        if device is devices[0] or device.unified:
             on_host += share.total_bytes
-    return on_host <= cpu.free_bytes
+    return on_host <= devices[0].free_bytes
+
+
+def read_ms(layout: Layout, devices: Sequence[Device]) -> float:
+    """Milliseconds per token that the devices spend reading, one after the other."""
+    if len(layout.shares) == 1:
+        return layout.read_bytes[0] / bandwidth(devices[0], devices[0]) * 1000
+    pairs = zip(layout.read_bytes, _held(layout, devices), strict=True)
+    return sum([size / bandwidth(device, devices[0]) * 1000 for size, (_, device) in pairs])
+
+
+def read_parts(layout: Layout, devices: Sequence[Device]) -> list[tuple[str, float]]:
+    """The same by device, zero for a usable one that holds nothing."""
+    cpu = devices[0]
+    if len(devices) == 1:
+        return [(cpu.device_id, layout.read_bytes[0] / bandwidth(cpu, cpu) * 1000)]
+    read = {share.device_id: size for share, size in zip(layout.shares, layout.read_bytes, strict=True)}
+    return [
+        (device.device_id, read.get(device.device_id, 0) / bandwidth(device, cpu) * 1000)
+        for device in devices
+        if device.usable or device is cpu
+    ]
+
+
+def _held(layout: Layout, devices: Sequence[Device]) -> list[tuple[DeviceShare, Device]]:
+    """Each share with its device: both are in the engine's order."""
+    rest = iter(devices)
+    found = []
+    for share in layout.shares:
+        device = next(rest)
+        while device.device_id != share.device_id:
+            device = next(rest)
+        found.append((share, device))
+    return found
 
 
 @lru_cache(maxsize=32)
@@ -80,14 +111,8 @@ class Layouts:
         self._context_per_slot = min(load.context_per_slot, shape.context_length or load.context_per_slot)
         self.all_layers = shape.layers + 1  # the output layer is one more
         self._known: dict[Split, Layout] = {}
-
-    def of(self, split: Split) -> Layout:
-        layout = self._known.get(split)
-        if layout is None:
-            if len(self._known) >= MAX_KNOWN:
-                self._known.clear()
-            layout = self._known[split] = self._computed(split)
-        return layout
+        self._alone: dict[str, Layout] = {}
+        self._beside: dict[tuple[str, str], list[Layout | None]] = {}
 
     def best(self, devices: Sequence[Device]) -> Layout | None:
         """The layout with the least predicted milliseconds per token of those that fit; the first of equals."""
@@ -98,24 +123,25 @@ class Layouts:
         least = 0.0
         for layout in self._candidates(devices):
             if fits(layout, devices):
-                cost = sum(value for _, value in read_parts(layout, devices))
+                cost = read_ms(layout, devices)
                 if best is None or cost < least:
                     best, least = layout, cost
         return best
 
     def on_cpu(self, cpu: Device) -> Layout:
-        return self.of(((cpu.device_id, DeviceKind.CPU, self.all_layers),))
+        layout = self._alone.get(cpu.device_id)
+        if layout is None:
+            layout = self._alone[cpu.device_id] = self._of(((cpu.device_id, self.all_layers),))
+        return layout
 
     def most_layers(self, devices: Sequence[Device]) -> int:
         """How many layers all devices together could hold, when that is not all of them."""
         cpu = devices[0]
-        gpus = [device for device in _gpus(devices) if not device.unified]
         if self._front(0).total_bytes > cpu.free_bytes:
             return 0  # the embeddings and buffers that every layout keeps on the CPU do not fit
-        on_cpu = bisect_right(
-            range(1, self.all_layers), cpu.free_bytes, key=lambda count: self._front(count).total_bytes
-        )
-        return min(on_cpu + sum(self._filled(devices, gpus).values()), self.all_layers - 1)
+        on_cpu = bisect_right(range(1, self.all_layers), cpu.free_bytes, key=lambda n: self._front(n).total_bytes)
+        gpus = [gpu for gpu in _usable_gpus(devices) if not gpu.unified]
+        return min(on_cpu + sum(self._filled(cpu, gpus).values()), self.all_layers - 1)
 
     def plan(self, model_name: str, layout: Layout) -> CoordinatorPlan:
         load = self._load
@@ -130,61 +156,82 @@ class Layouts:
         )
 
     def _front(self, count: int) -> DeviceShare:
-        """The CPU's share when it holds the first `count` layers and others the rest."""
-        return self.of((("CPU", DeviceKind.CPU, count), ("rest", DeviceKind.GPU, self.all_layers - count))).shares[0]
+        """The CPU's share when it holds the first `count` layers and a GPU the rest."""
+        return self._of((("CPU", count), ("rest", self.all_layers - count))).shares[0]
 
     def _candidates(self, devices: Sequence[Device]) -> Iterator[Layout]:
-        """As much as fits on the fastest GPU alone, on each other one alone, on all together; then the CPU alone."""
+        """As much as fits on each GPU alone, the fastest first; on all of them together; all on the CPU."""
         cpu = devices[0]
-        gpus = _gpus(devices)
-        fastest_first = sorted(gpus, key=lambda gpu: (-bandwidth(gpu, cpu), gpu.device_id))
-        groups = [[gpu] for gpu in fastest_first]
-        if len(groups) > 1:
-            groups.append(fastest_first)
-        for group in groups:
-            counts = self._filled(devices, group)
-            if counts:
-                yield self.of(self._split(devices, counts))
+        gpus = _usable_gpus(devices)
+        for gpu in _fastest_first(gpus, cpu):
+            layout = self._with_one(cpu, gpu)
+            if layout is not None:
+                yield layout
+        if len(gpus) > 1:
+            filled = self._filled(cpu, gpus)
+            if len(filled) > 1:
+                yield self._of(self._split(cpu, gpus, filled))
         yield self.on_cpu(cpu)
 
-    def _filled(self, devices: Sequence[Device], gpus: Sequence[Device]) -> dict[str, int]:
-        """Layers per GPU when each in turn takes as many as it can hold."""
-        counts: dict[str, int] = {}
-        for gpu in gpus:
-            left = self.all_layers - sum(counts.values())
-            most = self._most(devices, counts, gpu, left)
-            if most:
-                counts[gpu.device_id] = most
-        return counts
+    def _with_one(self, cpu: Device, gpu: Device) -> Layout | None:
+        """As many of the last layers as this GPU can hold; None when not one fits."""
+        known = self._beside.get((cpu.device_id, gpu.device_id))
+        if known is None:
+            if len(self._beside) >= MAX_NAMES:
+                self._beside.clear()
+            known = self._beside[cpu.device_id, gpu.device_id] = [None] * (self.all_layers + 1)
 
-    def _most(self, devices: Sequence[Device], counts: dict[str, int], gpu: Device, left: int) -> int:
-        """The most layers, up to `left`, that `gpu` can take beside what the other GPUs already hold."""
-        if self._gpus_hold(devices, {**counts, gpu.device_id: left}):
-            return left
-        low, high = 0, left  # low layers fit, high layers do not
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self._gpus_hold(devices, {**counts, gpu.device_id: middle}):
-                low = middle
-            else:
-                high = middle
-        return low
+        def needed(count: int) -> int:
+            layout = known[count]
+            if layout is None:
+                rest = self.all_layers - count
+                layout = known[count] = self._computed(((cpu.device_id, rest), (gpu.device_id, count)))
+            return layout.shares[1].total_bytes
 
-    def _gpus_hold(self, devices: Sequence[Device], counts: dict[str, int]) -> bool:
-        free = {device.device_id: device.free_bytes for device in devices}
-        shares = self.of(self._split(devices, counts)).shares[1:]
-        return all(share.total_bytes <= free[share.device_id] for share in shares)
+        if needed(self.all_layers) <= gpu.free_bytes:
+            return known[self.all_layers]
+        return known[bisect_right(range(1, self.all_layers), gpu.free_bytes, key=needed)]
 
-    def _split(self, devices: Sequence[Device], counts: dict[str, int]) -> Split:
+    def _filled(self, cpu: Device, gpus: Sequence[Device]) -> dict[str, int]:
+        """Layers per GPU when each, the fastest first, takes all it can hold beside what those before it took."""
+        filled: dict[str, int] = {}
+        for gpu in _fastest_first(gpus, cpu):
+            low, high = 0, self.all_layers - sum(filled.values()) + 1  # low layers fit, high ones do not
+            middle = high - 1  # all that are left, the usual answer, is tried first
+            while low < middle:
+                if self._gpus_hold(cpu, gpus, {**filled, gpu.device_id: middle}):
+                    low = middle
+                else:
+                    high = middle
+                middle = (low + high) // 2
+            if low:
+                filled[gpu.device_id] = low
+        return filled
+
+    def _gpus_hold(self, cpu: Device, gpus: Sequence[Device], filled: dict[str, int]) -> bool:
+        shares = self._of(self._split(cpu, gpus, filled)).shares
+        free = {gpu.device_id: gpu.free_bytes for gpu in gpus}
+        return all(share.total_bytes <= free[share.device_id] for share in shares[1:])
+
+    def _split(self, cpu: Device, gpus: Sequence[Device], filled: dict[str, int]) -> Split:
         """The CPU with the rest of the layers, then the GPUs that hold any, in the engine's order."""
-        rest = self.all_layers - sum(counts.values())
-        held = [(gpu.device_id, gpu.kind, counts[gpu.device_id]) for gpu in devices[1:] if counts.get(gpu.device_id)]
-        return ((devices[0].device_id, DeviceKind.CPU, rest), *held)
+        rest = self.all_layers - sum(filled.values())
+        held = [(gpu.device_id, filled[gpu.device_id]) for gpu in gpus if filled.get(gpu.device_id)]
+        return ((cpu.device_id, rest), *held)
+
+    def _of(self, split: Split) -> Layout:
+        layout = self._known.get(split)
+        if layout is None:
+            if len(self._known) >= MAX_KNOWN:
+                self._known.clear()
+            layout = self._known[split] = self._computed(split)
+        return layout
 
     def _computed(self, split: Split) -> Layout:
+        kinds = (DeviceKind.CPU, *[DeviceKind.GPU] * (len(split) - 1))
         shares = device_shares(
             self._shape,
-            split,
+            [(device_id, kind, count) for (device_id, count), kind in zip(split, kinds, strict=True)],
             context_per_slot=self._context_per_slot,
             parallel=self._load.parallel,
             kv_type=self._load.kv_type,
@@ -197,18 +244,9 @@ class Layouts:
         )
 
 
-def _gpus(devices: Sequence[Device]) -> list[Device]:
+def _usable_gpus(devices: Sequence[Device]) -> list[Device]:
     return [device for device in devices if device.kind is DeviceKind.GPU and device.usable]
 
 
-def read_parts(layout: Layout, devices: Sequence[Device]) -> list[tuple[str, float]]:
-    """Milliseconds per token that each usable device spends reading, by device id, zero included."""
-    cpu = devices[0]
-    if len(devices) == 1:
-        return [(cpu.device_id, layout.read_bytes[0] / bandwidth(cpu, cpu) * 1000)]
-    read = {share.device_id: size for share, size in zip(layout.shares, layout.read_bytes, strict=True)}
-    return [
-        (device.device_id, read.get(device.device_id, 0) / bandwidth(device, cpu) * 1000)
-        for device in devices
-        if device.usable or device is cpu
-    ]
+def _fastest_first(gpus: Sequence[Device], cpu: Device) -> Sequence[Device]:
+    return gpus if len(gpus) == 1 else sorted(gpus, key=lambda gpu: (-bandwidth(gpu, cpu), gpu.device_id))
