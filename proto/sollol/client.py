@@ -1,0 +1,159 @@
+"""The async client of a head, for users and operators. A gRPC edge: its signatures have contract values only.
+
+async with Client("127.0.0.1:7461") as client:
+async for event in client.chat("llama3.1:8b", [Message("user", "Hello!")]):
+if isinstance(event, Piece):
+print(event.text, end="")
+"""
+
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterator, Sequence
+from typing import Any, Self
+
+import grpc
+
+from sollol import wire
+from sollol.channels import open_channel, refusal_of
+from sollol.errors import SollolError
+from sollol.inference import AvailableModel, Message, Piece, Sampling
+from sollol.report import Decision, NodeStatus, PlacementWish, Pool, Progress
+from sollol.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+__all__ = ["Client", "Message", "Piece", "PlacementWish", "Progress", "Sampling", "SollolError"]
+
+# For an answer that the head has at hand. Calls that wait for engines have no total time limit: they show progress.
+_ANSWER_WITHIN_S = 10.0
+_STOPPED_WITHIN_S = 60.0
+
+
+class Client:
+    """A connection to one head; dials on first use, redials by itself.
+
+    Every method raises SollolError: the head's own refusal, or AGENT_UNREACHABLE when nobody answers at `address`.
+    """
+
+    def __init__(self, address: str = "127.0.0.1:7461") -> None:
+        self._address = address
+        self._channel: grpc.aio.Channel | None = None
+
+    async def __aenter__(self) -> Self:
+        self._channel = open_channel(self._address)
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        if self._channel is not None:
+            await self._channel.close()
+            self._channel = None
+
+    async def chat(
+        self, model: str, messages: Sequence[Message], sampling: Sampling | None = None
+    ) -> AsyncGenerator[Progress | Piece, None]:
+        """Answer a conversation: progress while the model loads, then pieces; the last has finish_reason and usage.
+
+        Leaving the loop early and closing the iterator cancels the generation.
+        """
+        request = inference_pb2.ChatRequest(model=model, sampling=_sampling(sampling))
+        for message in messages:
+            wire.fill(request.messages.add(), message)
+        async with self._answering(self._inference().Chat(request)) as responses:
+            async for response in responses:
+                yield _event(response)
+
+    async def complete(
+        self, model: str, prompt: str, sampling: Sampling | None = None
+    ) -> AsyncGenerator[Progress | Piece, None]:
+        """Continue a raw prompt; streams like `chat`."""
+        request = inference_pb2.CompleteRequest(model=model, prompt=prompt, sampling=_sampling(sampling))
+        async with self._answering(self._inference().Complete(request)) as responses:
+            async for response in responses:
+                yield _event(response)
+
+    async def list_models(self) -> tuple[AvailableModel, ...]:
+        """Models that some live node has."""
+        with self._refusals():
+            response = await self._inference().ListModels(inference_pb2.ListModelsRequest(), timeout=_ANSWER_WITHIN_S)
+        return tuple(wire.value(AvailableModel, model) for model in response.models)
+
+    async def nodes(self) -> tuple[NodeStatus, ...]:
+        """Every node that the head knows."""
+        with self._refusals():
+            response = await self._cluster().ListNodes(cluster_pb2.ListNodesRequest(), timeout=_ANSWER_WITHIN_S)
+        return tuple(wire.value(NodeStatus, node) for node in response.nodes)
+
+    async def pools(self) -> tuple[Pool, ...]:
+        """Every pool on every node."""
+        with self._refusals():
+            response = await self._cluster().ListPools(cluster_pb2.ListPoolsRequest(), timeout=_ANSWER_WITHIN_S)
+        return tuple(wire.value(Pool, pool) for pool in response.pools)
+
+    async def place(self, wish: PlacementWish) -> Decision:
+        """Decide without doing. A wish that cannot be met is a Decision with a refusal, not an error."""
+        request = cluster_pb2.PlaceRequest(wish=wire.fill(cluster_pb2.PlacementWish(), wish))
+        with self._refusals():
+            response = await self._cluster().Place(request, timeout=_ANSWER_WITHIN_S)
+        return wire.value(Decision, response.decision)
+
+    async def load(self, wish: PlacementWish, on_progress: Callable[[Progress], None] | None = None) -> Pool:
+        """Load a model, or find it loaded, and return its pool; `on_progress` is called on every change."""
+        request = cluster_pb2.LoadRequest(wish=wire.fill(cluster_pb2.PlacementWish(), wish))
+        pool: Pool | None = None
+        async with self._answering(self._cluster().Load(request)) as responses:
+            async for response in responses:
+                if response.HasField("progress") and on_progress is not None:
+                    on_progress(wire.value(Progress, response.progress))
+                if response.HasField("pool"):
+                    pool = wire.value(Pool, response.pool)
+        assert pool is not None, "the last message of Load has the pool"
+        return pool
+
+    async def unload(self, model: str) -> tuple[str, ...]:
+        """Stop every pool of a model and return their ids once they are gone."""
+        with self._refusals():
+            request = cluster_pb2.UnloadRequest(model=model)
+            response = await self._cluster().Unload(request, timeout=_STOPPED_WITHIN_S)
+        return tuple(response.instance_ids)
+
+    async def tail_log(self, pool: str, *, lines: int = 50, follow: bool = False) -> AsyncGenerator[str, None]:
+        """Yield the last lines of a pool's engine log, then, with `follow`, new ones; `pool` is an id or a model."""
+        request = cluster_pb2.TailPoolLogRequest(pool=pool, lines=lines, follow=follow)
+        async with self._answering(self._cluster().TailPoolLog(request)) as responses:
+            async for response in responses:
+                for line in response.lines:
+                    yield line
+
+    def _inference(self) -> "inference_pb2_grpc.InferenceServiceAsyncStub":
+        return inference_pb2_grpc.InferenceServiceStub(self._open())
+
+    def _cluster(self) -> "cluster_pb2_grpc.ClusterServiceAsyncStub":
+        return cluster_pb2_grpc.ClusterServiceStub(self._open())
+
+    def _open(self) -> grpc.aio.Channel:
+        if self._channel is None:
+            raise RuntimeError("use the client inside `async with Client(...) as client`")
+        return self._channel
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.aio.AioRpcError as error:
+            raise SollolError(refusal_of(error, f"the head at {self._address}")) from None
+
+    @contextlib.asynccontextmanager
+    async def _answering(self, call: Any) -> AsyncIterator[AsyncIterable[Any]]:
+        """Yield the call's responses; leaving early cancels it."""
+        with self._refusals():
+            try:
+                yield call
+            finally:
+                call.cancel()
+
+
+def _sampling(sampling: Sampling | None) -> inference_pb2.Sampling:
+    return wire.fill(inference_pb2.Sampling(), sampling or Sampling())
+
+
+def _event(response: Any) -> Progress | Piece:
+    if response.WhichOneof("event") == "progress":
+        return wire.value(Progress, response.progress)
+    return wire.value(Piece, response.piece)
