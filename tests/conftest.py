@@ -12,7 +12,10 @@ import psutil
 import pytest
 from sollol.directories import cache_directory
 
+from tests.redis_fixture import clean_redis, every_key_has_a_lease, redis_url
 from tests.tiny_model import write_random_model, write_reciting_model
+
+__all__ = ["clean_redis", "every_key_has_a_lease", "redis_url"]  # fixtures that pytest finds here
 
 _PR_SET_CHILD_SUBREAPER = 36
 _PORTS = range(20_000, 32_000)  # below the ephemeral range, so that no outgoing connection takes one
