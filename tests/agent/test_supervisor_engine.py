@@ -110,15 +110,19 @@ async def test_a_file_that_cannot_be_loaded_fails_with_the_reason_and_the_log(
     assert any("exiting due to model loading error" in line for line in refusal.log_lines)
 
 
-async def test_a_context_that_no_memory_holds_is_out_of_memory(supervisor: Supervisor) -> None:
-    await supervisor.start("p", plan_of("tiny", context_per_slot=2_000_000_000, parallel=1))
-    refusal = (await settled(supervisor, "p")).refusal
-    assert refusal is not None
+async def test_a_context_that_does_not_fit_is_out_of_memory(
+    tmp_path: Path, engine_binary: Path, reciting_model: Path
+) -> None:
+    """A gibibyte of address space stands in for a small machine."""
+    engine = ("sh", "-c", 'ulimit -v 1048576; exec "$0" "$@"', str(engine_binary))
+    async with supervising(tmp_path, engine, resolve=lambda _: reciting_model, limits=REAL) as supervisor:
+        refusal = await failure(supervisor, "tiny", context_per_slot=1_000_000)
     assert refusal.reason is Reason.OUT_OF_MEMORY, refusal.log_lines
+    assert refusal.numbers == {"exit_code": 1}
 
 
-async def failure(supervisor: Supervisor, model: str) -> Refusal:
-    await supervisor.start("p", plan_of(model))
+async def failure(supervisor: Supervisor, model: str, context_per_slot: int = 512) -> Refusal:
+    await supervisor.start("p", plan_of(model, context_per_slot=context_per_slot))
     instance = await settled(supervisor, "p")
     assert instance.refusal is not None
     return instance.refusal

@@ -277,3 +277,14 @@ async def test_a_pid_is_known_exactly_while_there_is_a_process(tmp_path: Path) -
         end()
     assert all(item.state in LIVE for item in seen if item.pid)
     assert not seen[-1].pid
+
+
+async def test_many_lives_leave_nothing_open(tmp_path: Path) -> None:
+    async with supervising(tmp_path, fake_engine()) as supervisor:
+        await started(supervisor, "warm up", plan_of("m"))
+        await supervisor.stop("warm up")
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        for number in range(5):
+            await started(supervisor, f"p{number}", plan_of("m"))
+            await supervisor.stop(f"p{number}")
+        assert len(list(Path("/proc/self/fd").iterdir())) == before

@@ -90,7 +90,6 @@ class Engine:
 
     async def bind(self) -> asyncio.Server | None:
         host = self.flags.host
-        taken = f"E srv start: couldn't bind HTTP server socket, hostname: {host}, port: {self.flags.port}"
         loop = asyncio.get_running_loop()
         try:
             if not host.endswith(".sock"):
@@ -99,7 +98,7 @@ class Engine:
                 return await loop.create_unix_server(self.protocol, host, backlog=1024)
         except OSError:
             pass
-        log(taken)
+        log(f"E srv start: couldn't bind HTTP server socket, hostname: {host}, port: {self.flags.port}")
         log("E srv llama_server: exiting due to HTTP server error")
         return None
 
@@ -299,6 +298,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stderr.flush()
-    os._exit(status)
+    os._exit(main())
