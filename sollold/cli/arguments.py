@@ -90,6 +90,7 @@ def _add_up(commands: "Subparsers[argparse.ArgumentParser]") -> None:
         default=7462,
         help="of the first agent, the others follow: %(default)s",
     )
+    up.add_argument("--redis-url", metavar="URL", default="", help="a running Redis to use instead of a private one")
     up.add_argument("--state", metavar="DIR", default="", help="state and logs (default: the user's state directory)")
     up.add_argument("-v", "--verbose", action="store_true", help="show every log line of the daemons")
 

@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+from sollol import log
 from sollol.directories import directories, private, runtime_directory
 from sollol.errors import Reason, refuse
 
@@ -28,6 +29,9 @@ def up(options: argparse.Namespace) -> int:
     """Exit status 0 after Ctrl-C or SIGTERM, 6 when a port is taken or a child ended by itself."""
     for port in (options.http_port, options.grpc_port, *_agent_ports(options)):
         check_port(HOST, port)
+    for directory in options.models:
+        model_directory(directory)
+    log.configure("warning", "console")
     return asyncio.run(_Up(options).run())
 
 
@@ -54,7 +58,9 @@ class _Up:
         self._handle_signals()
         async with AsyncExitStack() as stack:
             stack.callback(shutil.rmtree, self._run, ignore_errors=True)  # sockets only; state and logs stay
-            redis_url = await stack.enter_async_context(private_redis(private(self._run / "redis")))
+            redis_url = self._options.redis_url or await stack.enter_async_context(
+                private_redis(private(self._run / "redis"))
+            )
             stack.push_async_callback(self._stop_children)  # before Redis goes
             await self._start_children(redis_url)
             shown = asyncio.create_task(self._show_logs(), name="show logs")

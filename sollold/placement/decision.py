@@ -148,8 +148,9 @@ def _no_fit(decision: Decision) -> Refusal:
     summary = ", ".join(f"{reason} on {count}" for reason, count in sorted(counts.items()))
     retryable = any(refusal.retry is Retry.RETRYABLE for refusal in refusals)
     largest = max(decision.nodes, key=lambda verdict: (_largest_layers(verdict), verdict.free_bytes))
-    layers = _largest_layers(largest)
-    fit = f"\nlargest possible fit: {layers} layers on {largest.node_id}" if layers >= 0 else ""
+    numbers = largest.refusal.numbers if largest.refusal is not None else {}
+    layers = f"{numbers.get('largest_layers')} of {numbers.get('all_layers')} layers"
+    fit = f"\nlargest possible fit: {layers} on {largest.node_id}" if "largest_layers" in numbers else ""
     return Refusal(
         reason=Reason.NO_FIT,
         message=f"no node can take {decision.model}: {summary}\n{node_table(decision, MOST_ROWS)}{fit}",
