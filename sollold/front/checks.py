@@ -1,6 +1,6 @@
 """Checks of single values in a request: each takes the value's path and the value, and returns what is forwarded.
 
-Pure. A value that does not pass raises BadParameterError; its message starts with the path: `temperature: expected ...`.
+Pure. What does not pass raises BadParameterError, whose message starts with the path: "temperature: expected ...".
 """
 
 from collections.abc import Callable, Mapping
