@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -44,7 +45,7 @@ class SlowReading(Generic[T]):
         self._clock = clock
         self._value = initial
         self._read_s = clock()
-        self._pending: asyncio.Future[T] | None = None
+        self._pending: asyncio.Future[tuple[T, float]] | None = None
         self._overdue = False
 
     @property
@@ -61,40 +62,33 @@ class SlowReading(Generic[T]):
         if pending is None:
             pending = self._pending = self._begin()
         elif self._overdue and not pending.done():
-            return self._last()
+            return self.last()
         done, _ = await asyncio.wait((pending,), timeout=self._deadline_s)
         self._overdue = not done
         if done:
             if self._pending is pending:
                 self._pending = None
-            self._value = pending.result()
-            self._read_s = self._clock()
-        return self._last()
+            self._value, self._read_s = pending.result()
+        return self.last()
 
-    def _last(self) -> Reading[T]:
+    def last(self) -> Reading[T]:
+        """The newest value that ever came back."""
         return Reading(self._value, self._clock() - self._read_s)
 
-    def _begin(self) -> asyncio.Future[T]:
+    def _begin(self) -> asyncio.Future[tuple[T, float]]:
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-
-        def deliver(value: T | None, error: Exception | None) -> None:
-            if future.done():  # the loop is being torn down
-                return
-            if error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(value)  # type: ignore[arg-type]
+        future: asyncio.Future[tuple[T, float]] = loop.create_future()
 
         def run() -> None:
-            value: T | None = None
-            error: Exception | None = None
+            deliver: Callable[[], None]
             try:
                 value = self._read()
-            except Exception as raised:  # noqa: BLE001 - carried to the waiter, who knows which it can handle
-                error = raised
-            with suppress(RuntimeError):  # the loop closed meanwhile: nobody waits any more
-                loop.call_soon_threadsafe(deliver, value, error)
+            except Exception as error:  # noqa: BLE001 - carried to the waiter, who knows what it can handle
+                deliver = partial(future.set_exception, error)
+            else:
+                deliver = partial(future.set_result, (value, self._clock()))
+            with suppress(RuntimeError):  # the loop has closed meanwhile: nobody waits any more
+                loop.call_soon_threadsafe(deliver)
 
         threading.Thread(target=run, name=self._name, daemon=True).start()
         return future
