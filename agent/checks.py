@@ -4,17 +4,17 @@ import re
 from collections.abc import Mapping
 
 from sollol.errors import Reason, SollolError, refuse
+from sollol.memory import KV_TYPES
 from sollol.names import check_model_name
 from sollol.report import CoordinatorPlan, DeviceShare
 
-KV_TYPES = frozenset({"f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"})
 MAX_TTL_S = 600.0
 MAX_BYTES = 1 << 50
 _ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _DEVICE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 # Lowest and highest value of each number that becomes an engine flag.
 _RANGES = {
-    "parallel": (1, 256),
+    "parallel": (1, 1024),
     "context_per_slot": (1, 1 << 24),
     "batch": (1, 1 << 16),
     "ubatch": (1, 1 << 16),
