@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sollol.errors import Reason, SollolError
+
 from sollold.front import requests
 
 HI = [{"role": "user", "content": "hi"}]
@@ -141,7 +142,12 @@ def test_null_means_absent():
 def test_stop_seed_and_developer_are_turned_into_the_engines_forms():
     body = sent(
         requests.chat(
-            {"model": "tiny", "stop": "end", "seed": -1, "messages": [{"role": "developer", "content": "be brief"}, *HI]}
+            {
+                "model": "tiny",
+                "stop": "end",
+                "seed": -1,
+                "messages": [{"role": "developer", "content": "be brief"}, *HI],
+            }
         )
     )
     assert body["stop"] == ["end"]
@@ -175,10 +181,16 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=8,
 )
-names = st.sampled_from([*requests._CHAT, *requests._COMPLETION, "messages", "prompt", "tools", "tool_choice", "n", "model"])
+names = st.sampled_from(
+    [*requests._CHAT, *requests._COMPLETION, "messages", "prompt", "tools", "tool_choice", "n", "model"]
+)
 
 
-@given(st.dictionaries(names, json_values, max_size=5), st.sampled_from([requests.chat, requests.completion]), st.booleans())
+@given(
+    st.dictionaries(names, json_values, max_size=5),
+    st.sampled_from([requests.chat, requests.completion]),
+    st.booleans(),
+)
 def test_whatever_the_fields_hold_a_request_is_sent_or_refused(body, check, complete):
     if complete:
         body = {"messages": HI, "prompt": "x", **body, "model": "tiny"}

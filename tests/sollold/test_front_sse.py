@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sollol.errors import SollolError
+
 from sollold.front import sse
 from sollold.front.sse import Ending, EventReader, Passage
-
 from tests.fakes.fake_dispatcher import HELLO, chat_frame
 
 
@@ -72,7 +72,7 @@ def test_the_engines_own_error_event_ends_a_stream_too():
 
 def test_a_terminal_event_without_its_last_newline_counts():
     passage = Passage()
-    assert passage.feed(b'data: {}\n\ndata: [DONE]\n') == b"data: {}\n\n"
+    assert passage.feed(b"data: {}\n\ndata: [DONE]\n") == b"data: {}\n\n"
     assert passage.finish() == (b"data: [DONE]\n\n", Ending.DONE)
 
 
