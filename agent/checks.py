@@ -11,7 +11,7 @@ from sollol.report import CoordinatorPlan, DeviceShare
 MAX_TTL_S = 600.0
 MAX_BYTES = 1 << 50
 _ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
-_DEVICE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+_DEVICE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
 # Lowest and highest value of each number that becomes an engine flag.
 _RANGES = {
     "parallel": (1, 1024),
