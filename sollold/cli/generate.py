@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from sollol.client import Client
 from sollol.errors import Reason, refuse
@@ -30,7 +31,7 @@ def prompt_from(argument: str | None, piped: str) -> str:
     return "\n\n".join(parts)
 
 
-def _pieces(client: Client, options: argparse.Namespace, prompt: str) -> AsyncIterator[Progress | Piece]:
+def _pieces(client: Client, options: argparse.Namespace, prompt: str) -> AsyncGenerator[Progress | Piece, None]:
     sampling = Sampling(max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed)
     if options.raw:
         return client.complete(options.model, prompt, sampling)
@@ -40,19 +41,21 @@ def _pieces(client: Client, options: argparse.Namespace, prompt: str) -> AsyncIt
     return client.chat(options.model, messages, sampling)
 
 
-async def _show(pieces: AsyncIterator[Progress | Piece]) -> int:
+async def _show(pieces: AsyncGenerator[Progress | Piece, None]) -> int:
     status = StatusLine()
     ended_line = True
     try:
-        async for piece in pieces:
-            if isinstance(piece, Progress):
-                status.show(progress_text(piece))
-                continue
-            status.clear()
-            if piece.text:
-                sys.stdout.write(piece.text)
-                sys.stdout.flush()
-                ended_line = piece.text.endswith("\n")
+        async with aclosing(pieces):  # leaving early cancels the generation
+            async for piece in pieces:
+                if isinstance(piece, Progress):
+                    status.show(progress_text(piece))
+                elif piece.text:
+                    status.clear()
+                    sys.stdout.write(piece.text)
+                    sys.stdout.flush()
+                    ended_line = piece.text.endswith("\n")
+                elif piece.reasoning:
+                    status.show("thinking")
     finally:
         status.clear()
         if not ended_line:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from contextlib import aclosing
 
 import msgspec
 from sollol.client import Client
@@ -50,8 +51,9 @@ def logs(options: argparse.Namespace) -> int:
 
 
 async def _logged(client: Client, options: argparse.Namespace) -> int:
-    async for line in client.tail_log(options.pool, lines=options.lines, follow=options.follow):
-        sys.stdout.write(line + "\n")
-        if options.follow:
-            sys.stdout.flush()
+    async with aclosing(client.tail_log(options.pool, lines=options.lines, follow=options.follow)) as lines:
+        async for line in lines:
+            sys.stdout.write(line + "\n")
+            if options.follow:
+                sys.stdout.flush()
     return 0

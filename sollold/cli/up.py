@@ -144,7 +144,7 @@ class _Up:
         from sollol.client import Client
 
         async with Client(f"{HOST}:{self._options.grpc_port}") as client:
-            return len(await client.nodes()) >= self._options.agents
+            return bool(len(await client.nodes()) >= self._options.agents)
 
     def _announce(self) -> None:
         options = self._options

@@ -55,12 +55,13 @@ def fits(layout: Layout, devices: Sequence[Device]) -> bool:
     if len(layout.shares) == 1:
         return layout.total_bytes <= devices[0].free_bytes
     on_host = 0
+    cpu = devices[0]
     for share, device in _held(layout, devices):
         if share.total_bytes > device.free_bytes:
             return False
-        if device is devices[0] or device.unified:
+        if device is cpu or device.unified:
             on_host += share.total_bytes
-    return on_host <= devices[0].free_bytes
+    return on_host <= cpu.free_bytes
 
 
 def read_ms(layout: Layout, devices: Sequence[Device]) -> float:
@@ -119,6 +120,10 @@ class Layouts:
         if len(devices) == 1:
             alone = self.on_cpu(devices[0])
             return alone if alone.total_bytes <= devices[0].free_bytes else None
+        if len(devices) == 2:
+            quick = self._on_faster_gpu(devices[0], devices[1])
+            if quick is not None and fits(quick, devices):
+                return quick
         best: Layout | None = None
         least = 0.0
         for layout in self._candidates(devices):
@@ -172,6 +177,12 @@ class Layouts:
             if len(filled) > 1:
                 yield self._of(self._split(cpu, gpus, filled))
         yield self.on_cpu(cpu)
+
+    def _on_faster_gpu(self, cpu: Device, gpu: Device) -> Layout | None:
+        """The usual node: nothing can beat as much as fits on its only GPU, when that reads faster than the CPU."""
+        if gpu.kind is DeviceKind.GPU and gpu.usable and bandwidth(gpu, cpu) >= bandwidth(cpu, cpu):
+            return self._with_one(cpu, gpu)
+        return None
 
     def _with_one(self, cpu: Device, gpu: Device) -> Layout | None:
         """As many of the last layers as this GPU can hold; None when not one fits."""

@@ -111,7 +111,7 @@ def test_online_classic_refuses_a_node_without_the_model():
 
 
 def test_fit_needs_headers_that_a_node_list_does_not_have():
-    with pytest.raises(SollolError, match="INVALID_REQUEST.*policy classic"):
+    with pytest.raises(SollolError, match=r"INVALID_REQUEST.*policy classic"):
         decide(
             PlacementWish(model="m", policy="fit"), nodes_from_json(SEED_NODES), PlacementDefaults(), files_known=False
         )
