@@ -34,10 +34,10 @@ def read_model(paths: Sequence[Path]) -> tuple[Header, ...]:
     """
     headers = []
     for number, path in enumerate(paths, start=1):
-        if number > 1 and not path.exists():
+        if len(paths) > 1 and not path.exists():
             raise refuse(
                 Reason.MODEL_CORRUPT,
-                f"part {number} of {len(paths)} is missing: put {quoted(path.name)} beside the first",
+                f"part {number} of {len(paths)} is missing: put {quoted(path.name)} beside the others",
                 numbers={"part": number, "parts": len(paths)},
             )
         header = read_header(path)

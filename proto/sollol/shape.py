@@ -42,6 +42,7 @@ FULL_ATTENTION_INTERVALS = {"qwen3next": 4, "qwen35": 4, "qwen35moe": 4, "minima
 LIGHTNING_ATTENTION = frozenset({"minimax-01"})  # a state of key length squared for every head
 KV_LAYERS_FROM_START = {"gemma3n": 20}  # the later ones use the caches of earlier ones
 NOT_LANGUAGE_MODELS = frozenset({"clip", "wavtokenizer-dec"})
+ADDITIONS = frozenset({"adapter", "mmproj"})
 
 _LAYER = re.compile(r"(?:(?:enc|dec)\.)?blk\.(\d{1,9})\.", re.ASCII)
 _EXPERTS = re.compile(r"\.ffn_\w+_exps\.")
@@ -111,7 +112,7 @@ def shape_of(headers: Sequence[Header]) -> ModelShape:
             files that are no language model.
     """
     metadata = _Metadata(headers[0])
-    if metadata.architecture in NOT_LANGUAGE_MODELS or metadata.word("general.type") in {"adapter", "mmproj"}:
+    if is_addition(headers[0]):
         raise refuse(Reason.MODEL_UNSUPPORTED, f"{quoted(headers[0].name)} is no language model but an addition to one")
     layers = metadata.figure("block_count")
     if not 1 <= layers <= MOST_LAYERS:
@@ -148,6 +149,14 @@ def shape_of(headers: Sequence[Header]) -> ModelShape:
     )
     _check_widths(metadata, shape)
     return shape
+
+
+def is_addition(header: Header) -> bool:
+    """Whether the file belongs to a language model without being one: a projector for images, a LoRA."""
+    return (
+        header.metadata.get("general.architecture") in NOT_LANGUAGE_MODELS
+        or header.metadata.get("general.type") in ADDITIONS
+    )
 
 
 def _check_widths(metadata: _Metadata, shape: ModelShape) -> None:

@@ -331,7 +331,7 @@ def test_a_split_model_has_the_shape_of_the_whole_one(parts, tmp_path):
 
 def test_a_missing_part_is_named(parts):
     parts[1].unlink()
-    with pytest.raises(SollolError, match=r"part 2 of 3 is missing: put 'model-00002-of-00003.gguf' beside the first"):
+    with pytest.raises(SollolError, match=r"part 2 of 3 is missing: put 'model-00002-of-00003.gguf' beside the others"):
         read_model(parts)
 
 
