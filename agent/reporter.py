@@ -1,0 +1,211 @@
+"""Composes this node's report, owns the newest one, and tells it to heads and to the registry."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Protocol
+
+import sollol
+import structlog
+from sollol.errors import Reason, refuse
+from sollol.registry import RegistryUnavailable
+from sollol.report import Device, Engine, Instance, Model, Report, Reservation
+
+from agent.bandwidth import boot_id, usable_cores
+from agent.config import AgentConfig
+from agent.materialised import materialised
+from agent.threads import SlowReading
+
+log = structlog.get_logger(__name__)
+
+FIRST_SCAN_WITHIN_S = 5.0  # a node does not stay away because one of its disks hangs
+OVERDUE_SCAN_POLL_S = 1.0
+REPORT_GAP_S = 0.02
+PUBLISH_GAP_S = 0.2
+WITHDRAW_WITHIN_S = 1.5
+
+
+class Measuring(Protocol):
+    async def measure(self) -> tuple[Device, ...]: ...
+
+
+class Inventory(Protocol):
+    def scan(self) -> tuple[Model, ...]:
+        """Look through the disks; blocks, raises OSError."""
+        ...
+
+
+class Promises(Protocol):
+    def reservations(self) -> tuple[Reservation, ...]: ...
+
+    def with_ledger(
+        self, devices: Sequence[Device], materialised: Mapping[str, Mapping[str, int]]
+    ) -> tuple[Device, ...]: ...
+
+
+class Running(Protocol):
+    def instances(self) -> tuple[Instance, ...]: ...
+
+
+class NoticeBoard(Protocol):
+    async def publish(self, report: Report, lease_s: float) -> None: ...
+
+    async def withdraw(self, report: Report) -> None: ...
+
+
+class Reporter:
+    """`run()` keeps the report fresh: every heartbeat, and at once when somebody calls `changed()`.
+
+    Args:
+        registry: None: reports go to watching heads only.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: AgentConfig,
+        probe: Measuring,
+        inventory: Inventory,
+        ledger: Promises,
+        supervisor: Running,
+        engine: Engine | None,
+        registry: NoticeBoard | None,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._config = config
+        self._probe = probe
+        self._ledger = ledger
+        self._supervisor = supervisor
+        self._engine = engine
+        self._registry = registry
+        self._wall_clock = wall_clock
+        self._boot_id = boot_id()
+        self._scan: SlowReading[tuple[Model, ...]] = SlowReading(
+            inventory.scan, initial=(), name="model scan", deadline_s=FIRST_SCAN_WITHIN_S
+        )
+        self._models: tuple[Model, ...] = ()
+        self._scanned = asyncio.Event()
+        self._scan_problem = ""
+        self._report: Report | None = None
+        self._dirty = asyncio.Event()
+        self._news = asyncio.Event()  # set, and replaced, with every report
+        self._registry_lost = False
+
+    def current(self) -> Report:
+        """The newest report.
+
+        Raises:
+            SollolError: STALE_REPORT; nothing has been measured yet (wait for `ready`).
+        """
+        if self._report is None:
+            raise refuse(Reason.STALE_REPORT, "this node has not measured itself yet: ask again", retryable=True)
+        return self._report
+
+    async def ready(self) -> Report:
+        """The first report, as soon as there is one."""
+        while self._report is None:
+            await self._news.wait()
+        return self._report
+
+    async def watch(self) -> AsyncIterator[Report]:
+        """The newest report, then every newer one. A slow reader misses those in between, never the last."""
+        seen: Report | None = None
+        while True:
+            news = self._news
+            if self._report is not None and self._report is not seen:
+                seen = self._report
+                yield seen
+            else:
+                await news.wait()
+
+    def changed(self) -> None:
+        """Report as soon as possible: something that a report shows has changed. Calls that come together are one."""
+        self._dirty.set()
+
+    async def run(self) -> None:
+        """Measure, report and publish until cancelled; then withdraw from the registry."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._scan_models(), name="scan models")
+                tasks.create_task(self._keep_reporting(), name="report")
+                if self._registry is not None:
+                    tasks.create_task(self._keep_publishing(self._registry), name="publish")
+        finally:
+            if self._registry is not None and self._report is not None:
+                await self._withdraw(self._registry, self._report)
+
+    async def _scan_models(self) -> None:
+        while True:
+            try:
+                models = (await self._scan.newest()).value
+            except OSError as error:  # a directory that cannot be read: what was found before may still be there
+                self._tell_scan_problem(str(error))
+            else:
+                self._tell_scan_problem(f"no end within {FIRST_SCAN_WITHIN_S} s" if self._scan.overdue else "")
+                if models != self._models:
+                    self._models = models  # an unchanged list stays the same object: watchers skip it then
+                    self.changed()
+            self._scanned.set()
+            await asyncio.sleep(OVERDUE_SCAN_POLL_S if self._scan.overdue else self._config.rescan_s)
+
+    def _tell_scan_problem(self, problem: str) -> None:
+        if problem and problem != self._scan_problem:
+            log.warning("model_scan_failed", problem=problem, models_kept=len(self._models))
+        self._scan_problem = problem
+
+    async def _keep_reporting(self) -> None:
+        await self._scanned.wait()
+        while True:
+            self._dirty.clear()
+            await self._refresh()
+            await asyncio.sleep(REPORT_GAP_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._config.heartbeat_s):
+                    await self._dirty.wait()
+
+    async def _refresh(self) -> None:
+        measured = await self._probe.measure()
+        # From here nothing waits: devices, instances and reservations of one report belong together.
+        instances = self._supervisor.instances()
+        config = self._config
+        self._report = Report(
+            node_id=config.node_id,
+            host=config.host,
+            port=config.port,
+            boot_id=self._boot_id,
+            sequence=self._report.sequence + 1 if self._report else 1,
+            measured_unix_s=self._wall_clock(),
+            cpu_count=usable_cores(),
+            devices=self._ledger.with_ledger(measured, materialised(instances)),
+            engine=self._engine,
+            models=self._models,
+            instances=instances,
+            reservations=self._ledger.reservations(),
+            labels=dict(config.labels),
+            version=sollol.__version__,
+        )
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+    async def _keep_publishing(self, registry: NoticeBoard) -> None:
+        """A slow or lost registry delays nobody: this task alone waits for it, and then sends the newest."""
+        async for report in self.watch():
+            try:
+                await registry.publish(report, self._config.lease_s)
+            except RegistryUnavailable as error:
+                if not self._registry_lost:
+                    log.warning("registry_lost", problem=str(error))
+                self._registry_lost = True
+            else:
+                if self._registry_lost:
+                    log.info("registry_regained")
+                self._registry_lost = False
+            await asyncio.sleep(PUBLISH_GAP_S)
+
+    async def _withdraw(self, registry: NoticeBoard, report: Report) -> None:
+        try:
+            async with asyncio.timeout(WITHDRAW_WITHIN_S):
+                await registry.withdraw(report)
+        except (RegistryUnavailable, TimeoutError) as error:  # its lease ends by itself
+            log.info("report_not_withdrawn", problem=str(error) or "no answer in time")
