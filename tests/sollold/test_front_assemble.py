@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import pytest
@@ -42,7 +43,7 @@ def test_a_completion_becomes_one_answer():
 def test_the_answer_is_the_same_however_the_stream_is_cut(places):
     body = b"".join(HELLO)
     bounds = [0, *sorted(place % len(body) for place in places), len(body)]
-    chunks = [body[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+    chunks = [body[start:end] for start, end in itertools.pairwise(bounds)]
     assert assembled(CHAT_PATH, *chunks).result() == assembled(CHAT_PATH, *HELLO).result()
 
 

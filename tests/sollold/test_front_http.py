@@ -255,7 +255,7 @@ async def test_a_reader_that_takes_nothing_is_given_up(serving, monkeypatch):
     endless = FakeStream(chunks=(chat_frame({"content": "x" * 60_000}),) * 400)
     _, session = await serving(endless)
     port = session._base_url.port
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+    _reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
     body = json.dumps({**ASK, "stream": True}).encode()
     writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
     await wait_until(lambda: endless.closed, within_s=5, what="the stalled reader was given up")
