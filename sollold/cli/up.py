@@ -23,6 +23,8 @@ HEAD_STOP_S = 15.0  # its own grace for running streams is 10 s
 AGENT_STOP_S = 15.0  # engines get 5 s to end, then they are killed
 POLL_S = 0.1
 HOST = "127.0.0.1"
+HEAD_MODULE = "sollold"
+AGENT_MODULE = "agent"
 
 
 def up(options: argparse.Namespace) -> int:
@@ -76,8 +78,8 @@ class _Up:
         for at, port in enumerate(_agent_ports(self._options)):
             name = f"node-{at + 1}"
             flags = self._agent_flags(name, port, redis_url, caps[at])
-            self._agents.append(await Child.start(name, "agent", flags, self._logs / f"{name}.log"))
-        self._head = await Child.start("head", "sollold", self._head_flags(redis_url), self._logs / "head.log")
+            self._agents.append(await Child.start(name, AGENT_MODULE, flags, self._logs / f"{name}.log"))
+        self._head = await Child.start("head", HEAD_MODULE, self._head_flags(redis_url), self._logs / "head.log")
 
     def _head_flags(self, redis_url: str) -> list[str]:
         return [

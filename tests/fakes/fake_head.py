@@ -1,0 +1,93 @@
+"""A head that answers the CLI from fixed values: real gRPC, no cluster behind it."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from sollol import wire
+from sollol.channels import new_server, refusal_abort
+from sollol.errors import Reason, Refusal, refuse
+from sollol.inference import AvailableModel, Piece
+from sollol.report import Instance, InstanceState, NodeStatus, PlacementWish, Pool, Progress
+from sollol.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+from sollold.placement import PlacementDefaults, decide
+from tests.placement_cases import MODEL, cpu, gpu, node
+
+NODES: tuple[NodeStatus, ...] = (node("big", cpu(), gpu()), node("small", cpu(free=2**30), engine=False))
+POOL = Pool(node_id="big", instance=Instance(instance_id="tiny-0", model=MODEL, state=InstanceState.READY, parallel=4))
+UNKNOWN = refuse(Reason.MODEL_NOT_FOUND, "no node has a model named 'nope'; closest: tiny:8b").refusal
+DEAD = Refusal(reason=Reason.ENGINE_DIED, message="the engine died", log_lines=("last words",))
+
+
+class FakeHead(cluster_pb2_grpc.ClusterServiceServicer, inference_pb2_grpc.InferenceServiceServicer):
+    """Model `nope` is unknown; `dies` sends one piece and then fails."""
+
+    def __init__(self) -> None:
+        self.asked: list[object] = []
+
+    async def ListNodes(self, _request, _context):  # noqa: N802 - gRPC's name
+        response = cluster_pb2.ListNodesResponse()
+        for status in NODES:
+            wire.fill(response.nodes.add(), status)
+        return response
+
+    async def ListPools(self, _request, _context):  # noqa: N802 - gRPC's name
+        response = cluster_pb2.ListPoolsResponse()
+        wire.fill(response.pools.add(), POOL)
+        return response
+
+    async def ListModels(self, _request, _context):  # noqa: N802 - gRPC's name
+        response = inference_pb2.ListModelsResponse()
+        wire.fill(response.models.add(), AvailableModel(name=MODEL, size_bytes=2**30, node_ids=("big",), warm=True))
+        wire.fill(response.models.add(), AvailableModel(name="broken", problem=DEAD))
+        return response
+
+    async def Place(self, request, _context):  # noqa: N802 - gRPC's name
+        wish = wire.value(PlacementWish, request.wish)
+        self.asked.append(wish)
+        response = cluster_pb2.PlaceResponse()
+        wire.fill(response.decision, decide(wish, NODES, PlacementDefaults()))
+        return response
+
+    async def Load(self, request, context):  # noqa: N802 - gRPC's name
+        if request.wish.model == "nope":
+            await refusal_abort(context, UNKNOWN)
+        yield cluster_pb2.LoadResponse(progress=wire.fill(inference_pb2.Progress(), Progress(state="loading")))
+        yield cluster_pb2.LoadResponse(pool=wire.fill(cluster_pb2.Pool(), POOL))
+
+    async def Unload(self, request, _context):  # noqa: N802 - gRPC's name
+        return cluster_pb2.UnloadResponse(instance_ids=["tiny-0"] if request.model == MODEL else [])
+
+    async def TailPoolLog(self, request, _context):  # noqa: N802 - gRPC's name
+        for at in range(request.lines):
+            yield cluster_pb2.TailPoolLogResponse(lines=[f"line {at}"])
+
+    async def Chat(self, request, context):  # noqa: N802 - gRPC's name
+        self.asked.append(request)
+        if request.model == "nope":
+            await refusal_abort(context, UNKNOWN)
+        yield inference_pb2.ChatResponse(
+            progress=wire.fill(inference_pb2.Progress(), Progress(state="loading", percent=50))
+        )
+        for text in ("Hello", ", ", "world"):
+            yield inference_pb2.ChatResponse(piece=wire.fill(inference_pb2.Piece(), Piece(text=text)))
+            if request.model == "dies":
+                await refusal_abort(context, DEAD)
+
+    async def Complete(self, request, _context):  # noqa: N802 - gRPC's name
+        self.asked.append(request)
+        yield inference_pb2.CompleteResponse(piece=wire.fill(inference_pb2.Piece(), Piece(text=request.prompt + "!\n")))
+
+
+@asynccontextmanager
+async def fake_head() -> AsyncIterator[tuple[FakeHead, str]]:
+    """A running one, and its address."""
+    servicer, server = FakeHead(), new_server()
+    cluster_pb2_grpc.add_ClusterServiceServicer_to_server(servicer, server)
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield servicer, f"127.0.0.1:{port}"
+    finally:
+        await server.stop(0)
