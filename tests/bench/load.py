@@ -57,15 +57,18 @@ class Reader(asyncio.Protocol):
         if not self.done.done():
             self.done.set_result(None)
 
+    def pause(self):
+        self._transport.pause_reading()
+
     def close(self):
         self._transport.abort()
 
 
-def request(path: str, model: str, tokens: int) -> bytes:
+def request(path: str, model: str, tokens: int, content: str = "hello") -> bytes:
     body = json.dumps(
         {
             "model": model,
-            "messages": [{"role": "user", "content": "hello"}],
+            "messages": [{"role": "user", "content": content}],
             "max_tokens": tokens,
             "stream": True,
         }
@@ -85,12 +88,8 @@ async def connect(address: str, make):
     return (await loop.create_connection(make, host, int(port)))[1]
 
 
-async def measure(
-    address: str, *, path: str, model: str, streams: int, seconds: float, between=lambda: None
-) -> Measured:
-    """Read `streams` streams for `seconds`; `between` is called as the measured time begins and ends."""
-    measured = Measured()
-    data = request(path, model, 10**9)
+async def start(address: str, data: bytes, measured: Measured, streams: int) -> list[Reader]:
+    """Open `streams` streams; return when each has begun its answer."""
     readers = []
     for _ in range(streams):
         readers.append(await connect(address, lambda: Reader(data, measured)))
@@ -98,6 +97,24 @@ async def measure(
     async with asyncio.timeout(60):
         while measured.streams + measured.failed < streams:
             await asyncio.sleep(0.05)
+    return readers
+
+
+async def stalled(address: str, *, path: str, model: str, streams: int) -> list[Reader]:
+    """Open streams whose engine sends without end, and stop reading each after its first bytes."""
+    readers = await start(address, request(path, model, 10**9, "flood"), Measured(), streams)
+    for reader in readers:
+        reader.pause()
+    return readers
+
+
+async def measure(
+    address: str, *, path: str, model: str, streams: int, seconds: float, between=lambda: None
+) -> Measured:
+    """Read `streams` streams for `seconds`; `between` is called as the measured time begins and ends."""
+    measured = Measured()
+    data = request(path, model, 10**9)
+    readers = await start(address, data, measured, streams)
     await asyncio.sleep(0.5)
     between()
     measured.counting = True

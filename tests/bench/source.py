@@ -59,12 +59,29 @@ class Stream(asyncio.Protocol):
         self._source = source
         self._request = b""
         self.closed = False
+        self._full = False
+        self._flooding = False
 
     def connection_made(self, transport):
         self.transport = transport
 
     def connection_lost(self, exc):
         self.closed = True
+
+    def pause_writing(self):
+        self._full = True
+
+    def resume_writing(self):
+        self._full = False
+        if self._flooding:
+            self._flood()
+
+    def _flood(self) -> None:
+        """As much as the reader takes, for ever: what a reader that stops leaves in flight shows in the daemons."""
+        self._flooding = True
+        burst = frame(0) * 64
+        while not self._full and not self.closed:
+            self.transport.write(burst)
 
     def data_received(self, data):
         self._request += data
@@ -84,7 +101,10 @@ class Stream(asyncio.Protocol):
             self.transport.write(
                 b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
             )
-            self._source.add(self, int(json.loads(body).get("max_tokens", 100)))
+            if b"flood" in body:
+                self._flood()
+            else:
+                self._source.add(self, int(json.loads(body).get("max_tokens", 100)))
         else:
             self._json([])
 
