@@ -1,10 +1,13 @@
 """The formulas against sizes that the engine logged, and the properties that plans rely on."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from sollol.errors import Reason, SollolError
+from sollol.gguf_split import read_model
 from sollol.memory import (
     CPU_MARGIN_BYTES,
     GPU_MARGIN_BYTES,
@@ -15,8 +18,12 @@ from sollol.memory import (
     layers_that_fit,
 )
 from sollol.report import DeviceKind, ModelShape
+from sollol.shape import shape_of
+
+from tests.real_engine import real_engine
 
 MIB = 1024**2
+LOGGED_SIZE = re.compile(r"CPU(?:_Mapped)? +(model|KV|output|compute) buffer size = +([\d.]+) MiB")
 CPU, GPU = DeviceKind.CPU, DeviceKind.GPU
 
 
@@ -72,6 +79,28 @@ def test_a_model_on_the_cpu_needs_what_the_engine_logs(shape, context, parallel,
     assert share.weight_bytes / MIB == pytest.approx(weights_mib, abs=0.006)
     assert share.kv_bytes / MIB == kv_mib
     assert compute_mib - 0.02 <= (share.compute_bytes - answers) / MIB <= compute_mib * 1.11
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    "load",
+    [
+        {"context": 512, "parallel": 1, "kv_type": "f16", "ubatch": 512},
+        {"context": 2048, "parallel": 3, "kv_type": "f16", "ubatch": 512},
+        {"context": 1024, "parallel": 2, "kv_type": "q8_0", "ubatch": 128},
+        {"context": 4096, "parallel": 1, "kv_type": "f32", "ubatch": 1024},
+    ],
+)
+def test_a_running_engine_logs_what_was_predicted(load, engine_binary, reciting_model, ports, tmp_path):
+    share = alone(shape_of(read_model([reciting_model])), **load)
+    slots = ["-c", str(load["context"] * load["parallel"]), "-np", str(load["parallel"])]
+    types = ["-ctk", load["kv_type"], "-ctv", load["kv_type"], "-b", "2048", "-ub", str(load["ubatch"]), "-lv", "4"]
+    with real_engine(engine_binary, reciting_model, ports(), tmp_path / "log", *slots, *types) as engine:
+        logged = dict(LOGGED_SIZE.findall(engine.log.read_text()))
+    assert share.weight_bytes / MIB == pytest.approx(float(logged["model"]), abs=0.01)
+    assert share.kv_bytes / MIB == pytest.approx(float(logged["KV"]), abs=0.01)
+    buffers = float(logged["compute"]) + float(logged["output"])
+    assert buffers - 0.02 <= share.compute_bytes / MIB <= 1.15 * buffers
 
 
 @pytest.mark.parametrize(
