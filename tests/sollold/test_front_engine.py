@@ -32,7 +32,9 @@ async def engine(engine_binary, reciting_model):
             "--no-ui", "--offline", stdout=log, stderr=log, env={},
         )  # fmt: skip
         try:
-            async with aiohttp.ClientSession("http://engine", connector=aiohttp.UnixConnector(str(socket), force_close=True)) as session:
+            async with aiohttp.ClientSession(
+                "http://engine", connector=aiohttp.UnixConnector(str(socket), force_close=True)
+            ) as session:
                 await wait_until(lambda: _healthy(session), within_s=30, what="the engine is ready")
                 yield session
         finally:
