@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Protocol
 
 import msgspec
@@ -63,7 +64,7 @@ def decide(
         raise refuse(Reason.INVALID_REQUEST, "policy fit needs the model's GGUF header: use policy classic")
     policy: Policy = ClassicPolicy(job) if job.policy == "classic" else FitPolicy(job)
     filters = filters_for(job, files_known=files_known)
-    ordered = sorted(nodes, key=_node_id)
+    ordered = sorted(nodes, key=attrgetter("report.node_id"))
     models = [find_model(node.report, job.model) for node in ordered]
     verdicts = [_verdict(job, policy, filters, node, model) for node, model in zip(ordered, models, strict=True)]
     best = policy.choose(ordered, verdicts)
@@ -72,7 +73,7 @@ def decide(
         policy=policy.name,
         unit=policy.unit,
         nodes=tuple(verdicts),
-        estimate_bytes=policy.estimate_bytes(verdicts),
+        estimate_bytes=policy.estimate_bytes(verdicts if best is None else [verdicts[best]]),
         estimate_mb=policy.estimate_mb,
     )
     if best is None:
@@ -86,10 +87,6 @@ def decide(
         coordinator_host=verdicts[best].host,
         plan=policy.plan(ordered[best], models[best]),
     )
-
-
-def _node_id(node: NodeStatus) -> str:
-    return node.report.node_id
 
 
 def _verdict(

@@ -40,12 +40,15 @@ class FitPolicy:
         self._by_identity: dict[int, Layouts] = {}
 
     def judge(self, node: NodeStatus, model: Model | None) -> NodeVerdict:
+        # The filters let only models with a readable header through.
+        assert model is not None
+        assert model.shape is not None
         report = node.report
-        layouts = self._layouts(_shape_of(model))
+        layouts = self._by_identity.get(id(model.shape)) or self._layouts(model.shape)
         layout = layouts.best(report.devices)
         if layout is None:
             return _short(report, layouts)
-        parts = [ScorePart("read_ms." + device_id, value) for device_id, value in read_parts(layout, report.devices)]
+        parts = read_parts(layout, report.devices)
         read_ms = parts[0].value if len(parts) == 1 else sum([part.value for part in parts])
         busy_ms = read_ms * generating(report) if report.instances else 0.0
         parts.append(ScorePart("busy_ms", busy_ms) if busy_ms else IDLE)
@@ -76,7 +79,7 @@ class FitPolicy:
 
     def estimate_bytes(self, verdicts: Sequence[NodeVerdict]) -> int:
         """The least that any node would need for it."""
-        return min((verdict.needed_bytes for verdict in verdicts if verdict.needed_bytes), default=0)
+        return min([verdict.needed_bytes for verdict in verdicts if verdict.needed_bytes], default=0)
 
     def _layouts(self, shape: ModelShape) -> Layouts:
         """By identity first: hashing a shape costs more than judging a node."""
@@ -89,13 +92,6 @@ class FitPolicy:
 def generating(report: Report) -> int:
     """How many instances on the node are producing tokens now."""
     return sum(instance.active_streams > 0 for instance in report.instances)
-
-
-def _shape_of(model: Model | None) -> ModelShape:
-    # The filters let only a model with a readable header through, unless the nodes come from a list without files.
-    assert model is not None
-    assert model.shape is not None
-    return model.shape
 
 
 def _short(report: Report, layouts: Layouts) -> NodeVerdict:

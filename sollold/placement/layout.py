@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from msgspec import Struct
 from sollol.memory import bytes_read_per_token, device_shares
-from sollol.report import CoordinatorPlan, Device, DeviceKind, DeviceShare, ModelShape
+from sollol.report import CoordinatorPlan, Device, DeviceKind, DeviceShare, ModelShape, ScorePart
 
 # Read bandwidth to assume where an agent has measured none: a desktop's two channels of DDR4, a small discrete GPU.
 # A GPU in unified memory reads that memory: the CPU's figure is its figure.
@@ -72,14 +72,14 @@ def read_ms(layout: Layout, devices: Sequence[Device]) -> float:
     return sum([size / bandwidth(device, devices[0]) * 1000 for size, (_, device) in pairs])
 
 
-def read_parts(layout: Layout, devices: Sequence[Device]) -> list[tuple[str, float]]:
+def read_parts(layout: Layout, devices: Sequence[Device]) -> list[ScorePart]:
     """The same by device, zero for a usable one that holds nothing."""
     cpu = devices[0]
     if len(devices) == 1:
-        return [(cpu.device_id, layout.read_bytes[0] / bandwidth(cpu, cpu) * 1000)]
+        return [ScorePart("read_ms." + cpu.device_id, layout.read_bytes[0] / bandwidth(cpu, cpu) * 1000)]
     read = {share.device_id: size for share, size in zip(layout.shares, layout.read_bytes, strict=True)}
     return [
-        (device.device_id, read.get(device.device_id, 0) / bandwidth(device, cpu) * 1000)
+        ScorePart("read_ms." + device.device_id, read.get(device.device_id, 0) / bandwidth(device, cpu) * 1000)
         for device in devices
         if device.usable or device is cpu
     ]
@@ -113,12 +113,12 @@ class Layouts:
         self.all_layers = shape.layers + 1  # the output layer is one more
         self._known: dict[Split, Layout] = {}
         self._alone: dict[str, Layout] = {}
-        self._beside: dict[tuple[str, str], list[Layout | None]] = {}
+        self._pairs: dict[tuple[str, str], list[Layout | None]] = {}
 
     def best(self, devices: Sequence[Device]) -> Layout | None:
         """The layout with the least predicted milliseconds per token of those that fit; the first of equals."""
         if len(devices) == 1:
-            alone = self.on_cpu(devices[0])
+            alone = self._alone.get(devices[0].device_id) or self.on_cpu(devices[0])
             return alone if alone.total_bytes <= devices[0].free_bytes else None
         if len(devices) == 2:
             quick = self._on_faster_gpu(devices[0], devices[1])
@@ -142,9 +142,15 @@ class Layouts:
     def most_layers(self, devices: Sequence[Device]) -> int:
         """How many layers all devices together could hold, when that is not all of them."""
         cpu = devices[0]
-        if self._front(0).total_bytes > cpu.free_bytes:
+        beside = self._beside(cpu.device_id, "GPU")
+
+        def front(count: int) -> int:
+            """What the CPU needs for the first `count` layers when a GPU holds the rest."""
+            return self._with(beside, cpu.device_id, "GPU", self.all_layers - count).shares[0].total_bytes
+
+        if front(0) > cpu.free_bytes:
             return 0  # the embeddings and buffers that every layout keeps on the CPU do not fit
-        on_cpu = bisect_right(range(1, self.all_layers), cpu.free_bytes, key=lambda n: self._front(n).total_bytes)
+        on_cpu = bisect_right(range(1, self.all_layers), cpu.free_bytes, key=front)
         gpus = [gpu for gpu in _usable_gpus(devices) if not gpu.unified]
         return min(on_cpu + sum(self._filled(cpu, gpus).values()), self.all_layers - 1)
 
@@ -159,10 +165,6 @@ class Layouts:
             batch=load.batch,
             ubatch=load.ubatch,
         )
-
-    def _front(self, count: int) -> DeviceShare:
-        """The CPU's share when it holds the first `count` layers and a GPU the rest."""
-        return self._of((("CPU", count), ("rest", self.all_layers - count))).shares[0]
 
     def _candidates(self, devices: Sequence[Device]) -> Iterator[Layout]:
         """As much as fits on each GPU alone, the fastest first; on all of them together; all on the CPU."""
@@ -186,22 +188,30 @@ class Layouts:
 
     def _with_one(self, cpu: Device, gpu: Device) -> Layout | None:
         """As many of the last layers as this GPU can hold; None when not one fits."""
-        known = self._beside.get((cpu.device_id, gpu.device_id))
-        if known is None:
-            if len(self._beside) >= MAX_NAMES:
-                self._beside.clear()
-            known = self._beside[cpu.device_id, gpu.device_id] = [None] * (self.all_layers + 1)
+        beside = self._beside(cpu.device_id, gpu.device_id)
 
         def needed(count: int) -> int:
-            layout = known[count]
-            if layout is None:
-                rest = self.all_layers - count
-                layout = known[count] = self._computed(((cpu.device_id, rest), (gpu.device_id, count)))
-            return layout.shares[1].total_bytes
+            return self._with(beside, cpu.device_id, gpu.device_id, count).shares[1].total_bytes
 
         if needed(self.all_layers) <= gpu.free_bytes:
-            return known[self.all_layers]
-        return known[bisect_right(range(1, self.all_layers), gpu.free_bytes, key=needed)]
+            return beside[self.all_layers]
+        count = bisect_right(range(1, self.all_layers), gpu.free_bytes, key=needed)
+        return beside[count] if count else None
+
+    def _beside(self, cpu_id: str, gpu_id: str) -> list[Layout | None]:
+        """The layouts over a CPU and one GPU by the number of layers on the GPU, as far as they are known."""
+        known = self._pairs.get((cpu_id, gpu_id))
+        if known is None:
+            if len(self._pairs) >= MAX_NAMES:
+                self._pairs.clear()
+            known = self._pairs[cpu_id, gpu_id] = [None] * (self.all_layers + 1)
+        return known
+
+    def _with(self, beside: list[Layout | None], cpu_id: str, gpu_id: str, count: int) -> Layout:
+        layout = beside[count]
+        if layout is None:
+            layout = beside[count] = self._computed(((cpu_id, self.all_layers - count), (gpu_id, count)))
+        return layout
 
     def _filled(self, cpu: Device, gpus: Sequence[Device]) -> dict[str, int]:
         """Layers per GPU when each, the fastest first, takes all it can hold beside what those before it took."""
