@@ -60,6 +60,7 @@ class Nvidia:
     def __init__(self, load: Callable[[], Any] = lambda: importlib.import_module("pynvml")) -> None:
         self._load = load
         self._nvml: Any = None
+        self._answered = False
 
     def read(self) -> tuple[Gpu, ...]:
         """Every GPU, in NVML's order; none without a driver. A driver that comes later is noticed."""
@@ -70,12 +71,12 @@ class Nvidia:
         try:
             if self._nvml is None:
                 nvml.nvmlInit()
-                self._nvml = nvml
+                self._nvml, self._answered = nvml, True
             return tuple(self._gpu(nvml, index) for index in range(nvml.nvmlDeviceGetCount()))
         except nvml.NVMLError as error:
-            if self._nvml is None:
-                return ()
             self._nvml = None  # initialised again next time: the driver may be reloaded under us
+            if not self._answered:
+                return ()
             raise DriverLost(f"{NVIDIA}: {error}") from error
 
     def _gpu(self, nvml: Any, index: int) -> Gpu:
