@@ -6,119 +6,26 @@ holds at most WINDOW_BYTES that its reader has not taken.
 
 import asyncio
 from collections.abc import Mapping
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 import msgspec
 import structlog
 from sollol import wire
 from sollol.channels import refusal_of, unreachable
-from sollol.errors import Reason, Refusal, SollolError
+from sollol.errors import Reason, Refusal
 from sollol.v1 import agent_pb2
+
+from sollold.relay_stream import WINDOW_BYTES, RelayStream
 
 if TYPE_CHECKING:
     from sollol.v1.agent_pb2_grpc import AgentServiceAsyncStub
 
-WINDOW_BYTES = 262_144
-_GRANT_BYTES = WINDOW_BYTES // 2
 _BATCH_BYTES = 1_048_576
-CANCELLED = Refusal(reason=Reason.CANCELLED, message="the reader let go of this stream")
+
+__all__ = ["WINDOW_BYTES", "AgentRelay", "RelayStream"]
 
 log = structlog.get_logger()
-
-
-class RelayStream:
-    """One HTTP response of one engine. For one reader; leaving `async with` frees the engine's slot at once.
-
-    Iterating gives the body's bytes in pieces of any size and ends where the engine's body ends. `response` and the
-    iteration raise SollolError: the agent's refusal, AGENT_UNREACHABLE when the call broke, CANCELLED after `cancel`.
-    """
-
-    def __init__(self, call: "_Call", number: int) -> None:
-        self._call = call
-        self._number = number
-        self._head: tuple[int, dict[str, str]] | None = None
-        self._pieces: list[bytes] = []
-        self._unread_bytes = 0
-        self._taken_bytes = 0  # taken by the reader and not granted again yet
-        self._ended = False
-        self._refusal: Refusal | None = None
-        self._waiter: asyncio.Future[None] | None = None
-
-    async def response(self) -> tuple[int, Mapping[str, str]]:
-        """Return the engine's status and headers (names in lower case), once they are known."""
-        while self._head is None:
-            if self._ended:
-                raise SollolError(self._refusal or _no_head())
-            await self._changed()
-        return self._head
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> bytes:
-        while not self._pieces:
-            if self._ended:
-                if self._refusal is not None:
-                    raise SollolError(self._refusal)
-                raise StopAsyncIteration
-            await self._changed()
-        pieces = self._pieces
-        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        pieces.clear()
-        self._unread_bytes = 0
-        self._taken_bytes += len(data)
-        if self._taken_bytes >= _GRANT_BYTES and not self._ended:
-            self._call.grant(self._number, self._taken_bytes)
-            self._taken_bytes = 0
-        return data
-
-    def cancel(self) -> None:
-        """Let go of the stream; safe to call again, and after its end."""
-        if not self._ended:
-            self._call.cancel(self._number)
-            self.end(CANCELLED)
-        self._pieces.clear()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.cancel()
-
-    async def _changed(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def head(self, status: int, headers: dict[str, str]) -> None:
-        self._head = (status, headers)
-        self._wake()
-
-    def data(self, data: bytes) -> None:
-        self._pieces.append(data)
-        self._unread_bytes += len(data)
-        if self._unread_bytes + self._taken_bytes > WINDOW_BYTES:
-            self._call.cancel(self._number)
-            self.end(Refusal(reason=Reason.INTERNAL, message="the agent sent more than its credit; update it"))
-        self._wake()
-
-    def end(self, refusal: Refusal | None) -> None:
-        self._ended = True
-        self._refusal = refusal
-        self._wake()
 
 
 class AgentRelay:
@@ -277,7 +184,3 @@ def _refusal(end: agent_pb2.End) -> Refusal | None:
         return wire.value(Refusal, end.refusal)
     except msgspec.ValidationError:  # a newer agent's reason
         return Refusal(reason=Reason.INTERNAL, message=end.refusal.message)
-
-
-def _no_head() -> Refusal:
-    return Refusal(reason=Reason.INTERNAL, message="the agent ended the stream without the engine's answer")

@@ -4,19 +4,22 @@
 """
 
 import asyncio
-import contextlib
 import cProfile
 import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from aiohttp import web
 from sollol.channels import new_server, open_channel
 from sollol.v1 import agent_pb2_grpc
 
 from agent.relay import Relay
+from sollold.dispatch import RelayedStream
+from sollold.front.http import build_app
 from sollold.relay import AgentRelay
+from sollold.streams import AvailableModel, EngineRequest, EngineStream, ProgressSink
 
 
 async def agent(address: str, engine: str) -> None:
@@ -34,23 +37,32 @@ async def agent(address: str, engine: str) -> None:
     await server.stop(0)
 
 
+class OneEngine:
+    """Dispatcher and catalogue of a head that knows a single, warm engine."""
+
+    def __init__(self, relay: AgentRelay) -> None:
+        self._relay = relay
+
+    async def open(self, request: EngineRequest, on_progress: ProgressSink) -> EngineStream:
+        relayed = await self._relay.open("bench", "POST", request.path, {}, request.body)
+        lease = SimpleNamespace(model="bench", node_id="node", instance_id="bench", release=lambda: None)
+        stream = RelayedStream(relayed, lease, SimpleNamespace(forget=lambda _: None), stall_timeout_s=60.0)
+        await stream.begin(60.0)
+        return stream
+
+    def models(self) -> tuple[AvailableModel, ...]:
+        return (AvailableModel(name="bench", warm=True),)
+
+    def ready(self) -> bool:
+        return True
+
+
 async def head(path: str, agent_address: str) -> None:
+    """The real front and relay, with nothing to decide between them."""
     channel = open_channel(agent_address)
     relay = AgentRelay(agent_pb2_grpc.AgentServiceStub(channel), agent_address)
-
-    async def complete(request: web.Request) -> web.StreamResponse:
-        body = await request.read()
-        async with await relay.open("bench", "POST", request.path, {}, body) as stream:
-            status, headers = await stream.response()
-            response = web.StreamResponse(status=status, headers={"Content-Type": headers["content-type"]})
-            await response.prepare(request)
-            with contextlib.suppress(ConnectionResetError):  # the reader left
-                async for chunk in stream:
-                    await response.write(chunk)
-            return response
-
-    app = web.Application()
-    app.router.add_post("/v1/chat/completions", complete)
+    engine = OneEngine(relay)
+    app = build_app(engine, engine, max_body_bytes=1 << 20, shutdown_grace_s=1.0)
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
     await runner.setup()
     await web.UnixSite(runner, path).start()

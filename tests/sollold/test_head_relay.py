@@ -247,3 +247,42 @@ async def test_two_hundred_streams_share_one_call_without_mixing(engine_for, rel
     bodies = await asyncio.gather(*(one(number) for number in range(200)))
     for number, body in enumerate(bodies):
         assert body == b"".join(b"%d:%d " % (number, count) for count in range(20))
+
+
+async def test_a_silent_stream_ends_stalled_and_frees_the_engine(engine_for, relay):
+    closed = asyncio.Event()
+
+    async def script(conversation):
+        await conversation.start_stream()
+        await conversation.chunk(b"x")
+        await conversation.gone()
+        closed.set()
+
+    await engine_for(script)
+    async with await post(relay) as stream:
+        stream.limit_silence(0.2)
+        assert await anext(stream) == b"x"
+        with pytest.raises(SollolError) as raised:
+            await anext(stream)
+    assert raised.value.refusal.reason is Reason.STREAM_STALLED
+    await asyncio.wait_for(closed.wait(), 1)
+
+
+async def test_a_slow_reader_is_not_taken_for_a_silent_engine(engine_for, relay):
+    go = asyncio.Event()
+
+    async def script(conversation):
+        await conversation.start_stream()
+        await conversation.chunk(b"x")
+        await go.wait()
+        await conversation.chunk(b"y")
+        await conversation.finish()
+
+    await engine_for(script)
+    async with await post(relay) as stream:
+        assert await anext(stream) == b"x"
+        stream.limit_silence(0.1)
+        checks = asyncio.get_running_loop().time() + 0.3
+        await wait_until(lambda: asyncio.get_running_loop().time() > checks, what="three periods of a reader at work")
+        go.set()
+        assert [piece async for piece in stream] == [b"y"]
