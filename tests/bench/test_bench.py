@@ -1,0 +1,28 @@
+"""The benches run; what they measure is judged by people, on quiet machines."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.bench.stack import ROOT
+
+
+def bench(*arguments):
+    command = [sys.executable, "-m", "tests.bench", *arguments, "--json"]
+    found = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, timeout=90, check=False)
+    assert found.returncode == 0, found.stderr.decode()[-2000:]
+    return json.loads(found.stdout)
+
+
+def test_the_relay_bench_measures_both_ways():
+    [row] = bench("relay", "--streams", "3", "--seconds", "0.5")
+    assert row["failed"] == 0
+    assert row["tokens_per_s"] == pytest.approx(150, rel=0.5)
+    assert row["added_p50_ms"] > 0
+
+
+def test_the_decision_bench_decides():
+    assert [row["nodes"] for row in bench("decision", "--nodes", "3")] == [3, 3]
