@@ -224,7 +224,7 @@ class Exchange(asyncio.Protocol):
             self._finish(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._finish(ConnectionResetError(f"closed before its response was complete ({exc or 'end of file'})"))
+        self._finish(ConnectionResetError(str(exc or "end of file")))
 
     def _finish(self, error: Exception | None) -> None:
         if not self.done.done():

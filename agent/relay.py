@@ -251,7 +251,7 @@ class _Stream:
             if clock() >= deadline:
                 break
             await asyncio.sleep(_FAILURE_POLL_S)
-        message = f"engine {self._instance_id} closed the connection before its answer was complete: {error}"
+        message = f"the connection to engine {self._instance_id} was lost before its answer was complete: {error}"
         return refuse(Reason.ENGINE_DIED, message, retryable=True).refusal
 
 
