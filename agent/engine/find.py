@@ -22,7 +22,7 @@ RPC_SERVERS = ("ggml-rpc-server", "rpc-server")  # today's name, and the one old
 _WHEEL = "xllamacpp"
 # -P: a file in the working directory must never be imported instead of what is installed.
 _WHEEL_ARGV = (sys.executable, "-P", "-m", "agent.engine.xllama")
-_WHAT_TO_DO = "put llama-server on PATH, run `sollol engine build`, or set engine = /path/to/llama-server"
+_WHAT_TO_DO = "set engine to the path of a llama-server, or to nothing to have one searched for"
 
 log = structlog.get_logger()
 
@@ -87,7 +87,7 @@ def _configured(given: Path) -> _Candidate:
 
 
 def _useless(path: Path, why: str) -> SollolError:
-    return refuse(Reason.ENGINE_MISSING, f"the configured engine {path} {why}; correct `engine`, or {_WHAT_TO_DO}")
+    return refuse(Reason.ENGINE_MISSING, f"the configured engine {path} {why}; {_WHAT_TO_DO}")
 
 
 def _candidates(search_path: str, cache_dir: Path) -> list[_Candidate]:
