@@ -1,6 +1,6 @@
 """One agent as the head calls it: typed values in and out, `_pb2` messages stay here."""
 
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from datetime import timedelta
 from typing import Literal, Protocol, TypeVar
 
@@ -22,7 +22,7 @@ UNARY_TIMEOUT_S = 5.0
 class AgentLink:
     """The gRPC channel to one agent, with the relay that all its token streams share.
 
-    Every method raises SollolError: with the agent's own refusal, or AGENT_UNREACHABLE when the call does not get through.
+    Every method raises SollolError: the agent's own refusal, or AGENT_UNREACHABLE when the call does not get through.
     """
 
     def __init__(self, address: str) -> None:
@@ -35,7 +35,7 @@ class AgentLink:
         await self.relay.close()
         await self._channel.close()
 
-    async def watch_report(self) -> AsyncIterator[Report]:
+    async def watch_report(self) -> AsyncGenerator[Report]:
         """Yield the agent's full report, then each newer one; ends or raises when the agent goes away."""
         models: tuple[Model, ...] = ()
         try:
@@ -63,7 +63,7 @@ class AgentLink:
         _raise_refusal(response)
         return wire.value(Instance, response.instance)
 
-    async def watch_instance(self, instance_id: str) -> AsyncIterator[Instance]:
+    async def watch_instance(self, instance_id: str) -> AsyncGenerator[Instance]:
         try:
             async for response in self._stub.WatchInstance(pb.WatchInstanceRequest(instance_id=instance_id)):
                 yield wire.value(Instance, response.instance)
@@ -74,7 +74,7 @@ class AgentLink:
         """Return when the engine's process is gone and its reservation is released."""
         await _called(self._stub.Stop(pb.StopRequest(instance_id=instance_id), timeout=timeout_s))
 
-    async def tail_log(self, instance_id: str, *, lines: int, follow: bool) -> AsyncIterator[tuple[str, ...]]:
+    async def tail_log(self, instance_id: str, *, lines: int, follow: bool) -> AsyncGenerator[tuple[str, ...]]:
         request = pb.TailLogRequest(instance_id=instance_id, lines=lines, follow=follow)
         try:
             async for response in self._stub.TailLog(request):

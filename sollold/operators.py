@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeAlias
 
 import grpc
 import structlog
@@ -22,6 +23,8 @@ from sollold.pools import Pools
 
 log = structlog.get_logger(__name__)
 
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
 MAX_LOG_LINES = 10_000
 
 
@@ -40,19 +43,19 @@ class ClusterService(rpc.ClusterServiceServicer):
         self._catalogue = catalogue
         self._decide = decide
 
-    async def ListNodes(self, request: pb.ListNodesRequest, context: grpc.aio.ServicerContext) -> pb.ListNodesResponse:
+    async def ListNodes(self, request: pb.ListNodesRequest, context: Context) -> pb.ListNodesResponse:
         response = pb.ListNodesResponse()
         for status in self._nodes.statuses():
             wire.fill(response.nodes.add(), status)
         return response
 
-    async def ListPools(self, request: pb.ListPoolsRequest, context: grpc.aio.ServicerContext) -> pb.ListPoolsResponse:
+    async def ListPools(self, request: pb.ListPoolsRequest, context: Context) -> pb.ListPoolsResponse:
         response = pb.ListPoolsResponse()
         for pool in self._pools.all():
             wire.fill(response.pools.add(), pool)
         return response
 
-    async def Place(self, request: pb.PlaceRequest, context: grpc.aio.ServicerContext) -> pb.PlaceResponse:
+    async def Place(self, request: pb.PlaceRequest, context: Context) -> pb.PlaceResponse:
         async with _aborting(context):
             wish = _wish(request.wish)
             check_model_name(wish.model)
@@ -62,7 +65,7 @@ class ClusterService(rpc.ClusterServiceServicer):
             wire.fill(response.decision, self._decide(wish))
         return response
 
-    async def Load(self, request: pb.LoadRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[pb.LoadResponse]:
+    async def Load(self, request: pb.LoadRequest, context: Context) -> AsyncIterator[pb.LoadResponse]:
         async with _aborting(context):
             wish = _wish(request.wish)
             wish = replace(wish, model=self._catalogue.canonical(wish.model))
@@ -74,7 +77,7 @@ class ClusterService(rpc.ClusterServiceServicer):
                     wire.fill(response.progress, step)
                 yield response
 
-    async def Unload(self, request: pb.UnloadRequest, context: grpc.aio.ServicerContext) -> pb.UnloadResponse:
+    async def Unload(self, request: pb.UnloadRequest, context: Context) -> pb.UnloadResponse:
         async with _aborting(context):
             model = self._catalogue.canonical(request.model)
             pools = self._pools.instances_of(model)
@@ -84,7 +87,7 @@ class ClusterService(rpc.ClusterServiceServicer):
         return pb.UnloadResponse(instance_ids=[pool.instance.instance_id for pool in pools])
 
     async def TailPoolLog(
-        self, request: pb.TailPoolLogRequest, context: grpc.aio.ServicerContext
+        self, request: pb.TailPoolLogRequest, context: Context
     ) -> AsyncIterator[pb.TailPoolLogResponse]:
         async with _aborting(context):
             pool = self._named(request.pool)
@@ -133,7 +136,7 @@ def _wish(message: pb.PlacementWish) -> PlacementWish:
 
 
 @contextlib.asynccontextmanager
-async def _aborting(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+async def _aborting(context: Context) -> AsyncIterator[None]:
     """Turn a SollolError into the call's status; anything else is a bug: logged once, INTERNAL to the caller."""
     try:
         yield

@@ -8,11 +8,12 @@ from enum import StrEnum
 from typing import Any, TypeVar
 
 import msgspec
-from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 T = TypeVar("T", bound=msgspec.Struct)
 M = TypeVar("M", bound=Message)
+# Descriptors have one class per protobuf implementation (C or Python) and no common base that type checkers know.
+FieldDescriptor = Any
 
 
 def fill(message: M, value: msgspec.Struct) -> M:
