@@ -12,6 +12,7 @@ import psutil
 import pytest
 from sollol.directories import cache_directory
 
+from agent.engine.built import built_engine
 from tests.redis_fixture import clean_redis, every_key_has_a_lease, redis_url
 from tests.tiny_model import write_random_model, write_reciting_model
 
@@ -80,13 +81,11 @@ def _is_free(port: int) -> bool:
 @pytest.fixture(scope="session")
 def engine_binary() -> Path:
     """A real llama-server with RPC. Its absence is a failure: a skipped engine test would prove nothing."""
-    if given := os.environ.get("SOLLOL_TEST_ENGINE"):
-        found = [Path(given)]
-    else:
-        found = sorted(cache_directory(os.environ).glob("**/bin/llama-server"), key=lambda path: path.stat().st_mtime)
-    if not found or not os.access(found[-1], os.X_OK):
+    given = os.environ.get("SOLLOL_TEST_ENGINE")
+    found = Path(given) if given else built_engine(cache_directory(os.environ))
+    if found is None or not os.access(found, os.X_OK):
         pytest.fail("no llama-server: run `make test`, or `sollol engine build`, or set SOLLOL_TEST_ENGINE to one")
-    return found[-1]
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,6 @@ missing_system_packages() {
     command -v mosquitto >/dev/null || [ -x /usr/sbin/mosquitto ] || echo mosquitto
     command -v mosquitto_pub >/dev/null || echo mosquitto-clients
     command -v g++ >/dev/null || echo g++
-    command -v cmake >/dev/null || [ -x .venv/bin/cmake ] || echo cmake
     command -v make >/dev/null || echo make
 }
 
