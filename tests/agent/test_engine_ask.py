@@ -1,0 +1,59 @@
+import asyncio
+import sys
+import time
+
+import psutil
+import pytest
+
+from agent.engine.ask import ask
+from tests.waiting import wait_until
+
+ENVIRONMENT = {"PATH": "/usr/bin:/bin"}
+
+
+def is_running(pid: str) -> bool:
+    """A zombie is not: orphans become our children here, and we do not wait for them."""
+    try:
+        return psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+async def test_an_answer_has_both_streams_and_the_status():
+    answer = await ask(("/bin/sh", "-c", "echo out; echo err >&2; exit 3"), ENVIRONMENT)
+    assert (answer.status, answer.output, answer.errors) == (3, "out\n", "err\n")
+    assert answer.trouble == "exit status 3: err"
+
+
+async def test_a_binary_that_hangs_is_killed_with_its_children(tmp_path):
+    pids = tmp_path / "pids"
+    began = time.monotonic()
+    answer = await ask(("/bin/sh", "-c", f"sleep 600 & echo $! $$ >{pids}; wait"), ENVIRONMENT, within_s=0.5)
+    assert answer.status is None
+    assert "within 0.5 s" in answer.trouble
+    assert time.monotonic() - began < 5
+    await wait_until(lambda: not any(map(is_running, pids.read_text().split())), what="all are gone")
+
+
+async def test_what_cannot_be_run_is_an_answer_and_no_exception(tmp_path):
+    (tmp_path / "text").write_text("not a program")
+    assert (await ask((str(tmp_path / "absent"),), ENVIRONMENT)).trouble == "cannot be run: No such file or directory"
+    assert (await ask((str(tmp_path / "text"),), ENVIRONMENT)).trouble == "cannot be run: Permission denied"
+
+
+async def test_it_reads_nothing_from_our_input_and_sees_only_the_given_environment():
+    code = "import os, sys; print(sorted(os.environ), sys.stdin.read() == '')"
+    answer = await ask((sys.executable, "-I", "-c", code), {"LC_CTYPE": "C.UTF-8"})
+    assert answer.output.strip() == "['LC_CTYPE'] True"
+
+
+async def test_a_cancelled_question_leaves_no_process(tmp_path):
+    pid = tmp_path / "pid"
+    asking = asyncio.create_task(
+        ask(("/bin/sh", "-c", f"echo $$ >{pid}.new; mv {pid}.new {pid}; sleep 600"), ENVIRONMENT)
+    )
+    await wait_until(pid.exists, what="it runs")
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    assert not psutil.pid_exists(int(pid.read_text()))
