@@ -64,3 +64,6 @@ class AgentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     def expanded_model_dirs(self) -> tuple[Path, ...]:
         return tuple(Path(item).expanduser() for item in self.model_dirs)
+
+    def engine_path(self) -> Path | None:
+        return Path(self.engine).expanduser() if self.engine else None

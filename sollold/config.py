@@ -10,6 +10,9 @@ class HeadConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sizes are bytes, durations seconds. Empty strings mean "not set"."""
 
     listen: Annotated[str, Meta(min_length=1, description="The address HTTP and gRPC listen on")] = "127.0.0.1"
+    host: Annotated[
+        str, Meta(min_length=1, description="The address this machine's own agent is known by; `local` means that one")
+    ] = "127.0.0.1"
     http_port: Annotated[Port, Meta(description="The OpenAI-compatible API's port")] = 7460
     grpc_port: Annotated[Port, Meta(description="The gRPC API's port")] = 7461
     insecure: Annotated[bool, Meta(description="Allow listening off loopback without TLS and keys")] = False

@@ -59,19 +59,10 @@ class RelayedStream:
         if self._first:
             yield self._first
         self._first = None
-        chunks = aiter(self._relayed)
+        self._relayed.limit_silence(self._stall_timeout_s)
         try:
-            while True:
-                async with asyncio.timeout(self._stall_timeout_s):
-                    chunk = await anext(chunks, None)
-                if chunk is None:
-                    return
+            async for chunk in self._relayed:
                 yield chunk
-        except TimeoutError as error:
-            raise refuse(
-                Reason.STREAM_STALLED,
-                f"{self.instance_id} on {self.node_id} sent nothing for {self._stall_timeout_s:.0f} s in mid-stream",
-            ) from error
         except SollolError as error:
             if error.refusal.reason in POOL_FAILED:
                 self._pools.forget(self.instance_id)

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
+from msgspec.structs import replace
 from sollol.errors import Reason, SollolError, refuse
 from sollol.registry import RegistryUnavailable
-from sollol.report import NodeStatus, Report
+from sollol.report import Model, ModelShape, NodeStatus, Report
 
 from sollold.agent_link import AgentLink
 
@@ -61,6 +62,7 @@ class Nodes:
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._listeners: list[Callable[[], None]] = []
         self._registry_up = True
+        self._shapes: dict[ModelShape, ModelShape] = {}
 
     def subscribe(self, listener: Callable[[], None]) -> None:
         """Have `listener` called after every change of the view."""
@@ -163,8 +165,16 @@ class Nodes:
             return
         if known is None or not known.connected:
             log.info("node_connected", node=report.node_id, address=link.address)
+        if known is None or known.report.models is not report.models:
+            report = replace(report, models=tuple(self._with_shared_shape(model) for model in report.models))
         self._nodes[report.node_id] = _Node(report=report, received_s=self._clock(), link=link, connected=True)
         self._changed()
+
+    def _with_shared_shape(self, model: Model) -> Model:
+        """Nodes with the same file share one shape object: placement works once per object, not once per node."""
+        if model.shape is None:
+            return model
+        return replace(model, shape=self._shapes.setdefault(model.shape, model.shape))
 
     def _lost(self, link: AgentLink) -> None:
         for node_id, node in self._nodes.items():

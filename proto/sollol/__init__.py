@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from sollol.client import Client
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+# Otherwise grpc's C core writes lines of its own form into the daemons' logs whenever a peer goes away.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 __version__ = "0.1.0"
 __all__ = ["Client", "__version__"]

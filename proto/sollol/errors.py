@@ -149,7 +149,7 @@ def refuse(
     retry_after_s: float | None = None,
     log_lines: tuple[str, ...] = (),
 ) -> SollolError:
-    """Build the error to raise: `raise refuse(Reason.NO_FIT, "...")`."""
+    """Build an error, for `raise refuse(Reason.NO_FIT, "...")`."""
     return SollolError(
         Refusal(
             reason=reason,

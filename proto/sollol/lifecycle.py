@@ -67,6 +67,25 @@ class Closing:
     def add(self, name: str, close: Callable[[], Awaitable[object]], *, within_s: float) -> None:
         self._steps.append((name, close, within_s))
 
+    def run(self, name: str, work: Coroutine[Any, Any, None], stop: Stop, *, within_s: float) -> None:
+        """Start `work` as a task that lives until its closing step; when it ends earlier, the daemon stops."""
+        task = asyncio.create_task(work, name=name)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled():
+                stop.request(f"{name} ended")
+
+        async def close() -> None:
+            task.cancel()
+            try:
+                await task
+            except asyncio.CancelledError:
+                if not task.cancelled():
+                    raise
+
+        task.add_done_callback(ended)
+        self.add(name, close, within_s=within_s)
+
     async def __aenter__(self) -> Self:
         return self
 

@@ -144,7 +144,7 @@ class Instance(Struct, frozen=True, kw_only=True):
 
 
 class Reservation(Struct, frozen=True, kw_only=True):
-    """Bytes per device id that the ledger has promised to one pool; `expires_in_s` is None once an engine runs on it."""
+    """Bytes per device id that the ledger promised to one pool; `expires_in_s` is None once an engine runs on it."""
 
     pool_id: str
     bytes: dict[str, int]

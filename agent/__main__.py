@@ -1,0 +1,34 @@
+"""`sollol-agent`: argv and the environment end here."""
+
+import os
+import sys
+from pathlib import Path
+
+import sollol  # noqa: F401 - before grpc: switches its fork handlers off
+from sollol import lifecycle, log
+from sollol.config import load_or_exit
+
+from agent.config import AgentConfig
+
+DEFAULT_FILE = Path("/etc/sollol/agent.toml")
+
+
+def main() -> None:
+    environ = dict(os.environ)
+    config = load_or_exit(
+        AgentConfig, name="agent", argv=sys.argv[1:], environ=environ, default_file=DEFAULT_FILE
+    ).value
+    log.configure(config.log_level, config.log_format, journal_stream=environ.get("JOURNAL_STREAM", ""))
+    from agent.app import serve  # noqa: PLC0415 - after --help and --check-config: grpc is slow to load
+
+    sys.exit(
+        lifecycle.run(
+            lambda stop: serve(config, environ, stop),
+            exit_with_parent=config.exit_with_parent,
+            notify_socket=environ.get("NOTIFY_SOCKET", ""),
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

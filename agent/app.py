@@ -1,0 +1,187 @@
+"""The agent, put together. Start reading here: every collaborator is built in `serve`, and nowhere else.
+
+The reporter owns what the node says of itself, the ledger its promises, the supervisor its engines, the relay the
+token streams; the gRPC service only asks them.
+"""
+
+import fcntl
+import os
+import time
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import structlog
+from msgspec.structs import replace
+from sollol.channels import new_server
+from sollol.directories import Directories, cache_directory, directories
+from sollol.errors import Reason, refuse
+from sollol.lifecycle import Closing, Stop
+from sollol.registry import Registry
+from sollol.report import Instance
+
+from agent.config import AgentConfig
+from agent.engine.find import FoundEngine, find_engine
+from agent.gpus import default_drivers
+from agent.ledger import Ledger, LedgerEvent
+from agent.models import Inventory, ModelRoots, default_huggingface_dir, default_ollama_dir
+from agent.probe import Probe
+from agent.relay import Relay
+from agent.reporter import Reporter
+from agent.server import AgentService
+from agent.supervisor import files
+from agent.supervisor.instance import Limits
+from agent.supervisor.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+log = structlog.get_logger(__name__)
+
+STEP_WITHIN_S = 5.0
+
+
+async def serve(config: AgentConfig, environ: Mapping[str, str], stop: Stop) -> None:
+    """Run the agent until `stop`; returns when every engine it started is gone.
+
+    Raises:
+        SollolError: PORT_TAKEN, ENGINE_MISSING for a configured engine that is not there, or another agent uses the
+            state directory.
+    """
+    places = directories(environ, state=config.state_dir, log=config.log_dir, run=config.run_dir)
+    with _sole_owner(places.state):
+        async with Closing() as closing:
+            registry = _registry(config, closing)
+            found = await _found_engine(config, environ)
+            ledger = Ledger(clock=time.monotonic, journal=lambda event: journal(event))  # noqa: PLW0108 - defined below
+            inventory = Inventory(_model_roots(config, environ))
+            supervisor = _supervisor(config, environ, places, found=found, inventory=inventory, ledger=ledger)
+            relay = Relay(supervisor.socket_of, supervisor.failure_of)
+            probe = Probe(drivers=default_drivers(), caps=config.caps, state_dir=places.state)
+            probe.heard_engine(found.devices if found else ())
+            reporter = Reporter(
+                config=config,
+                probe=probe,
+                inventory=inventory,
+                ledger=ledger,
+                supervisor=_Busy(supervisor, relay),
+                engine=found.engine if found else None,
+                registry=registry,
+            )
+
+            def journal(event: LedgerEvent) -> None:
+                log.debug("ledger_changed", entry=event)
+                reporter.changed()
+
+            supervisor.subscribe(lambda _: reporter.changed())
+            await supervisor.reap_leftovers()
+            closing.run("report", reporter.run(), stop, within_s=STEP_WITHIN_S)
+            closing.add("engines", supervisor.close, within_s=config.stop_grace_s + 2 * STEP_WITHIN_S)
+            await reporter.ready()
+            service = AgentService(reporter=reporter, ledger=ledger, supervisor=supervisor, relay=relay)
+            await _serve_grpc(config, closing, service)
+            stop.announce_ready()
+            log.info("agent_ready", node=config.node_id, grpc=f"{config.listen}:{config.port}")
+            await stop.wait()
+
+
+class _Busy:
+    """The supervisor's instances, each with the streams that the relay carries for it."""
+
+    def __init__(self, supervisor: Supervisor, relay: Relay) -> None:
+        self._supervisor = supervisor
+        self._relay = relay
+
+    def instances(self) -> tuple[Instance, ...]:
+        return tuple(
+            replace(instance, active_streams=self._relay.active_streams(instance.instance_id))
+            for instance in self._supervisor.instances()
+        )
+
+
+@contextmanager
+def _sole_owner(state: Path) -> "Iterator[None]":
+    """Two agents with one state directory would end each other's engines."""
+    descriptor = os.open(state / "agent.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise refuse(
+                Reason.PORT_TAKEN,
+                f"another agent uses {state}: stop it, or give this one its own --state-dir, --log-dir and --run-dir",
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _registry(config: AgentConfig, closing: Closing) -> Registry | None:
+    if not config.redis_url:
+        return None
+    registry = Registry(config.redis_url, client_name=f"sollol-agent/{config.node_id}")
+    closing.add("registry", registry.close, within_s=STEP_WITHIN_S)
+    return registry
+
+
+async def _found_engine(config: AgentConfig, environ: Mapping[str, str]) -> FoundEngine | None:
+    found = await find_engine(
+        config.engine_path(), search_path=environ.get("PATH", ""), cache_dir=cache_directory(environ), environ=environ
+    )
+    if found is None:
+        log.warning(
+            "engine_missing", hint="`sollol engine build` builds one; `pip install sollol[prebuilt]` brings one"
+        )
+    else:
+        log.info("engine_found", source=found.engine.source, path=found.engine.path, build=found.engine.build)
+    return found
+
+
+def _model_roots(config: AgentConfig, environ: Mapping[str, str]) -> ModelRoots:
+    def place(setting: str, default: Path | None) -> Path | None:
+        if setting == "auto":
+            return default
+        return Path(setting).expanduser() if setting else None
+
+    return ModelRoots(
+        directories=config.expanded_model_dirs(),
+        ollama=place(config.ollama_dir, default_ollama_dir(environ)),
+        huggingface=place(config.huggingface_dir, default_huggingface_dir(environ)),
+    )
+
+
+def _supervisor(
+    config: AgentConfig,
+    environ: Mapping[str, str],
+    places: Directories,
+    *,
+    found: FoundEngine | None,
+    inventory: Inventory,
+    ledger: Ledger,
+) -> Supervisor:
+    return Supervisor(
+        engine=found.argv if found else (),
+        gpu_devices=tuple(device.device_id for device in found.devices) if found else (),
+        resolve=inventory.path_of,
+        environment=environ,
+        directories=files.Directories(log=places.log, run=places.run, state=places.state),
+        limits=Limits(start_timeout_s=config.start_timeout_s, stop_grace_s=config.stop_grace_s),
+        threads=config.threads or len(os.sched_getaffinity(0)),
+        on_gone=lambda instance: ledger.freed(instance.instance_id),
+    )
+
+
+async def _serve_grpc(config: AgentConfig, closing: Closing, service: AgentService) -> None:
+    server = new_server()
+    service.add_to(server)
+    address = f"[{config.listen}]:{config.port}" if ":" in config.listen else f"{config.listen}:{config.port}"
+    try:
+        server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise refuse(
+            Reason.PORT_TAKEN, f"cannot listen on {address}: is another agent running? Set port to another"
+        ) from error
+    await server.start()
+    closing.add("gRPC", lambda: server.stop(1.0), within_s=STEP_WITHIN_S)
+    closing.add("drain", service.drain, within_s=STEP_WITHIN_S)

@@ -1,0 +1,128 @@
+"""The head, put together. Start reading here: every collaborator is built in `serve`, and nowhere else.
+
+A request's way: front → dispatch → pools (warm? use it; else loading: placement → reserve → start → wait) → relay →
+front. Around it, nodes follows the registry and the agents, and history writes decisions down.
+"""
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import structlog
+from sollol.channels import new_server
+from sollol.errors import Reason, refuse
+from sollol.lifecycle import Closing, Stop
+from sollol.registry import Registry
+from sollol.report import Decision, NodeStatus, PlacementWish
+from sollol.v1 import cluster_pb2_grpc, inference_pb2_grpc
+
+from sollold.catalogue import Catalogue
+from sollold.config import HeadConfig
+from sollold.dispatch import Dispatch
+from sollold.front.grpc import InferenceService
+from sollold.front.http import build_app
+from sollold.front.http import serve as serve_http
+from sollold.history import History
+from sollold.loading import Loader
+from sollold.nodes import Nodes
+from sollold.operators import ClusterService
+from sollold.placement import PlacementDefaults, decide
+from sollold.pools import Pools
+
+log = structlog.get_logger(__name__)
+
+STEP_WITHIN_S = 5.0
+
+
+async def serve(config: HeadConfig, stop: Stop) -> None:
+    """Run the head until `stop`; returns when everything it started has ended.
+
+    Raises:
+        SollolError: PORT_TAKEN.
+    """
+    async with Closing() as closing:
+        registry = _registry(config, closing)
+        nodes = Nodes(registry, static_addresses=config.agents, forget_after_s=config.forget_after_s)
+        history = History(registry)
+        catalogue = Catalogue(nodes, stale_after_s=config.stale_after_s)
+        defaults = _placement_defaults(config)
+
+        def decided(wish: PlacementWish, among: Sequence[NodeStatus]) -> Decision:
+            return decide(wish, among, defaults, head_host=config.host)
+
+        loader = Loader(
+            nodes,
+            decide=decided,
+            record=history.decided,
+            reservation_ttl=timedelta(seconds=config.reservation_ttl_s),
+            load_timeout_s=config.load_timeout_s,
+        )
+        pools = Pools(nodes, load=loader.load, max_queue=config.max_queue)
+        nodes.subscribe(pools.on_nodes_changed)
+        dispatch = Dispatch(
+            nodes,
+            pools,
+            catalogue,
+            first_byte_timeout_s=config.first_byte_timeout_s,
+            stall_timeout_s=config.stall_timeout_s,
+        )
+        closing.run("history", history.run(), stop, within_s=STEP_WITHIN_S)
+        closing.run("nodes", nodes.run(), stop, within_s=STEP_WITHIN_S)
+        closing.add("pools", pools.close, within_s=STEP_WITHIN_S)
+        operators = ClusterService(nodes, pools, catalogue, decide=lambda wish: decided(wish, nodes.statuses()))
+        await _serve_grpc(config, closing, InferenceService(dispatch, catalogue), operators)
+        await _serve_http(config, closing, dispatch, catalogue)
+        stop.announce_ready()
+        log.info("head_ready", http=f"{config.listen}:{config.http_port}", grpc=f"{config.listen}:{config.grpc_port}")
+        await stop.wait()
+
+
+def _registry(config: HeadConfig, closing: Closing) -> Registry | None:
+    if not config.redis_url:
+        return None
+    registry = Registry(config.redis_url, client_name="sollold")
+    closing.add("registry", registry.close, within_s=STEP_WITHIN_S)
+    return registry
+
+
+def _placement_defaults(config: HeadConfig) -> PlacementDefaults:
+    return PlacementDefaults(
+        policy=config.policy,
+        strategy=config.strategy,
+        context_per_slot=config.context_per_slot,
+        parallel=config.parallel,
+        kv_type=config.kv_type,
+        stale_after_s=config.stale_after_s,
+    )
+
+
+async def _serve_grpc(
+    config: HeadConfig, closing: Closing, inference: InferenceService, operators: ClusterService
+) -> None:
+    server = new_server()
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
+    cluster_pb2_grpc.add_ClusterServiceServicer_to_server(operators, server)
+    address = _address(config.listen, config.grpc_port)
+    try:
+        server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise _port_taken("grpc_port", address) from error
+    await server.start()
+    grace_s = config.shutdown_grace_s
+    closing.add("gRPC", lambda: server.stop(grace_s), within_s=grace_s + STEP_WITHIN_S)
+
+
+async def _serve_http(config: HeadConfig, closing: Closing, dispatch: Dispatch, catalogue: Catalogue) -> None:
+    app = build_app(dispatch, catalogue, max_body_bytes=config.max_body_bytes, shutdown_grace_s=config.shutdown_grace_s)
+    try:
+        runner = await serve_http(app, config.listen, config.http_port)
+    except OSError as error:
+        raise _port_taken("http_port", _address(config.listen, config.http_port)) from error
+    closing.add("HTTP", runner.cleanup, within_s=config.shutdown_grace_s + STEP_WITHIN_S)
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _port_taken(setting: str, address: str) -> Exception:
+    return refuse(Reason.PORT_TAKEN, f"cannot listen on {address}: is another head running? Set {setting} to another")
