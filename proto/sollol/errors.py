@@ -149,7 +149,7 @@ def refuse(
     retry_after_s: float | None = None,
     log_lines: tuple[str, ...] = (),
 ) -> SollolError:
-    """Build an error, for `raise refuse(Reason.NO_FIT, "...")`."""
+    """Build the error that says why not; the caller raises it."""
     return SollolError(
         Refusal(
             reason=reason,
