@@ -226,6 +226,7 @@ async def demo(home: Path) -> None:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)  # in step with what `sollol` itself prints, in a file too
     # Orphans become our children instead of init's: "nothing is left running" can then be checked.
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     with tempfile.TemporaryDirectory(prefix="sollol-demo-") as home:  # short: unix sockets live in it
