@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 import structlog
-from sollol.channels import new_server
 from sollol.errors import Reason, refuse
 from sollol.lifecycle import Closing, Stop
 from sollol.registry import Registry
 from sollol.report import Decision, NodeStatus, PlacementWish
-from sollol.v1 import cluster_pb2_grpc, inference_pb2_grpc
 
 from sollold.catalogue import Catalogue
 from sollold.config import HeadConfig
@@ -27,6 +25,7 @@ from sollold.nodes import Nodes
 from sollold.operators import ClusterService
 from sollold.placement import PlacementDefaults, decide
 from sollold.pools import Pools
+from sollold.server import HeadServer
 
 log = structlog.get_logger(__name__)
 
@@ -69,7 +68,9 @@ async def serve(config: HeadConfig, stop: Stop) -> None:
         closing.run("nodes", nodes.run(), stop, within_s=STEP_WITHIN_S)
         closing.add("pools", pools.close, within_s=STEP_WITHIN_S)
         operators = ClusterService(nodes, pools, catalogue, decide=lambda wish: decided(wish, nodes.statuses()))
-        await _serve_grpc(config, closing, InferenceService(dispatch, catalogue), operators)
+        server = HeadServer(InferenceService(dispatch, catalogue), operators, is_ready=catalogue.ready)
+        nodes.subscribe(server.on_nodes_changed)
+        await _serve_grpc(config, closing, server)
         await _serve_http(config, closing, dispatch, catalogue)
         stop.announce_ready()
         log.info("head_ready", http=f"{config.listen}:{config.http_port}", grpc=f"{config.listen}:{config.grpc_port}")
@@ -95,20 +96,15 @@ def _placement_defaults(config: HeadConfig) -> PlacementDefaults:
     )
 
 
-async def _serve_grpc(
-    config: HeadConfig, closing: Closing, inference: InferenceService, operators: ClusterService
-) -> None:
-    server = new_server()
-    inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
-    cluster_pb2_grpc.add_ClusterServiceServicer_to_server(operators, server)
+async def _serve_grpc(config: HeadConfig, closing: Closing, server: HeadServer) -> None:
     address = _address(config.listen, config.grpc_port)
     try:
-        server.add_insecure_port(address)
+        await server.listen(address)
     except RuntimeError as error:
         raise _port_taken("grpc_port", address) from error
-    await server.start()
     grace_s = config.shutdown_grace_s
     closing.add("gRPC", lambda: server.stop(grace_s), within_s=grace_s + STEP_WITHIN_S)
+    closing.add("health", server.drain, within_s=STEP_WITHIN_S)
 
 
 async def _serve_http(config: HeadConfig, closing: Closing, dispatch: Dispatch, catalogue: Catalogue) -> None:

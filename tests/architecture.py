@@ -32,6 +32,7 @@ GRPC_EDGES = (
     "proto/sollol/channels.py",
     "proto/sollol/inference.py",
     "agent/server.py",
+    "sollold/server.py",
     "agent/relay.py",
     "agent/outbox.py",
     "sollold/agent_link.py",
