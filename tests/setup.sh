@@ -42,7 +42,7 @@ install_packages() {
         return
     fi
     say "installing Python packages into .venv"
-    .venv/bin/python -m pip install -q --disable-pip-version-check -e ".[$extra]"
+    .venv/bin/python -m pip install -qq --disable-pip-version-check -e ".[$extra]"
     printf '%s %s' "$wanted" "$extra" >"$stamp"
 }
 
