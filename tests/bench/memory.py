@@ -3,7 +3,7 @@
 import asyncio
 
 from tests.bench.load import measure, stalled
-from tests.bench.stack import PATH, Stack
+from tests.bench.stack import MODEL, PATH, Stack
 
 STALLED = 50
 
@@ -13,9 +13,9 @@ async def rows(stack: Stack, streams: int, seconds: float) -> list[dict[str, flo
     await asyncio.sleep(seconds)
     idle_cpu = {name: (used - marks[name]) / seconds * 100 for name, used in stack.cpu_s().items()}
     found = [_row("idle", stack, idle_cpu)]
-    await measure(stack.front, path=PATH, model=stack.model, streams=streams, seconds=seconds)
+    await measure(stack.front, path=PATH, model=MODEL, streams=streams, seconds=seconds)
     found.append(_row(f"after {streams} streams", stack))
-    readers = await stalled(stack.front, path=PATH, model=stack.model, streams=STALLED)
+    readers = await stalled(stack.front, path=PATH, model=MODEL, streams=STALLED)
     await asyncio.sleep(seconds)
     found.append(_row(f"{STALLED} stalled readers", stack))
     for reader in readers:

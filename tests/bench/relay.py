@@ -1,12 +1,12 @@
 """What SOLLOL adds to a token: time and CPU, against asking the source directly in the same run."""
 
 from tests.bench.load import measure
-from tests.bench.stack import PATH, Stack
+from tests.bench.stack import MODEL, PATH, Stack
 
 
 async def row(stack: Stack, streams: int, seconds: float) -> dict[str, float | str]:
     marks: list[dict[str, float]] = []
-    wanted = {"path": PATH, "model": stack.model, "streams": streams, "seconds": seconds}
+    wanted = {"path": PATH, "model": MODEL, "streams": streams, "seconds": seconds}
     direct = await measure(stack.direct, **wanted)
     relayed = await measure(stack.front, **wanted, between=lambda: marks.append(stack.cpu_s()))
     tokens = max(1, len(relayed.delays_ns))

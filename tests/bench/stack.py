@@ -1,18 +1,28 @@
-"""What is measured: a source, an agent and a head, as processes, until a block ends."""
+"""What is measured: the two daemons as they are installed, with the pacing source as the agent's engine."""
 
+import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from tests.gguf_bytes import gguf, llama_metadata, llama_tensors
+
 ROOT = Path(__file__).parents[2]
 PATH = "/v1/chat/completions"
+MODEL = "bench"
+SLOTS = 512
 MIB = 2**20
+# Below the ephemeral range, and not the ports of an installation.
+AGENT_PORT, HTTP_PORT, GRPC_PORT = 7562, 7560, 7561
+START_WITHIN_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -23,7 +33,6 @@ class Stack:
     front: str
     agent: psutil.Process
     head: psutil.Process
-    model: str
 
     def cpu_s(self) -> dict[str, float]:
         found = {}
@@ -37,30 +46,91 @@ class Stack:
 
 
 @contextmanager
-def process(*arguments: str, ready: Path) -> Iterator[psutil.Process]:
-    """`python -m ARGUMENTS`, until `ready` exists and then until the block ends."""
-    child = subprocess.Popen([sys.executable, "-m", *arguments], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=sys.stderr)
-    try:
-        deadline = time.monotonic() + 20
-        while not ready.exists():
-            if child.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"{arguments} did not start")
-            time.sleep(0.05)
-        yield psutil.Process(child.pid)
-    finally:
-        child.terminate()
-        child.wait(10)
+def daemons(directory: Path, profiles: Path | None = None) -> Iterator[Stack]:
+    """A head and an agent with one loaded model, until the block ends.
+
+    Args:
+        directory: Empty; for everything that they write. A short path, for sockets lie there.
+        profiles: Where each daemon leaves its cProfile (`agent.prof`, `head.prof`) as it ends.
+    """
+    places = {name: directory / name for name in ("models", "state", "log", "run")}
+    for place in places.values():
+        place.mkdir()
+    (places["models"] / f"{MODEL}.gguf").write_bytes(gguf(llama_metadata(), llama_tensors()))
+    agent_flags = {
+        "node-id": MODEL,
+        "port": AGENT_PORT,
+        "engine": _launcher(directory / "llama-server"),
+        "model-dirs": places["models"],
+        "ollama-dir": "",
+        "huggingface-dir": "",
+        "state-dir": places["state"],
+        "log-dir": places["log"],
+        "run-dir": places["run"],
+        "caps": f"CPU={2048 * MIB}",
+    }
+    head_flags = {
+        "agents": f"127.0.0.1:{AGENT_PORT}",
+        "http-port": HTTP_PORT,
+        "grpc-port": GRPC_PORT,
+        "parallel": SLOTS,
+        "context-per-slot": 256,
+    }
+    front = f"127.0.0.1:{HTTP_PORT}"
+    with ExitStack() as running:
+        agent = running.enter_context(_daemon("agent", "agent", agent_flags, directory, profiles))
+        head = running.enter_context(_daemon("head", "sollold", head_flags, directory, profiles))
+        _until(lambda: _asked(f"http://{front}/readyz"), (agent, head), directory)
+        _until(lambda: _asked(f"http://{front}{PATH}", _one_token()), (agent, head), directory)
+        (socket,) = places["run"].glob("*.sock")
+        yield Stack(direct=f"unix:{socket}", front=front, agent=psutil.Process(agent.pid), head=psutil.Process(head.pid))
+
+
+def _launcher(path: Path) -> Path:
+    """Write a program that runs the source: agents start engines with an environment from scratch."""
+    path.write_text(f'#!/bin/sh\nexport PYTHONPATH="{ROOT}"\nexec "{sys.executable}" -m tests.bench.source "$@"\n')
+    path.chmod(0o700)
+    return path
 
 
 @contextmanager
-def pieces(directory: Path) -> Iterator[Stack]:
-    """Both ends of the relay without the daemons around them."""
-    engine, agent, head = (directory / f"{name}.sock" for name in ("engine", "agent", "head"))
-    with (
-        process("tests.bench.source", "--host", str(engine), ready=engine),
-        process("tests.bench.pieces", "agent", f"unix:{agent}", str(engine), ready=agent) as agent_process,
-        process("tests.bench.pieces", "head", str(head), f"unix:{agent}", ready=head) as head_process,
-    ):
-        yield Stack(
-            direct=f"unix:{engine}", front=f"unix:{head}", agent=agent_process, head=head_process, model="bench"
-        )
+def _daemon(
+    name: str, module: str, flags: dict[str, object], directory: Path, profiles: Path | None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """`python -m MODULE FLAGS` until the block ends."""
+    profiled = ("-m", "cProfile", "-o", str(profiles / f"{name}.prof")) if profiles is not None else ()
+    every = {**flags, "redis-url": "", "log-format": "json", "exit-with-parent": "true"}
+    command = [sys.executable, *profiled, "-m", module, *(f"--{flag}={content}" for flag, content in every.items())]
+    with (directory / f"{name}.log").open("wb") as log:
+        child = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=log, stderr=log)
+    try:
+        yield child
+    finally:
+        child.terminate()
+        child.wait(30)
+        child.stdin.close()
+
+
+def _until(answers: Callable[[], bool], children: tuple[subprocess.Popen[bytes], ...], directory: Path) -> None:
+    deadline = time.monotonic() + START_WITHIN_S
+    while not answers():
+        if any(child.poll() is not None for child in children) or time.monotonic() > deadline:
+            logs = "".join(f"--- {log.name}\n{log.read_text()[-2000:]}\n" for log in sorted(directory.glob("*.log")))
+            raise SystemExit(f"the daemons did not start\n{logs}")
+        time.sleep(0.05)
+
+
+def _asked(url: str, body: bytes | None = None) -> bool:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, body, {"Content-Type": "application/json"})) as answer:
+            answer.read()
+    except (urllib.error.URLError, ConnectionError):
+        return False
+    return True
+
+
+def _one_token() -> bytes:
+    """The first request has the model loaded."""
+    return json.dumps(
+        {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 1, "stream": True}
+    ).encode()

@@ -23,7 +23,8 @@ async def ping(url: str) -> None:
 
 
 def server_in(directory: Path) -> psutil.Process:
-    (server,) = [child for child in psutil.Process().children() if str(directory) in " ".join(child.cmdline())]
+    children = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    (server,) = [child for child in children if str(directory) in " ".join(child.cmdline())]
     return server
 
 
