@@ -83,7 +83,9 @@ def daemons(directory: Path, profiles: Path | None = None) -> Iterator[Stack]:
         _until(lambda: _asked(f"http://{front}/readyz"), (agent, head), directory)
         _until(lambda: _asked(f"http://{front}{PATH}", _one_token()), (agent, head), directory)
         (socket,) = places["run"].glob("*.sock")
-        yield Stack(direct=f"unix:{socket}", front=front, agent=psutil.Process(agent.pid), head=psutil.Process(head.pid))
+        yield Stack(
+            direct=f"unix:{socket}", front=front, agent=psutil.Process(agent.pid), head=psutil.Process(head.pid)
+        )
 
 
 def _launcher(path: Path) -> Path:
