@@ -206,6 +206,40 @@ async def test_the_blocks_own_exception_is_kept_when_closing_fails_too():
         await broken_block()
 
 
+async def test_background_work_is_cancelled_when_its_turn_to_close_comes():
+    order = []
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            order.append("work")
+
+    async def note() -> None:
+        order.append("later step")
+
+    stop = Stop()
+    async with Closing() as closing:
+        closing.run("work", work(), stop, within_s=1)
+        closing.add("later step", note, within_s=1)
+        await asyncio.sleep(0)
+    assert order == ["later step", "work"]
+    assert not stop.requested, "cancelling it is not an early end"
+
+
+async def test_background_work_that_breaks_stops_the_daemon_uncleanly():
+    async def breaks() -> None:
+        raise ZeroDivisionError
+
+    async def main(stop: Stop) -> None:
+        async with Closing() as closing:
+            closing.run("work", breaks(), stop, within_s=1)
+            await stop.wait()
+            assert stop.cause == "work ended"
+
+    assert await run_until_signal(main) == 1
+
+
 async def test_the_first_cause_of_a_stop_stays():
     stop = Stop()
     stop.request("first")
