@@ -5,7 +5,7 @@ import os
 import random
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import psutil
@@ -28,26 +28,29 @@ def pytest_sessionstart() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
-def _running_children() -> dict[int, str]:
+def _running_children(besides: Collection[int] = ()) -> dict[int, str]:
+    """Pid and command line of every descendant, without `besides` and what these have started."""
     running = {}
     for child in psutil.Process().children(recursive=True):
         try:
-            if child.status() != psutil.STATUS_ZOMBIE:
+            if child.status() != psutil.STATUS_ZOMBIE and not _is_one_of(child, besides):
                 running[child.pid] = " ".join(child.cmdline()) or child.name()
         except psutil.NoSuchProcess:
             continue
     return running
 
 
+def _is_one_of(process: psutil.Process, pids: Collection[int]) -> bool:
+    return bool(pids) and not {process.pid, *(parent.pid for parent in process.parents())}.isdisjoint(pids)
+
+
 @pytest.fixture(autouse=True)
 def no_process_left() -> Iterator[None]:
-    """Fail a test that leaves a process behind. What a wider fixture started before the test does not count."""
+    """Fail a test that leaves a process behind. What a wider fixture's processes are and start does not count."""
     before = _running_children()
     yield
     deadline = time.monotonic() + 3
-    while (left := {pid: name for pid, name in _running_children().items() if pid not in before}) and (
-        time.monotonic() < deadline
-    ):
+    while (left := _running_children(besides=before)) and time.monotonic() < deadline:
         time.sleep(0.02)
     for pid in left:
         try:
@@ -57,9 +60,9 @@ def no_process_left() -> Iterator[None]:
     assert not left, f"the test left processes running: {left}"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def ports() -> Callable[[], int]:
-    """Call it for a port that nobody listens on; never the same twice in one test."""
+    """Call it for a port that nobody listens on; never the same twice in one run."""
     start = random.SystemRandom().choice(_PORTS)
     candidates = iter([*range(start, _PORTS.stop), *range(_PORTS.start, start)])
 
