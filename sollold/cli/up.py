@@ -63,6 +63,7 @@ class _Up:
             redis_url = self._options.redis_url or await stack.enter_async_context(
                 private_redis(private(self._run / "redis"))
             )
+            stack.callback(self._show_new_lines)  # what they said while they stopped
             stack.push_async_callback(self._stop_children)  # before Redis goes
             await self._start_children(redis_url)
             shown = asyncio.create_task(self._show_logs(), name="show logs")
@@ -70,7 +71,6 @@ class _Up:
                 await self._serve()
             finally:
                 shown.cancel()
-                self._show_new_lines()
         return 0
 
     async def _start_children(self, redis_url: str) -> None:

@@ -26,6 +26,7 @@ def daemon() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     else:
         signal.signal(signal.SIGTERM, lambda *_: ended(name))
+    Path(f"{os.environ['FAKE_ENDS']}.{name}.up").touch()  # from here a signal is answered
     if name == "head":
         server = http.server.ThreadingHTTPServer(("127.0.0.1", int(flag("--http-port"))), Ready)
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -56,8 +57,9 @@ if __name__ == "__main__":
         from sollold.cli import up
         from sollold.cli.arguments import run
 
-        async def all_seen(_self: object) -> bool:
-            return True
+        async def all_seen(self: "up._Up") -> bool:
+            marks = (Path(f"{os.environ['FAKE_ENDS']}.node-{at + 1}.up") for at in range(self._options.agents))
+            return all(mark.exists() for mark in marks)
 
         up.HEAD_MODULE = up.AGENT_MODULE = "tests.fakes.up_with_fakes"
         up.AGENT_STOP_S = 0.5

@@ -47,6 +47,8 @@ async def start(tmp_path, ports):
 
     async def up(*words, **environ):
         first, agent = ports(), ports()
+        for mark in tmp_path.glob("ends.*.up"):
+            mark.unlink()
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "tests.fakes.up_with_fakes", "up", "--state", str(tmp_path / "state")),
             *("--http-port", str(first), "--grpc-port", str(ports()), "--agent-port", str(agent)),
