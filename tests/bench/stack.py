@@ -1,6 +1,9 @@
 """What is measured: the two daemons as they are installed, with the pacing source as the agent's engine."""
 
+import contextlib
 import json
+import random
+import socket
 import subprocess
 import sys
 import time
@@ -20,8 +23,7 @@ PATH = "/v1/chat/completions"
 MODEL = "bench"
 SLOTS = 512
 MIB = 2**20
-# Below the ephemeral range, and not the ports of an installation.
-AGENT_PORT, HTTP_PORT, GRPC_PORT = 7562, 7560, 7561
+PORTS = range(20000, 32000)  # below the ephemeral range, and not the ports of an installation
 START_WITHIN_S = 30.0
 
 
@@ -57,9 +59,10 @@ def daemons(directory: Path, profiles: Path | None = None) -> Iterator[Stack]:
     for place in places.values():
         place.mkdir()
     (places["models"] / f"{MODEL}.gguf").write_bytes(gguf(llama_metadata(), llama_tensors()))
+    agent_port, http_port, grpc_port = _free_ports(3)
     agent_flags = {
         "node-id": MODEL,
-        "port": AGENT_PORT,
+        "port": agent_port,
         "engine": _launcher(directory / "llama-server"),
         "model-dirs": places["models"],
         "ollama-dir": "",
@@ -70,21 +73,21 @@ def daemons(directory: Path, profiles: Path | None = None) -> Iterator[Stack]:
         "caps": f"CPU={2048 * MIB}",
     }
     head_flags = {
-        "agents": f"127.0.0.1:{AGENT_PORT}",
-        "http-port": HTTP_PORT,
-        "grpc-port": GRPC_PORT,
+        "agents": f"127.0.0.1:{agent_port}",
+        "http-port": http_port,
+        "grpc-port": grpc_port,
         "parallel": SLOTS,
         "context-per-slot": 256,
     }
-    front = f"127.0.0.1:{HTTP_PORT}"
+    front = f"127.0.0.1:{http_port}"
     with ExitStack() as running:
         agent = running.enter_context(_daemon("agent", "agent", agent_flags, directory, profiles))
         head = running.enter_context(_daemon("head", "sollold", head_flags, directory, profiles))
-        _until(lambda: _asked(f"http://{front}/readyz"), (agent, head), directory)
-        _until(lambda: _asked(f"http://{front}{PATH}", _one_token()), (agent, head), directory)
-        (socket,) = places["run"].glob("*.sock")
+        _until(lambda: b"ready" in _asked(f"http://{front}/readyz"), (agent, head), directory)
+        _until(lambda: b"[DONE]" in _asked(f"http://{front}{PATH}", _one_token()), (agent, head), directory)
+        (engine,) = places["run"].glob("*.sock")
         yield Stack(
-            direct=f"unix:{socket}", front=front, agent=psutil.Process(agent.pid), head=psutil.Process(head.pid)
+            direct=f"unix:{engine}", front=front, agent=psutil.Process(agent.pid), head=psutil.Process(head.pid)
         )
 
 
@@ -113,6 +116,17 @@ def _daemon(
         child.stdin.close()
 
 
+def _free_ports(count: int) -> list[int]:
+    found = []
+    for port in random.sample(PORTS, len(PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            break
+    return found
+
+
 def _until(answers: Callable[[], bool], children: tuple[subprocess.Popen[bytes], ...], directory: Path) -> None:
     deadline = time.monotonic() + START_WITHIN_S
     while not answers():
@@ -122,13 +136,13 @@ def _until(answers: Callable[[], bool], children: tuple[subprocess.Popen[bytes],
         time.sleep(0.05)
 
 
-def _asked(url: str, body: bytes | None = None) -> bool:
+def _asked(url: str, body: bytes | None = None) -> bytes:
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, body, {"Content-Type": "application/json"})) as answer:
-            answer.read()
-    except (urllib.error.URLError, ConnectionError):
-        return False
-    return True
+        with urllib.request.urlopen(request, timeout=START_WITHIN_S) as answer:
+            return answer.read()
+    except (urllib.error.URLError, ConnectionError) as error:
+        return str(error).encode()
 
 
 def _one_token() -> bytes:
