@@ -197,7 +197,7 @@ class Exchange(asyncio.Protocol):
             self._transport.abort()
         if not self.done.done():
             self.done.set_result(None)
-        else:
+        elif not self.done.cancelled():
             self.done.exception()  # seen: nobody may be left to await it
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

@@ -1,34 +1,24 @@
 """Asks a coordinator whether it serves."""
 
+import asyncio
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-import aiohttp
+from agent.engine_client import EngineProtocolError, Exchange, connect, request_bytes
 
 _TIMEOUT_S = 0.5
+_REQUEST = request_bytes("GET", "/health", {}, b"")
 
 
-class Health:
-    """An open line to one coordinator's `/health`. While it loads it answers 503, and before that not at all."""
-
-    def __init__(self, socket: Path) -> None:
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.UnixConnector(path=str(socket)),
-            timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S),
-        )
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._session.close()
-
-    async def serves(self) -> bool:
-        try:
-            async with self._session.get("http://engine/health") as response:
-                return response.status == 200
-        except (aiohttp.ClientError, TimeoutError, OSError):
-            return False  # not bound yet, gone, or too busy to say: ask again
+async def serves(socket: Path) -> bool:
+    """Ask `/health` once. While a coordinator loads it answers 503, and before that not at all."""
+    statuses: list[int] = []
+    exchange = Exchange(_REQUEST, lambda status, _headers: statuses.append(status), lambda _body: None)
+    try:
+        async with asyncio.timeout(_TIMEOUT_S):
+            await connect(socket, exchange)
+            await exchange.done
+    except (OSError, TimeoutError, EngineProtocolError):
+        return False  # not bound yet, gone, or too busy to say: ask again
+    finally:
+        exchange.abort()
+    return statuses == [200]

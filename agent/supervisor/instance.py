@@ -14,7 +14,7 @@ from sollol.report import CoordinatorPlan, Instance, InstanceState
 from agent.supervisor import leftovers
 from agent.supervisor.failure import KEPT_LINES, classify, stalled
 from agent.supervisor.files import InstanceFiles, last_lines
-from agent.supervisor.health import Health
+from agent.supervisor.health import serves
 from agent.supervisor.process import EngineProcess, bytes_read, spawn
 from agent.supervisor.progress import newest_percent
 from agent.supervisor.state import LIVE, Event, after
@@ -135,19 +135,18 @@ class Coordinator:
         clock = asyncio.get_running_loop().time
         began = moved = clock()
         signs = _SignsOfLoading(self.files.progress, process.pid)
-        async with Health(self.files.socket) as health:
-            while not exited.done() and not self._asked_to_stop.done():
-                if await health.serves():
-                    self._announce(state=after(self.view.state, Event.HEALTHY), percent=100.0)
-                    log.info("coordinator_ready", model=self.view.model, took_s=round(clock() - began, 3))
-                    return None
-                if signs.moved():
-                    moved = clock()
-                    self._announce_percent(signs.percent)
-                elif clock() - moved > self._limits.start_timeout_s:
-                    self._announce(state=after(self.view.state, Event.UNHEALTHY))
-                    return stalled(self.view.model, clock() - moved, last_lines(self.files.log, KEPT_LINES))
-                await self._next_event(exited, timeout_s=self._limits.poll_s)
+        while not exited.done() and not self._asked_to_stop.done():
+            if await serves(self.files.socket):
+                self._announce(state=after(self.view.state, Event.HEALTHY), percent=100.0)
+                log.info("coordinator_ready", model=self.view.model, took_s=round(clock() - began, 3))
+                return None
+            if signs.moved():
+                moved = clock()
+                self._announce_percent(signs.percent)
+            elif clock() - moved > self._limits.start_timeout_s:
+                self._announce(state=after(self.view.state, Event.UNHEALTHY))
+                return stalled(self.view.model, clock() - moved, last_lines(self.files.log, KEPT_LINES))
+            await self._next_event(exited, timeout_s=self._limits.poll_s)
         return None
 
     async def _next_event(self, exited: asyncio.Task[int], timeout_s: float | None = None) -> None:
