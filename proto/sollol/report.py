@@ -33,6 +33,11 @@ class InstanceState(StrEnum):
     LOST = "LOST"
 
 
+class InstanceKind(StrEnum):
+    COORDINATOR = "COORDINATOR"
+    BACKEND = "BACKEND"
+
+
 class Device(Struct, frozen=True, kw_only=True):
     """One memory that layers can be put into. `free_bytes` is what a new reservation may take."""
 
@@ -98,7 +103,10 @@ class Model(Struct, frozen=True, kw_only=True):
 
 
 class DeviceShare(Struct, frozen=True, kw_only=True):
-    """What a plan puts on one device; `total_bytes` is the sum of the other four, and what is reserved."""
+    """What a plan puts on one device; `total_bytes` is the sum of the other four, and what is reserved.
+
+    `node_id` is empty for the coordinator's own node.
+    """
 
     device_id: str
     layers: int
@@ -109,12 +117,25 @@ class DeviceShare(Struct, frozen=True, kw_only=True):
     compute_bytes: int = 0
     margin_bytes: int = 0
     total_bytes: int = 0
+    node_id: str = ""
+
+
+class BackendEndpoint(Struct, frozen=True, kw_only=True):
+    """Where a coordinator reaches one backend: its forwarder on the backend's node."""
+
+    node_id: str
+    host: str
+    port: int
+    device_ids: tuple[str, ...]
 
 
 class CoordinatorPlan(Struct, frozen=True, kw_only=True):
-    """How to run one model on one node. `shares`: the CPU first (front layers), then GPUs in engine order.
+    """How to run one model. `shares` are in the order of the layers and add up to the model's layers + 1, the output
+    layer being the last.
 
-    The layers of all shares add up to the model's layers + 1, the output layer being the last.
+    On one node: the CPU first (front layers), then GPUs in engine order. With backends: the coordinator's own CPU first,
+    without layers (token embeddings, output buffer), then every device that holds some; `backends` is filled in once
+    they have started.
     """
 
     model: str
@@ -125,10 +146,11 @@ class CoordinatorPlan(Struct, frozen=True, kw_only=True):
     batch: int = 512
     ubatch: int = 512
     threads: int = 0
+    backends: tuple[BackendEndpoint, ...] = ()
 
 
 class Instance(Struct, frozen=True, kw_only=True):
-    """One supervised engine process; `instance_id` is the pool id its caller chose."""
+    """One supervised engine process; a coordinator's `instance_id` is the pool id its caller chose."""
 
     instance_id: str
     model: str
@@ -141,6 +163,8 @@ class Instance(Struct, frozen=True, kw_only=True):
     started_unix_s: float = 0.0
     refusal: Refusal | None = None
     shares: tuple[DeviceShare, ...] = ()
+    kind: InstanceKind = InstanceKind.COORDINATOR
+    pool_id: str = ""
 
 
 class Reservation(Struct, frozen=True, kw_only=True):

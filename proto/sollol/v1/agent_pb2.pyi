@@ -174,6 +174,74 @@ class ReleaseResponse(google.protobuf.message.Message):
 Global___ReleaseResponse: typing_extensions.TypeAlias = ReleaseResponse
 
 @typing.final
+class StartBackendRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    POOL_ID_FIELD_NUMBER: builtins.int
+    DEVICE_IDS_FIELD_NUMBER: builtins.int
+    THREADS_FIELD_NUMBER: builtins.int
+    ALLOWED_HOSTS_FIELD_NUMBER: builtins.int
+    ATTACH_WITHIN_S_FIELD_NUMBER: builtins.int
+    pool_id: builtins.str
+    threads: builtins.int
+    """0: the agent chooses (its cores)."""
+    attach_within_s: builtins.float
+    @property
+    def device_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Devices of this node to lend, by device id; "CPU" for the processor."""
+
+    @property
+    def allowed_hosts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Addresses the coordinator may connect from; everyone else is cut off at once."""
+
+    def __init__(
+        self,
+        *,
+        pool_id: builtins.str = ...,
+        device_ids: collections.abc.Iterable[builtins.str] | None = ...,
+        threads: builtins.int = ...,
+        allowed_hosts: collections.abc.Iterable[builtins.str] | None = ...,
+        attach_within_s: builtins.float = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["allowed_hosts", b"allowed_hosts", "attach_within_s", b"attach_within_s", "device_ids", b"device_ids", "pool_id", b"pool_id", "threads", b"threads"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___StartBackendRequest: typing_extensions.TypeAlias = StartBackendRequest
+
+@typing.final
+class StartBackendResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REFUSAL_FIELD_NUMBER: builtins.int
+    ENDPOINT_FIELD_NUMBER: builtins.int
+    @property
+    def refusal(self) -> sollol.v1.common_pb2.Refusal: ...
+    @property
+    def endpoint(self) -> sollol.v1.common_pb2.BackendEndpoint:
+        """Present unless refused."""
+
+    def __init__(
+        self,
+        *,
+        refusal: sollol.v1.common_pb2.Refusal | None = ...,
+        endpoint: sollol.v1.common_pb2.BackendEndpoint | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_endpoint", b"_endpoint", "_refusal", b"_refusal", "endpoint", b"endpoint", "refusal", b"refusal"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_endpoint", b"_endpoint", "_refusal", b"_refusal", "endpoint", b"endpoint", "refusal", b"refusal"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__endpoint: typing_extensions.TypeAlias = typing.Literal["endpoint"]
+    _WhichOneofArgType__endpoint: typing_extensions.TypeAlias = typing.Literal["_endpoint", b"_endpoint"]
+    _WhichOneofReturnType__refusal: typing_extensions.TypeAlias = typing.Literal["refusal"]
+    _WhichOneofArgType__refusal: typing_extensions.TypeAlias = typing.Literal["_refusal", b"_refusal"]
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__endpoint) -> _WhichOneofReturnType__endpoint | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__refusal) -> _WhichOneofReturnType__refusal | None: ...
+
+Global___StartBackendResponse: typing_extensions.TypeAlias = StartBackendResponse
+
+@typing.final
 class StartCoordinatorRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

@@ -56,6 +56,11 @@ class AgentServiceStub(object):
                 request_serializer=sollol_dot_v1_dot_agent__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=sollol_dot_v1_dot_agent__pb2.ReleaseResponse.FromString,
                 _registered_method=True)
+        self.StartBackend = channel.unary_unary(
+                '/sollol.v1.AgentService/StartBackend',
+                request_serializer=sollol_dot_v1_dot_agent__pb2.StartBackendRequest.SerializeToString,
+                response_deserializer=sollol_dot_v1_dot_agent__pb2.StartBackendResponse.FromString,
+                _registered_method=True)
         self.StartCoordinator = channel.unary_unary(
                 '/sollol.v1.AgentService/StartCoordinator',
                 request_serializer=sollol_dot_v1_dot_agent__pb2.StartCoordinatorRequest.SerializeToString,
@@ -112,6 +117,15 @@ class AgentServiceServicer(object):
 
     def Release(self, request, context):
         """Any time. Gives back a reservation that no coordinator runs on; unknown pools are a success.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StartBackend(self, request, context):
+        """After Reserve, before StartCoordinator on the coordinator's node. Returns when the backend answers and its forwarder
+        listens; idempotent by pool_id. The backend ends by itself, and its reservation with it, when no coordinator has
+        attached within attach_within_s, or when the one that had is gone.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -175,6 +189,11 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.Release,
                     request_deserializer=sollol_dot_v1_dot_agent__pb2.ReleaseRequest.FromString,
                     response_serializer=sollol_dot_v1_dot_agent__pb2.ReleaseResponse.SerializeToString,
+            ),
+            'StartBackend': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartBackend,
+                    request_deserializer=sollol_dot_v1_dot_agent__pb2.StartBackendRequest.FromString,
+                    response_serializer=sollol_dot_v1_dot_agent__pb2.StartBackendResponse.SerializeToString,
             ),
             'StartCoordinator': grpc.unary_unary_rpc_method_handler(
                     servicer.StartCoordinator,
@@ -312,6 +331,33 @@ class AgentService(object):
             '/sollol.v1.AgentService/Release',
             sollol_dot_v1_dot_agent__pb2.ReleaseRequest.SerializeToString,
             sollol_dot_v1_dot_agent__pb2.ReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StartBackend(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sollol.v1.AgentService/StartBackend',
+            sollol_dot_v1_dot_agent__pb2.StartBackendRequest.SerializeToString,
+            sollol_dot_v1_dot_agent__pb2.StartBackendResponse.FromString,
             options,
             channel_credentials,
             insecure,

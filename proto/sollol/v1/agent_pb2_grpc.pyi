@@ -39,6 +39,11 @@ class AgentServiceStub:
     """
     Release: grpc.UnaryUnaryMultiCallable[sollol.v1.agent_pb2.ReleaseRequest, sollol.v1.agent_pb2.ReleaseResponse]
     """Any time. Gives back a reservation that no coordinator runs on; unknown pools are a success."""
+    StartBackend: grpc.UnaryUnaryMultiCallable[sollol.v1.agent_pb2.StartBackendRequest, sollol.v1.agent_pb2.StartBackendResponse]
+    """After Reserve, before StartCoordinator on the coordinator's node. Returns when the backend answers and its forwarder
+    listens; idempotent by pool_id. The backend ends by itself, and its reservation with it, when no coordinator has
+    attached within attach_within_s, or when the one that had is gone.
+    """
     StartCoordinator: grpc.UnaryUnaryMultiCallable[sollol.v1.agent_pb2.StartCoordinatorRequest, sollol.v1.agent_pb2.StartCoordinatorResponse]
     """After Reserve. Returns at once, before the model is loaded; idempotent by pool_id: an instance already
     starting or ready is left as it is. Its reservation is released when its process is gone.
@@ -69,6 +74,11 @@ class AgentServiceAsyncStub(AgentServiceStub):
     """
     Release: grpc.aio.UnaryUnaryMultiCallable[sollol.v1.agent_pb2.ReleaseRequest, sollol.v1.agent_pb2.ReleaseResponse]  # type: ignore[assignment]
     """Any time. Gives back a reservation that no coordinator runs on; unknown pools are a success."""
+    StartBackend: grpc.aio.UnaryUnaryMultiCallable[sollol.v1.agent_pb2.StartBackendRequest, sollol.v1.agent_pb2.StartBackendResponse]  # type: ignore[assignment]
+    """After Reserve, before StartCoordinator on the coordinator's node. Returns when the backend answers and its forwarder
+    listens; idempotent by pool_id. The backend ends by itself, and its reservation with it, when no coordinator has
+    attached within attach_within_s, or when the one that had is gone.
+    """
     StartCoordinator: grpc.aio.UnaryUnaryMultiCallable[sollol.v1.agent_pb2.StartCoordinatorRequest, sollol.v1.agent_pb2.StartCoordinatorResponse]  # type: ignore[assignment]
     """After Reserve. Returns at once, before the model is loaded; idempotent by pool_id: an instance already
     starting or ready is left as it is. Its reservation is released when its process is gone.
@@ -120,6 +130,17 @@ class AgentServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[sollol.v1.agent_pb2.ReleaseResponse, collections.abc.Awaitable[sollol.v1.agent_pb2.ReleaseResponse]]:
         """Any time. Gives back a reservation that no coordinator runs on; unknown pools are a success."""
+
+    @abc.abstractmethod
+    def StartBackend(
+        self,
+        request: sollol.v1.agent_pb2.StartBackendRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[sollol.v1.agent_pb2.StartBackendResponse, collections.abc.Awaitable[sollol.v1.agent_pb2.StartBackendResponse]]:
+        """After Reserve, before StartCoordinator on the coordinator's node. Returns when the backend answers and its forwarder
+        listens; idempotent by pool_id. The backend ends by itself, and its reservation with it, when no coordinator has
+        attached within attach_within_s, or when the one that had is gone.
+        """
 
     @abc.abstractmethod
     def StartCoordinator(

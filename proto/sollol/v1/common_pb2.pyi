@@ -203,6 +203,27 @@ INSTANCE_STATE_FAILED: InstanceState.ValueType  # 6
 INSTANCE_STATE_LOST: InstanceState.ValueType  # 7
 Global___InstanceState: typing_extensions.TypeAlias = InstanceState
 
+class _InstanceKind:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _InstanceKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_InstanceKind.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    INSTANCE_KIND_UNSPECIFIED: _InstanceKind.ValueType  # 0
+    INSTANCE_KIND_COORDINATOR: _InstanceKind.ValueType  # 1
+    """A llama-server: answers requests."""
+    INSTANCE_KIND_BACKEND: _InstanceKind.ValueType  # 2
+    """A ggml-rpc-server behind its forwarder: lends this node's devices to one coordinator."""
+
+class InstanceKind(_InstanceKind, metaclass=_InstanceKindEnumTypeWrapper): ...
+
+INSTANCE_KIND_UNSPECIFIED: InstanceKind.ValueType  # 0
+INSTANCE_KIND_COORDINATOR: InstanceKind.ValueType  # 1
+"""A llama-server: answers requests."""
+INSTANCE_KIND_BACKEND: InstanceKind.ValueType  # 2
+"""A ggml-rpc-server behind its forwarder: lends this node's devices to one coordinator."""
+Global___InstanceKind: typing_extensions.TypeAlias = InstanceKind
+
 @typing.final
 class Refusal(google.protobuf.message.Message):
     """An expected "no". Travels as a value, never as a gRPC error, so that the caller can decide what to do next."""
@@ -529,8 +550,10 @@ class Instance(google.protobuf.message.Message):
     STARTED_UNIX_S_FIELD_NUMBER: builtins.int
     REFUSAL_FIELD_NUMBER: builtins.int
     SHARES_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
+    POOL_ID_FIELD_NUMBER: builtins.int
     instance_id: builtins.str
-    """Equal to the pool id that the caller chose."""
+    """A coordinator's is the pool id that the caller chose; a backend's is the pool id and ".backend"."""
     model: builtins.str
     state: Global___InstanceState.ValueType
     percent: builtins.float
@@ -541,6 +564,9 @@ class Instance(google.protobuf.message.Message):
     active_streams: builtins.int
     pid: builtins.int
     started_unix_s: builtins.float
+    kind: Global___InstanceKind.ValueType
+    pool_id: builtins.str
+    """The pool it works for."""
     @property
     def refusal(self) -> Global___Refusal:
         """Why it is FAILED."""
@@ -561,10 +587,12 @@ class Instance(google.protobuf.message.Message):
         started_unix_s: builtins.float = ...,
         refusal: Global___Refusal | None = ...,
         shares: collections.abc.Iterable[Global___DeviceShare] | None = ...,
+        kind: Global___InstanceKind.ValueType = ...,
+        pool_id: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_refusal", b"_refusal", "refusal", b"refusal"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_refusal", b"_refusal", "active_streams", b"active_streams", "context_per_slot", b"context_per_slot", "instance_id", b"instance_id", "model", b"model", "parallel", b"parallel", "percent", b"percent", "pid", b"pid", "refusal", b"refusal", "shares", b"shares", "started_unix_s", b"started_unix_s", "state", b"state"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_refusal", b"_refusal", "active_streams", b"active_streams", "context_per_slot", b"context_per_slot", "instance_id", b"instance_id", "kind", b"kind", "model", b"model", "parallel", b"parallel", "percent", b"percent", "pid", b"pid", "pool_id", b"pool_id", "refusal", b"refusal", "shares", b"shares", "started_unix_s", b"started_unix_s", "state", b"state"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__refusal: typing_extensions.TypeAlias = typing.Literal["refusal"]
     _WhichOneofArgType__refusal: typing_extensions.TypeAlias = typing.Literal["_refusal", b"_refusal"]
@@ -587,6 +615,7 @@ class DeviceShare(google.protobuf.message.Message):
     COMPUTE_BYTES_FIELD_NUMBER: builtins.int
     MARGIN_BYTES_FIELD_NUMBER: builtins.int
     TOTAL_BYTES_FIELD_NUMBER: builtins.int
+    NODE_ID_FIELD_NUMBER: builtins.int
     device_id: builtins.str
     layers: builtins.int
     """Whole layers, the output layer counted as one more on the device that has it."""
@@ -599,6 +628,8 @@ class DeviceShare(google.protobuf.message.Message):
     margin_bytes: builtins.int
     total_bytes: builtins.int
     """The sum of the four: what is reserved."""
+    node_id: builtins.str
+    """The node the device is on; empty: the coordinator's own."""
     def __init__(
         self,
         *,
@@ -611,10 +642,11 @@ class DeviceShare(google.protobuf.message.Message):
         compute_bytes: builtins.int = ...,
         margin_bytes: builtins.int = ...,
         total_bytes: builtins.int = ...,
+        node_id: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_first_layer", b"_first_layer", "_last_layer", b"_last_layer", "first_layer", b"first_layer", "last_layer", b"last_layer"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_first_layer", b"_first_layer", "_last_layer", b"_last_layer", "compute_bytes", b"compute_bytes", "device_id", b"device_id", "first_layer", b"first_layer", "kv_bytes", b"kv_bytes", "last_layer", b"last_layer", "layers", b"layers", "margin_bytes", b"margin_bytes", "total_bytes", b"total_bytes", "weight_bytes", b"weight_bytes"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_first_layer", b"_first_layer", "_last_layer", b"_last_layer", "compute_bytes", b"compute_bytes", "device_id", b"device_id", "first_layer", b"first_layer", "kv_bytes", b"kv_bytes", "last_layer", b"last_layer", "layers", b"layers", "margin_bytes", b"margin_bytes", "node_id", b"node_id", "total_bytes", b"total_bytes", "weight_bytes", b"weight_bytes"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__first_layer: typing_extensions.TypeAlias = typing.Literal["first_layer"]
     _WhichOneofArgType__first_layer: typing_extensions.TypeAlias = typing.Literal["_first_layer", b"_first_layer"]
@@ -626,6 +658,36 @@ class DeviceShare(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__last_layer) -> _WhichOneofReturnType__last_layer | None: ...
 
 Global___DeviceShare: typing_extensions.TypeAlias = DeviceShare
+
+@typing.final
+class BackendEndpoint(google.protobuf.message.Message):
+    """Where a coordinator reaches one backend: its forwarder on the backend's node."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: builtins.int
+    HOST_FIELD_NUMBER: builtins.int
+    PORT_FIELD_NUMBER: builtins.int
+    DEVICE_IDS_FIELD_NUMBER: builtins.int
+    node_id: builtins.str
+    host: builtins.str
+    port: builtins.int
+    @property
+    def device_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The devices that the backend lends, in its order."""
+
+    def __init__(
+        self,
+        *,
+        node_id: builtins.str = ...,
+        host: builtins.str = ...,
+        port: builtins.int = ...,
+        device_ids: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["device_ids", b"device_ids", "host", b"host", "node_id", b"node_id", "port", b"port"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___BackendEndpoint: typing_extensions.TypeAlias = BackendEndpoint
 
 @typing.final
 class Reservation(google.protobuf.message.Message):
@@ -780,6 +842,7 @@ class CoordinatorPlan(google.protobuf.message.Message):
     UBATCH_FIELD_NUMBER: builtins.int
     THREADS_FIELD_NUMBER: builtins.int
     SHARES_FIELD_NUMBER: builtins.int
+    BACKENDS_FIELD_NUMBER: builtins.int
     model: builtins.str
     parallel: builtins.int
     context_per_slot: builtins.int
@@ -791,7 +854,13 @@ class CoordinatorPlan(google.protobuf.message.Message):
     """0: the agent chooses (its cores)."""
     @property
     def shares(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___DeviceShare]:
-        """The CPU's share holds the front layers; GPUs follow in order."""
+        """In the order of the layers. On one node the CPU's share comes first and holds the front layers, GPUs follow. With
+        backends the coordinator's own CPU comes first and holds no layer (token embeddings and output buffer only).
+        """
+
+    @property
+    def backends(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___BackendEndpoint]:
+        """Empty: everything is on the coordinator's node. Filled in when the backends have started."""
 
     def __init__(
         self,
@@ -804,8 +873,9 @@ class CoordinatorPlan(google.protobuf.message.Message):
         ubatch: builtins.int = ...,
         threads: builtins.int = ...,
         shares: collections.abc.Iterable[Global___DeviceShare] | None = ...,
+        backends: collections.abc.Iterable[Global___BackendEndpoint] | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["batch", b"batch", "context_per_slot", b"context_per_slot", "kv_type", b"kv_type", "model", b"model", "parallel", b"parallel", "shares", b"shares", "threads", b"threads", "ubatch", b"ubatch"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["backends", b"backends", "batch", b"batch", "context_per_slot", b"context_per_slot", "kv_type", b"kv_type", "model", b"model", "parallel", b"parallel", "shares", b"shares", "threads", b"threads", "ubatch", b"ubatch"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___CoordinatorPlan: typing_extensions.TypeAlias = CoordinatorPlan
