@@ -215,6 +215,9 @@ class PlacementWish(Struct, frozen=True, kw_only=True):
     pinned_node: str | None = None
     local: bool = False
     strategy: str | None = None
+    max_nodes: int | None = None
+    backends_per_pool: int | None = None
+    allow_reduced_context: bool = False
 
 
 class ScorePart(Struct, frozen=True):
@@ -223,7 +226,10 @@ class ScorePart(Struct, frozen=True):
 
 
 class NodeVerdict(Struct, frozen=True, kw_only=True):
-    """One node in a decision: scored (`score` is the sum of `parts`) or refused by a filter."""
+    """One node in a decision: scored (`score` is the sum of `parts`) or refused by a filter.
+
+    `shares` are what a plan over several nodes puts on this one, which lends them unless it is `best`.
+    """
 
     node_id: str
     host: str
@@ -233,6 +239,7 @@ class NodeVerdict(Struct, frozen=True, kw_only=True):
     needed_bytes: int = 0
     free_bytes: int = 0
     best: bool = False
+    shares: tuple[DeviceShare, ...] = ()
 
 
 class Decision(Struct, frozen=True, kw_only=True):
@@ -252,6 +259,7 @@ class Decision(Struct, frozen=True, kw_only=True):
     coordinator_host: str = ""
     plan: CoordinatorPlan | None = None
     refusal: Refusal | None = None
+    reduced_context_from: int | None = None
 
 
 class Progress(Struct, frozen=True, kw_only=True):

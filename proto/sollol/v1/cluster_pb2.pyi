@@ -141,6 +141,9 @@ class PlacementWish(google.protobuf.message.Message):
     PINNED_NODE_FIELD_NUMBER: builtins.int
     LOCAL_FIELD_NUMBER: builtins.int
     STRATEGY_FIELD_NUMBER: builtins.int
+    MAX_NODES_FIELD_NUMBER: builtins.int
+    BACKENDS_PER_POOL_FIELD_NUMBER: builtins.int
+    ALLOW_REDUCED_CONTEXT_FIELD_NUMBER: builtins.int
     model: builtins.str
     policy: builtins.str
     """"classic" or "fit"."""
@@ -154,6 +157,12 @@ class PlacementWish(google.protobuf.message.Message):
     """Only the head's own host."""
     strategy: builtins.str
     """"pack" or "spread"."""
+    max_nodes: builtins.int
+    """At most this many nodes hold the model together, the coordinator's included; 1: never split."""
+    backends_per_pool: builtins.int
+    """Exactly this many backends in a pool; absent: as many as is fastest."""
+    allow_reduced_context: builtins.bool
+    """Where the context does not fit, take the longest that does; the decision says so."""
     @property
     def require(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Labels a node must have, `name` or `name=value`."""
@@ -177,15 +186,22 @@ class PlacementWish(google.protobuf.message.Message):
         pinned_node: builtins.str | None = ...,
         local: builtins.bool = ...,
         strategy: builtins.str | None = ...,
+        max_nodes: builtins.int | None = ...,
+        backends_per_pool: builtins.int | None = ...,
+        allow_reduced_context: builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_context_per_slot", b"_context_per_slot", "_kv_type", b"_kv_type", "_min_cpus", b"_min_cpus", "_min_memory_bytes", b"_min_memory_bytes", "_parallel", b"_parallel", "_pinned_node", b"_pinned_node", "_policy", b"_policy", "_strategy", b"_strategy", "context_per_slot", b"context_per_slot", "kv_type", b"kv_type", "min_cpus", b"min_cpus", "min_memory_bytes", b"min_memory_bytes", "parallel", b"parallel", "pinned_node", b"pinned_node", "policy", b"policy", "strategy", b"strategy"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_backends_per_pool", b"_backends_per_pool", "_context_per_slot", b"_context_per_slot", "_kv_type", b"_kv_type", "_max_nodes", b"_max_nodes", "_min_cpus", b"_min_cpus", "_min_memory_bytes", b"_min_memory_bytes", "_parallel", b"_parallel", "_pinned_node", b"_pinned_node", "_policy", b"_policy", "_strategy", b"_strategy", "backends_per_pool", b"backends_per_pool", "context_per_slot", b"context_per_slot", "kv_type", b"kv_type", "max_nodes", b"max_nodes", "min_cpus", b"min_cpus", "min_memory_bytes", b"min_memory_bytes", "parallel", b"parallel", "pinned_node", b"pinned_node", "policy", b"policy", "strategy", b"strategy"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_context_per_slot", b"_context_per_slot", "_kv_type", b"_kv_type", "_min_cpus", b"_min_cpus", "_min_memory_bytes", b"_min_memory_bytes", "_parallel", b"_parallel", "_pinned_node", b"_pinned_node", "_policy", b"_policy", "_strategy", b"_strategy", "context_per_slot", b"context_per_slot", "kv_type", b"kv_type", "local", b"local", "min_cpus", b"min_cpus", "min_memory_bytes", b"min_memory_bytes", "model", b"model", "parallel", b"parallel", "pinned_node", b"pinned_node", "policy", b"policy", "prefer", b"prefer", "require", b"require", "strategy", b"strategy"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_backends_per_pool", b"_backends_per_pool", "_context_per_slot", b"_context_per_slot", "_kv_type", b"_kv_type", "_max_nodes", b"_max_nodes", "_min_cpus", b"_min_cpus", "_min_memory_bytes", b"_min_memory_bytes", "_parallel", b"_parallel", "_pinned_node", b"_pinned_node", "_policy", b"_policy", "_strategy", b"_strategy", "allow_reduced_context", b"allow_reduced_context", "backends_per_pool", b"backends_per_pool", "context_per_slot", b"context_per_slot", "kv_type", b"kv_type", "local", b"local", "max_nodes", b"max_nodes", "min_cpus", b"min_cpus", "min_memory_bytes", b"min_memory_bytes", "model", b"model", "parallel", b"parallel", "pinned_node", b"pinned_node", "policy", b"policy", "prefer", b"prefer", "require", b"require", "strategy", b"strategy"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__backends_per_pool: typing_extensions.TypeAlias = typing.Literal["backends_per_pool"]
+    _WhichOneofArgType__backends_per_pool: typing_extensions.TypeAlias = typing.Literal["_backends_per_pool", b"_backends_per_pool"]
     _WhichOneofReturnType__context_per_slot: typing_extensions.TypeAlias = typing.Literal["context_per_slot"]
     _WhichOneofArgType__context_per_slot: typing_extensions.TypeAlias = typing.Literal["_context_per_slot", b"_context_per_slot"]
     _WhichOneofReturnType__kv_type: typing_extensions.TypeAlias = typing.Literal["kv_type"]
     _WhichOneofArgType__kv_type: typing_extensions.TypeAlias = typing.Literal["_kv_type", b"_kv_type"]
+    _WhichOneofReturnType__max_nodes: typing_extensions.TypeAlias = typing.Literal["max_nodes"]
+    _WhichOneofArgType__max_nodes: typing_extensions.TypeAlias = typing.Literal["_max_nodes", b"_max_nodes"]
     _WhichOneofReturnType__min_cpus: typing_extensions.TypeAlias = typing.Literal["min_cpus"]
     _WhichOneofArgType__min_cpus: typing_extensions.TypeAlias = typing.Literal["_min_cpus", b"_min_cpus"]
     _WhichOneofReturnType__min_memory_bytes: typing_extensions.TypeAlias = typing.Literal["min_memory_bytes"]
@@ -199,9 +215,13 @@ class PlacementWish(google.protobuf.message.Message):
     _WhichOneofReturnType__strategy: typing_extensions.TypeAlias = typing.Literal["strategy"]
     _WhichOneofArgType__strategy: typing_extensions.TypeAlias = typing.Literal["_strategy", b"_strategy"]
     @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__backends_per_pool) -> _WhichOneofReturnType__backends_per_pool | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__context_per_slot) -> _WhichOneofReturnType__context_per_slot | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_type) -> _WhichOneofReturnType__kv_type | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_nodes) -> _WhichOneofReturnType__max_nodes | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_cpus) -> _WhichOneofReturnType__min_cpus | None: ...
     @typing.overload
@@ -250,6 +270,7 @@ class NodeVerdict(google.protobuf.message.Message):
     NEEDED_BYTES_FIELD_NUMBER: builtins.int
     FREE_BYTES_FIELD_NUMBER: builtins.int
     BEST_FIELD_NUMBER: builtins.int
+    SHARES_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     host: builtins.str
     score: builtins.float
@@ -261,6 +282,12 @@ class NodeVerdict(google.protobuf.message.Message):
     def parts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ScorePart]: ...
     @property
     def refusal(self) -> sollol.v1.common_pb2.Refusal: ...
+    @property
+    def shares(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[sollol.v1.common_pb2.DeviceShare]:
+        """What a plan over several nodes puts here: on the coordinator's node, or lent by this one as a backend. A node that
+        lends may be refused as a coordinator at the same time.
+        """
+
     def __init__(
         self,
         *,
@@ -272,10 +299,11 @@ class NodeVerdict(google.protobuf.message.Message):
         needed_bytes: builtins.int = ...,
         free_bytes: builtins.int = ...,
         best: builtins.bool = ...,
+        shares: collections.abc.Iterable[sollol.v1.common_pb2.DeviceShare] | None = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_refusal", b"_refusal", "_score", b"_score", "refusal", b"refusal", "score", b"score"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_refusal", b"_refusal", "_score", b"_score", "best", b"best", "free_bytes", b"free_bytes", "host", b"host", "needed_bytes", b"needed_bytes", "node_id", b"node_id", "parts", b"parts", "refusal", b"refusal", "score", b"score"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_refusal", b"_refusal", "_score", b"_score", "best", b"best", "free_bytes", b"free_bytes", "host", b"host", "needed_bytes", b"needed_bytes", "node_id", b"node_id", "parts", b"parts", "refusal", b"refusal", "score", b"score", "shares", b"shares"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__refusal: typing_extensions.TypeAlias = typing.Literal["refusal"]
     _WhichOneofArgType__refusal: typing_extensions.TypeAlias = typing.Literal["_refusal", b"_refusal"]
@@ -304,6 +332,7 @@ class Decision(google.protobuf.message.Message):
     COORDINATOR_HOST_FIELD_NUMBER: builtins.int
     PLAN_FIELD_NUMBER: builtins.int
     REFUSAL_FIELD_NUMBER: builtins.int
+    REDUCED_CONTEXT_FROM_FIELD_NUMBER: builtins.int
     model: builtins.str
     policy: builtins.str
     unit: builtins.str
@@ -314,6 +343,8 @@ class Decision(google.protobuf.message.Message):
     coordinator: builtins.str
     """Node id and host of the chosen coordinator; empty when nothing fits."""
     coordinator_host: builtins.str
+    reduced_context_from: builtins.int
+    """The context per request that was asked for, when less was given because no more would fit."""
     @property
     def nodes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___NodeVerdict]: ...
     @property
@@ -333,21 +364,26 @@ class Decision(google.protobuf.message.Message):
         coordinator_host: builtins.str = ...,
         plan: sollol.v1.common_pb2.CoordinatorPlan | None = ...,
         refusal: sollol.v1.common_pb2.Refusal | None = ...,
+        reduced_context_from: builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_estimate_mb", b"_estimate_mb", "_plan", b"_plan", "_refusal", b"_refusal", "estimate_mb", b"estimate_mb", "plan", b"plan", "refusal", b"refusal"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_estimate_mb", b"_estimate_mb", "_plan", b"_plan", "_reduced_context_from", b"_reduced_context_from", "_refusal", b"_refusal", "estimate_mb", b"estimate_mb", "plan", b"plan", "reduced_context_from", b"reduced_context_from", "refusal", b"refusal"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_estimate_mb", b"_estimate_mb", "_plan", b"_plan", "_refusal", b"_refusal", "coordinator", b"coordinator", "coordinator_host", b"coordinator_host", "estimate_bytes", b"estimate_bytes", "estimate_mb", b"estimate_mb", "model", b"model", "nodes", b"nodes", "plan", b"plan", "policy", b"policy", "refusal", b"refusal", "unit", b"unit"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_estimate_mb", b"_estimate_mb", "_plan", b"_plan", "_reduced_context_from", b"_reduced_context_from", "_refusal", b"_refusal", "coordinator", b"coordinator", "coordinator_host", b"coordinator_host", "estimate_bytes", b"estimate_bytes", "estimate_mb", b"estimate_mb", "model", b"model", "nodes", b"nodes", "plan", b"plan", "policy", b"policy", "reduced_context_from", b"reduced_context_from", "refusal", b"refusal", "unit", b"unit"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__estimate_mb: typing_extensions.TypeAlias = typing.Literal["estimate_mb"]
     _WhichOneofArgType__estimate_mb: typing_extensions.TypeAlias = typing.Literal["_estimate_mb", b"_estimate_mb"]
     _WhichOneofReturnType__plan: typing_extensions.TypeAlias = typing.Literal["plan"]
     _WhichOneofArgType__plan: typing_extensions.TypeAlias = typing.Literal["_plan", b"_plan"]
+    _WhichOneofReturnType__reduced_context_from: typing_extensions.TypeAlias = typing.Literal["reduced_context_from"]
+    _WhichOneofArgType__reduced_context_from: typing_extensions.TypeAlias = typing.Literal["_reduced_context_from", b"_reduced_context_from"]
     _WhichOneofReturnType__refusal: typing_extensions.TypeAlias = typing.Literal["refusal"]
     _WhichOneofArgType__refusal: typing_extensions.TypeAlias = typing.Literal["_refusal", b"_refusal"]
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__estimate_mb) -> _WhichOneofReturnType__estimate_mb | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__plan) -> _WhichOneofReturnType__plan | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reduced_context_from) -> _WhichOneofReturnType__reduced_context_from | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__refusal) -> _WhichOneofReturnType__refusal | None: ...
 
