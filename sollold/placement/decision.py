@@ -15,6 +15,8 @@ from sollold.placement.explain import node_table
 from sollold.placement.filters import Filter, filters_for, find_model, free_bytes
 from sollold.placement.fit import FitPolicy
 from sollold.placement.job import Job, PlacementDefaults, job_for
+from sollold.placement.split import best_split
+from sollold.placement.together import free_together, with_less_context, with_split
 
 MOST_ROWS = 32  # of the table in a refusal's message; the record itself has every node
 
@@ -62,10 +64,17 @@ def decide(
     job = job_for(wish, defaults, head_host=head_host)
     if job.policy == "fit" and not files_known:
         raise refuse(Reason.INVALID_REQUEST, "policy fit needs the model's GGUF header: use policy classic")
-    policy: Policy = ClassicPolicy(job) if job.policy == "classic" else FitPolicy(job)
-    filters = filters_for(job, files_known=files_known)
     ordered = sorted(nodes, key=attrgetter("report.node_id"))
     models = [find_model(node.report, job.model) for node in ordered]
+    decision = _decided(job, ordered, models, files_known=files_known)
+    if decision.refusal is None or decision.refusal.reason is not Reason.NO_FIT or not job.allow_reduced_context:
+        return decision
+    return with_less_context(job, decision, models, lambda less: _decided(less, ordered, models, files_known=True))
+
+
+def _decided(job: Job, ordered: Sequence[NodeStatus], models: Sequence[Model | None], *, files_known: bool) -> Decision:
+    policy: Policy = ClassicPolicy(job) if job.policy == "classic" else FitPolicy(job)
+    filters = filters_for(job, files_known=files_known)
     verdicts = [_verdict(job, policy, filters, node, model) for node, model in zip(ordered, models, strict=True)]
     best = policy.choose(ordered, verdicts)
     decision = Decision(
@@ -76,8 +85,11 @@ def decide(
         estimate_bytes=policy.estimate_bytes(verdicts if best is None else [verdicts[best]]),
         estimate_mb=policy.estimate_mb,
     )
-    if best is None:
-        refusal = _cluster_refusal(decision, ordered, models, files_known=files_known)
+    split = best_split(job, ordered, models, verdicts, best) if job.policy == "fit" else None
+    if split is not None:
+        return with_split(decision, split)
+    if best is None or (job.backends_per_pool and job.policy == "fit"):
+        refusal = _cluster_refusal(job, decision, ordered, models, files_known=files_known)
         return msgspec.structs.replace(decision, refusal=refusal)
     verdicts[best] = msgspec.structs.replace(verdicts[best], best=True)
     return msgspec.structs.replace(
@@ -102,7 +114,7 @@ def _verdict(
 
 
 def _cluster_refusal(
-    decision: Decision, nodes: Sequence[NodeStatus], models: Sequence[Model | None], *, files_known: bool
+    job: Job, decision: Decision, nodes: Sequence[NodeStatus], models: Sequence[Model | None], *, files_known: bool
 ) -> Refusal:
     if not nodes:
         return Refusal(
@@ -124,7 +136,7 @@ def _cluster_refusal(
         return msgspec.structs.replace(
             problems[0], message=f"every copy of {decision.model} is unusable: {problems[0].message}"
         )
-    return _no_fit(decision)
+    return _no_fit(decision, *free_together(job, nodes, decision.nodes))
 
 
 def _refused_as(verdict: NodeVerdict, reason: Reason) -> bool:
@@ -138,7 +150,7 @@ def _not_found(name: str, nodes: Sequence[NodeStatus]) -> Refusal:
     return Refusal(reason=Reason.MODEL_NOT_FOUND, message=f"no node has a model named {quoted(name)}; {hint}")
 
 
-def _no_fit(decision: Decision) -> Refusal:
+def _no_fit(decision: Decision, usable: int, together: int) -> Refusal:
     """A retryable reason on any node (it may come back, or stop something) makes the whole worth retrying."""
     refusals = [verdict.refusal for verdict in decision.nodes if verdict.refusal is not None]
     counts = Counter(refusal.reason.value for refusal in refusals)
@@ -148,6 +160,8 @@ def _no_fit(decision: Decision) -> Refusal:
     numbers = largest.refusal.numbers if largest.refusal is not None else {}
     layers = f"{numbers.get('largest_layers')} of {numbers.get('all_layers')} layers"
     fit = f"\nlargest possible fit: {layers} on {largest.node_id}" if "largest_layers" in numbers else ""
+    if fit and usable > 1:
+        fit += f"; {usable} nodes together have {together:,} bytes free of {decision.estimate_bytes:,} needed"
     return Refusal(
         reason=Reason.NO_FIT,
         message=f"no node can take {decision.model}: {summary}\n{node_table(decision, MOST_ROWS)}{fit}",
@@ -156,6 +170,8 @@ def _no_fit(decision: Decision) -> Refusal:
             "nodes": len(decision.nodes),
             "needed_bytes": decision.estimate_bytes,
             "largest_free_bytes": max(verdict.free_bytes for verdict in decision.nodes),
+            "usable_nodes": usable,
+            "free_together_bytes": together,
         },
     )
 

@@ -5,10 +5,15 @@ from sollol.errors import Reason, refuse
 from sollol.memory import KV_TYPES
 from sollol.report import PlacementWish
 
+from sollold.placement.links import Links
+
 POLICIES = ("classic", "fit")
 STRATEGIES = ("pack", "spread")
 MAX_CONTEXT = 16_777_216
 MAX_PARALLEL = 1024
+# The engine asserts fewer than 16 devices beside its CPU: so many backends at most, and the coordinator's node.
+MAX_BACKENDS = 15
+MAX_NODES = MAX_BACKENDS + 1
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
@@ -23,6 +28,7 @@ class PlacementDefaults(Struct, frozen=True, kw_only=True):
     stale_after_s: float = 8.0
     batch: int = 512
     ubatch: int = 512
+    links: Links = Links()
 
 
 class Job(Struct, frozen=True, kw_only=True):
@@ -44,6 +50,10 @@ class Job(Struct, frozen=True, kw_only=True):
     pinned_node: str = ""
     local: bool = False
     own_hosts: frozenset[str] = LOOPBACK_HOSTS
+    max_nodes: int = MAX_NODES
+    backends_per_pool: int | None = None
+    allow_reduced_context: bool = False
+    links: Links = Links()
 
 
 def job_for(wish: PlacementWish, defaults: PlacementDefaults, *, head_host: str = "") -> Job:
@@ -66,6 +76,10 @@ def job_for(wish: PlacementWish, defaults: PlacementDefaults, *, head_host: str 
         local=wish.local,
         # A node that reports a loopback address can only be on the head's own machine.
         own_hosts=LOOPBACK_HOSTS | ({head_host} if head_host else set()),
+        max_nodes=_within("max_nodes", wish.max_nodes, MAX_NODES, MAX_NODES),
+        backends_per_pool=_backends(wish.backends_per_pool),
+        allow_reduced_context=wish.allow_reduced_context,
+        links=defaults.links,
     )
 
 
@@ -90,6 +104,12 @@ def _within(what: str, given: int | None, default: int, most: int) -> int:
     if not 1 <= number <= most:
         raise refuse(Reason.INVALID_REQUEST, f"{what} is {number}; use 1 to {most}")
     return number
+
+
+def _backends(given: int | None) -> int | None:
+    if given is not None and not 0 <= given <= MAX_BACKENDS:
+        raise refuse(Reason.INVALID_REQUEST, f"backends_per_pool is {given}; use 0 to {MAX_BACKENDS}")
+    return given
 
 
 def _labels(given: tuple[str, ...]) -> tuple[tuple[str, str | None], ...]:

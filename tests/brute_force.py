@@ -1,0 +1,106 @@
+"""The best plan over several nodes by trying every one: every coordinator, order of backends and number of layers.
+
+Shares no code with the search: bytes are the memory model's, for each range on its own, and the objective is written
+down a second time.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import permutations
+from math import inf
+
+from sollol.memory import CPU_MARGIN_BYTES, GPU_MARGIN_BYTES, bytes_read_per_token, device_shares
+from sollol.report import Device, DeviceKind, ModelShape, NodeStatus
+
+from sollold.placement.links import Links
+
+Slot = tuple[int, int]  # node, device
+
+
+@lru_cache(maxsize=200_000)
+def held(shape: ModelShape, first: int, stop: int, *, on_cpu: bool, load: tuple[int, int]) -> tuple[int, int]:
+    """Bytes that the layers from `first` to `stop` need on a lent device or a coordinator's GPU, and those read."""
+    every = shape.layers + 1
+    rest = [("b", first), ("d", stop - first), ("a", every - stop)]
+    split = [("c", DeviceKind.CPU, 0), *((name, DeviceKind.GPU, count) for name, count in rest)]
+    share = shares(shape, split, load)[2]
+    read = bytes_read_per_token(shape, share)
+    if not on_cpu:
+        return share.total_bytes, read
+    message = max(max(shape.layer_bytes) // 2, shape.output_bytes if stop == every else 0)
+    later = max(share.kv_bytes + share.compute_bytes, message)
+    return share.total_bytes - GPU_MARGIN_BYTES - share.kv_bytes - share.compute_bytes + later + CPU_MARGIN_BYTES, read
+
+
+def shares(shape, split, load):
+    context, parallel = load
+    return device_shares(shape, split, context_per_slot=context, parallel=parallel, kv_type="f16", ubatch=512)
+
+
+def best_ms(
+    shape: ModelShape, nodes: Sequence[NodeStatus], coordinators: Sequence[int], load: tuple[int, int], links: Links
+) -> float:
+    """The least milliseconds per token of any plan that uses a second node; infinite when none fits."""
+    return min((_best_for(shape, nodes, own, load, links) for own in coordinators), default=inf)
+
+
+def _best_for(shape, nodes, own, load, links) -> float:
+    groups = [[(own, 0)], *([(at, rank) for rank in _ranks(node)] for at, node in enumerate(nodes) if at != own)]
+    local = [(own, rank) for rank in _ranks(nodes[own]) if rank]
+    best = inf
+    for order in permutations(groups):
+        slots = [slot for group in order for slot in group] + local
+        for counts in compositions(shape.layers + 1, len(slots)):
+            best = min(best, _cost(shape, nodes, own, [(s, c) for s, c in zip(slots, counts, strict=True) if c], load, links))
+    return best
+
+
+def _cost(shape, nodes, own, dealt, load, links) -> float:
+    if all(at == own for (at, _), _ in dealt):
+        return inf
+    alone = len(dealt) == 1
+    host = {own: shares(shape, _bare(shape, alone=alone), load)[0].total_bytes}
+    total, stop, hops, last = 0.0, 0, {}, dealt[-1][0]
+    for (at, rank), count in dealt:
+        first, stop = stop, stop + count
+        device = nodes[at].report.devices[rank]
+        on_cpu = device.kind is DeviceKind.CPU
+        size, read = held(shape, first, stop, on_cpu=on_cpu, load=load)
+        if size > device.free_bytes:
+            return inf
+        if on_cpu or device.unified:
+            host[at] = host.get(at, 0) + size
+        busy = 1 + sum(instance.active_streams > 0 for instance in nodes[at].report.instances)
+        total += busy * read / speed(device, nodes[at].report.devices[0]) * 1000
+        if at != own or on_cpu:
+            hops.setdefault(at, []).append((at, rank))
+    if any(size > nodes[at].report.devices[0].free_bytes for at, size in host.items()):
+        return inf
+    for at, slots in hops.items():
+        link = links.between(nodes[own].report.node_id, nodes[at].report.node_id)
+        crossing = 8 * shape.embedding_length + (4 * shape.vocabulary if last in slots else 0)
+        total += 1000 * (len(slots) * (links.hop_s + link.rtt_s) + crossing / link.bytes_per_s)
+    return total
+
+
+def _bare(shape, *, alone):
+    counts = [shape.layers + 1] if alone else [1, shape.layers]
+    return [("c", DeviceKind.CPU, 0), *((f"{count}", DeviceKind.GPU, count) for count in counts)]
+
+
+def speed(device: Device, cpu: Device) -> float:
+    assumed = 200e9 if device.kind is DeviceKind.GPU and not device.unified else cpu.bandwidth_bytes_per_s or 20e9
+    return device.bandwidth_bytes_per_s or assumed
+
+
+def _ranks(node: NodeStatus) -> list[int]:
+    return [at for at, device in enumerate(node.report.devices) if device.usable]
+
+
+def compositions(total: int, places: int) -> Iterator[tuple[int, ...]]:
+    if places == 1:
+        yield (total,)
+        return
+    for count in range(total + 1):
+        for rest in compositions(total - count, places - 1):
+            yield (count, *rest)
