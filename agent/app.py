@@ -31,7 +31,8 @@ from agent.relay import Relay
 from agent.reporter import Reporter
 from agent.server import AgentService
 from agent.supervisor import files
-from agent.supervisor.instance import Limits
+from agent.supervisor.lending import BackendSite
+from agent.supervisor.owner import Limits
 from agent.supervisor.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -168,7 +169,14 @@ def _supervisor(
         directories=files.Directories(log=places.log, run=places.run, state=places.state),
         limits=Limits(start_timeout_s=config.start_timeout_s, stop_grace_s=config.stop_grace_s),
         threads=config.threads or len(os.sched_getaffinity(0)),
-        on_gone=lambda instance: ledger.freed(instance.instance_id),
+        site=BackendSite(
+            program=found.rpc_server if found else None,
+            node_id=config.node_id,
+            host=config.host,
+            listen=config.listen,
+            ports=config.rpc_port_range(),
+        ),
+        on_gone=lambda instance: ledger.freed(instance.pool_id, instance.instance_id),
     )
 
 

@@ -1,12 +1,12 @@
 """What heads may ask for: ids, time-outs and plans within their ranges, before anything acts on them. Pure."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from sollol.errors import Reason, SollolError, refuse
 from sollol.memory import KV_TYPES
 from sollol.names import check_model_name
-from sollol.report import CoordinatorPlan, DeviceShare
+from sollol.report import BackendEndpoint, CoordinatorPlan, DeviceShare
 
 MAX_TTL_S = 600.0
 MAX_BYTES = 1 << 50
@@ -21,6 +21,10 @@ _RANGES = {
     "threads": (0, 1024),
 }
 _MAX_SHARES = 64
+_MAX_BACKENDS = 15  # the engine's own limit of devices over RPC
+_MAX_HOSTS = 16
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")  # a name or an IPv4 address
+_BACKEND_SUFFIX = ".backend"
 _MAX_LAYERS = 4096
 
 
@@ -33,6 +37,39 @@ def check_id(found: str, what: str) -> str:
     if not _ID.fullmatch(found):
         raise _invalid(f"{what} {found[:40]!r} is not 1 to 128 of A-Z a-z 0-9 _ . -")
     return found
+
+
+def check_pool_id(found: str) -> str:
+    """Return `found` when it can be a pool id: an id that names no backend.
+
+    Raises:
+        SollolError: INVALID_REQUEST.
+    """
+    if check_id(found, "pool id").endswith(_BACKEND_SUFFIX):
+        raise _invalid(f"pool id {found[:40]!r} ends with {_BACKEND_SUFFIX}, as the ids of backends do")
+    return found
+
+
+def check_backend(
+    pool_id: str, device_ids: Sequence[str], threads: int, allowed_hosts: Sequence[str], attach_within_s: float
+) -> None:
+    """Accept what can become a backend's command line and its forwarder's.
+
+    Raises:
+        SollolError: INVALID_REQUEST, naming the field.
+    """
+    check_pool_id(pool_id)
+    if not 1 <= len(set(device_ids)) == len(device_ids) <= _MAX_BACKENDS:
+        raise _invalid(f"a backend lends 1 to {_MAX_BACKENDS} devices, each once")
+    for device_id in device_ids:
+        _check_device(device_id)
+    _check_within("threads", threads)
+    if not 1 <= len(allowed_hosts) <= _MAX_HOSTS:
+        raise _invalid(f"a backend has 1 to {_MAX_HOSTS} allowed hosts, not {len(allowed_hosts)}")
+    for host in allowed_hosts:
+        _check_host(host)
+    if not 1 <= attach_within_s <= MAX_TTL_S:  # NaN fails too
+        raise _invalid(f"attach_within_s is {attach_within_s}, not 1 to {MAX_TTL_S:.0f} seconds")
 
 
 def check_ttl(ttl_s: float) -> float:
@@ -58,9 +95,8 @@ def check_plan(plan: CoordinatorPlan) -> None:
         SollolError: INVALID_REQUEST or INVALID_MODEL_NAME, naming the field.
     """
     check_model_name(plan.model)
-    for name, (lowest, highest) in _RANGES.items():
-        if not lowest <= getattr(plan, name) <= highest:
-            raise _invalid(f"plan.{name} is {getattr(plan, name)}, not {lowest} to {highest}")
+    for name in _RANGES:
+        _check_within(name, getattr(plan, name))
     if plan.ubatch > plan.batch:
         raise _invalid(f"plan.ubatch ({plan.ubatch}) is larger than plan.batch ({plan.batch})")
     if plan.kv_type not in KV_TYPES:
@@ -69,26 +105,56 @@ def check_plan(plan: CoordinatorPlan) -> None:
         raise _invalid(f"a plan has 1 to {_MAX_SHARES} shares, not {len(plan.shares)}")
     for share in plan.shares:
         _check_share(share)
-    devices = [share.device_id for share in plan.shares]
+    # The coordinator's node may have its CPU twice: without layers for itself, and with those of a backend there.
+    devices = [(share.node_id, share.device_id, share.layers > 0) for share in plan.shares]
     if len(set(devices)) != len(devices):
-        raise _invalid("a plan names each device once")
+        raise _invalid("a plan names each device of a node once")
+    if len(plan.backends) > _MAX_BACKENDS:
+        raise _invalid(f"a plan has at most {_MAX_BACKENDS} backends, not {len(plan.backends)}")
+    for backend in plan.backends:
+        _check_endpoint(backend)
 
 
-def check_covered(plan: CoordinatorPlan, reserved: Mapping[str, int]) -> None:
-    """Accept a plan whose every share fits into the bytes reserved for its pool.
+def check_covered(plan: CoordinatorPlan, reserved: Mapping[str, int], node_id: str) -> None:
+    """Accept a plan whose every share on this node fits into the bytes reserved for its pool.
 
     Raises:
         SollolError: RESERVATION_MISSING, with the figures.
     """
+    needed: dict[str, int] = {}
     for share in plan.shares:
-        have = reserved.get(share.device_id, 0)
-        if share.total_bytes > have:
+        if share.node_id in ("", node_id):
+            needed[share.device_id] = needed.get(share.device_id, 0) + share.total_bytes
+    for device_id, size in needed.items():
+        have = reserved.get(device_id, 0)
+        if size > have:
             raise refuse(
                 Reason.RESERVATION_MISSING,
-                f"the plan puts {share.total_bytes} bytes on {share.device_id}, its pool reserved {have} there: "
+                f"the plan puts {size} bytes on {device_id}, its pool reserved {have} there: "
                 "reserve what the plan says",
-                numbers={"needed_bytes": share.total_bytes, "reserved_bytes": have},
+                numbers={"needed_bytes": size, "reserved_bytes": have},
             )
+
+
+def _check_endpoint(backend: BackendEndpoint) -> None:
+    _check_host(backend.host)
+    if not 1 <= backend.port <= 65535:
+        raise _invalid(f"port {backend.port} of the backend on {backend.host} is not 1 to 65535")
+    if not backend.device_ids:
+        raise _invalid(f"the backend on {backend.host} lends no device")
+    for device_id in backend.device_ids:
+        _check_device(device_id)
+
+
+def _check_host(host: str) -> None:
+    if not _HOST.fullmatch(host):
+        raise _invalid(f"{host[:40]!r} is neither a host name nor an IPv4 address")
+
+
+def _check_within(name: str, found: int) -> None:
+    lowest, highest = _RANGES[name]
+    if not lowest <= found <= highest:
+        raise _invalid(f"{name} is {found}, not {lowest} to {highest}")
 
 
 def _check_share(share: DeviceShare) -> None:

@@ -31,9 +31,10 @@ class AgentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     engine: Annotated[
         str, Meta(description="Path of a llama-server; empty: PATH, then the built one, then the xllamacpp wheel")
     ] = ""
-    threads: Annotated[
-        NotNegative, Meta(description="Threads of each coordinator; 0: the cores this process may use")
-    ] = 0
+    threads: Annotated[NotNegative, Meta(description="Threads of each engine; 0: the cores this process may use")] = 0
+    rpc_ports: Annotated[
+        str, Meta(min_length=1, description="First and last port for lending this node's devices to other nodes")
+    ] = "7500-7699"
     caps: Annotated[
         dict[str, NotNegative], Meta(description="The most bytes to use on a device, by device id (CPU, CUDA0)")
     ] = field(default_factory=dict)
@@ -62,8 +63,18 @@ class AgentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         bool, Meta(description="Leave when standard input ends; `sollol up` starts its children so")
     ] = False
 
+    def __post_init__(self) -> None:
+        self.rpc_port_range()
+
     def expanded_model_dirs(self) -> tuple[Path, ...]:
         return tuple(Path(item).expanduser() for item in self.model_dirs)
+
+    def rpc_port_range(self) -> range:
+        """Raises ValueError: it is not two ports in order."""
+        first, dash, last = self.rpc_ports.partition("-")
+        if not (dash and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last) <= 65535):
+            raise ValueError(f"rpc_ports is {self.rpc_ports!r}, not first and last port such as 7500-7699")
+        return range(int(first), int(last) + 1)
 
     def engine_path(self) -> Path | None:
         return Path(self.engine).expanduser() if self.engine else None

@@ -31,12 +31,13 @@ class LedgerEvent(Struct, frozen=True, kw_only=True):
 
 
 class _Promise(Struct, frozen=True, kw_only=True):
-    """`expires_s` is None exactly while an engine runs on it, and `bound_s` is when that began."""
+    """`expires_s` is None exactly while engines run on it (its `holders`), and `bound_s` is when the newest began."""
 
     pool_id: str
     bytes: dict[str, int]
     expires_s: float | None
     bound_s: float = math.inf
+    holders: frozenset[str] = frozenset()
 
 
 class Ledger:
@@ -100,10 +101,11 @@ class Ledger:
         if held is not None and held.expires_s is not None:
             self._drop(held, "released")
 
-    def bind(self, pool_id: str) -> dict[str, int]:
+    def bind(self, pool_id: str, instance_id: str) -> dict[str, int]:
         """Note that an engine is being started on this pool's reservation: from now on it does not expire.
 
-        Idempotent.
+        Idempotent by instance. A pool may have two on one node, its coordinator and a backend: the reservation stands
+        until the last of them is gone.
 
         Returns:
             The pool's bytes by device id.
@@ -119,14 +121,23 @@ class Ledger:
                 f"no reservation for pool {pool_id!r} on this node (never made, or lapsed): reserve again",
                 retryable=True,
             )
-        if held.expires_s is not None:
-            self._put(replace(held, expires_s=None, bound_s=self._clock()), "bound")
+        if instance_id not in held.holders:
+            holders = held.holders | {instance_id}
+            self._put(replace(held, expires_s=None, bound_s=self._clock(), holders=holders), "bound")
         return dict(held.bytes)
 
-    def freed(self, pool_id: str) -> None:
-        """Give back what a pool held, because its process is gone (or could not be started). Unknown pools are fine."""
+    def freed(self, pool_id: str, instance_id: str) -> None:
+        """Give back what a pool held, when its last process is gone (or could not be started).
+
+        Unknown pools and instances are fine.
+        """
         held = self._promises.get(pool_id)
-        if held is not None:
+        if held is None:
+            return
+        left = held.holders - {instance_id}
+        if left:
+            self._promises[pool_id] = replace(held, holders=left)  # no bytes have changed hands
+        else:
             self._drop(held, "freed")
 
     def expire(self) -> bool:

@@ -9,7 +9,7 @@ resolved against a new promise.
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from sollol.report import Instance, InstanceState
+from sollol.report import Instance, InstanceKind, InstanceState
 
 from agent.probe import CPU_ID
 
@@ -28,18 +28,28 @@ def anonymous_bytes(pid: int, root: Path = Path("/")) -> int:
 def materialised(
     instances: Iterable[Instance], anonymous: Callable[[int], int] = anonymous_bytes
 ) -> dict[str, dict[str, int]]:
-    """Bytes per pool and device, never more than the pool's share of it."""
-    return {
-        instance.instance_id: {
-            share.device_id: _taken(instance, share.device_id, share.total_bytes, anonymous)
-            for share in instance.shares
-        }
-        for instance in instances
-        if instance.state in _LIVE
-    }
+    """Bytes per pool and device, of each instance never more than its own share of it."""
+    taken: dict[str, dict[str, int]] = {}
+    for instance in instances:
+        if instance.state not in _LIVE:
+            continue
+        pool = taken.setdefault(instance.pool_id or instance.instance_id, {})
+        for device_id, share_bytes in _own_shares(instance).items():
+            pool[device_id] = pool.get(device_id, 0) + _taken(instance, device_id, share_bytes, anonymous)
+    return taken
+
+
+def _own_shares(instance: Instance) -> dict[str, int]:
+    """Bytes by device that the instance itself takes on this node: a coordinator's plan also names other nodes'."""
+    shares: dict[str, int] = {}
+    for share in instance.shares:
+        if not share.node_id:
+            shares[share.device_id] = shares.get(share.device_id, 0) + share.total_bytes
+    return shares
 
 
 def _taken(instance: Instance, device_id: str, share_bytes: int, anonymous: Callable[[int], int]) -> int:
     if device_id == CPU_ID:
         return min(share_bytes, anonymous(instance.pid)) if instance.pid else 0
-    return share_bytes if instance.state is InstanceState.READY else 0
+    # A backend is ready before anything is on its devices, and nobody says when it is.
+    return share_bytes if instance.state is InstanceState.READY and instance.kind is InstanceKind.COORDINATOR else 0

@@ -5,9 +5,9 @@ Expected refusals are values where the response has a field for them, else the s
 """
 
 import functools
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import grpc.aio
 import msgspec
@@ -16,57 +16,24 @@ from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untype
 from sollol import wire
 from sollol.channels import refusal_abort
 from sollol.errors import Reason, Refusal, SollolError, refuse
-from sollol.report import CoordinatorPlan, Device, Instance, InstanceState, Model, Report, Reservation
+from sollol.report import (
+    BackendEndpoint,
+    CoordinatorPlan,
+    Instance,
+    InstanceState,
+    Model,
+)
 from sollol.v1 import agent_pb2, agent_pb2_grpc
 
 from agent import log_tail
-from agent.checks import check_bytes, check_covered, check_id, check_plan, check_ttl
+from agent.asked import Ledger, Relaying, Reporter, Supervisor
+from agent.checks import check_backend, check_bytes, check_covered, check_id, check_plan, check_pool_id, check_ttl
+from agent.supervisor.lending import BackendWish, backend_id
 
 _LIVE = frozenset({InstanceState.STARTING, InstanceState.READY, InstanceState.STOPPING})
 _LINES_PER_MESSAGE = 256
 
 log = structlog.get_logger()
-
-
-class Reporter(Protocol):
-    def current(self) -> Report:
-        """The newest report."""
-
-    def watch(self) -> AsyncIterator[Report]:
-        """The newest report, then every newer one."""
-
-    def changed(self) -> None:
-        """Something that reports show has changed: report soon."""
-
-
-class Ledger(Protocol):
-    def reserve(
-        self, pool_id: str, bytes_by_device: Mapping[str, int], ttl_s: float, devices: Sequence[Device]
-    ) -> Refusal | None: ...
-
-    def release(self, pool_id: str) -> None: ...
-
-    def bind(self, pool_id: str) -> dict[str, int]: ...
-
-    def freed(self, pool_id: str) -> None: ...
-
-    def reservations(self) -> tuple[Reservation, ...]: ...
-
-
-class Supervisor(Protocol):
-    async def start(self, pool_id: str, plan: CoordinatorPlan) -> Instance: ...
-
-    def watch(self, instance_id: str) -> AsyncIterator[Instance]: ...
-
-    async def stop(self, instance_id: str) -> None: ...
-
-    def instances(self) -> tuple[Instance, ...]: ...
-
-    def log_path(self, instance_id: str) -> Path: ...
-
-
-class Relaying(Protocol):
-    async def serve(self, context: Any) -> None: ...
 
 
 _Rpc = Callable[["AgentService", Any, Any], Coroutine[Any, Any, Any]]
@@ -149,7 +116,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         return response
 
     def _reserve(self, request: agent_pb2.ReserveRequest) -> None:
-        pool_id = check_id(request.pool_id, "pool id")
+        pool_id = check_pool_id(request.pool_id)
         wanted, ttl_s = check_bytes(request.bytes), check_ttl(request.ttl_s)
         self._check_open()
         report = self._reporter.current()
@@ -167,6 +134,37 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         return agent_pb2.ReleaseResponse()
 
     @_guarded
+    async def StartBackend(
+        self, request: agent_pb2.StartBackendRequest, context: Any
+    ) -> agent_pb2.StartBackendResponse:
+        response = agent_pb2.StartBackendResponse()
+        try:
+            wire.fill(response.endpoint, await self._start_backend(request))
+        except SollolError as error:
+            wire.fill(response.refusal, error.refusal)
+        return response
+
+    async def _start_backend(self, request: agent_pb2.StartBackendRequest) -> BackendEndpoint:
+        pool_id, devices, hosts = request.pool_id, tuple(request.device_ids), tuple(request.allowed_hosts)
+        check_backend(pool_id, devices, request.threads, hosts, request.attach_within_s)
+        instance_id = backend_id(pool_id)
+        if not self._starts_or_serves(instance_id):
+            self._check_open()
+        with self._bound(pool_id, instance_id) as reserved:
+            unreserved = [device_id for device_id in devices if not reserved.get(device_id)]
+            if unreserved:
+                message = f"pool {pool_id!r} reserved nothing on {', '.join(unreserved)}: reserve what it shall lend"
+                raise refuse(Reason.RESERVATION_MISSING, message)
+            wish = BackendWish(
+                pool_id=pool_id,
+                bytes={device_id: reserved[device_id] for device_id in devices},
+                threads=request.threads,
+                allowed_hosts=hosts,
+                attach_within_s=request.attach_within_s,
+            )
+            return await self._supervisor.start_backend(wish)
+
+    @_guarded
     async def StartCoordinator(
         self,
         request: agent_pb2.StartCoordinatorRequest,
@@ -182,24 +180,34 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         return response
 
     async def _start(self, request: agent_pb2.StartCoordinatorRequest) -> Instance:
-        pool_id = check_id(request.pool_id, "pool id")
+        pool_id = check_pool_id(request.pool_id)
         plan = _plan_of(request)
-        for instance in self._supervisor.instances():
-            if instance.instance_id == pool_id and instance.state in (InstanceState.STARTING, InstanceState.READY):
-                return instance
+        running = self._starts_or_serves(pool_id)
+        if running is not None:
+            return running
         self._check_open()
         held = next((item for item in self._ledger.reservations() if item.pool_id == pool_id), None)
         if held is not None:  # else bind says so
-            check_covered(plan, held.bytes)
-        self._ledger.bind(pool_id)
-        try:
+            check_covered(plan, held.bytes, self._reporter.current().node_id)
+        with self._bound(pool_id, pool_id):
             return await self._supervisor.start(pool_id, plan)
+
+    @contextmanager
+    def _bound(self, pool_id: str, instance_id: str) -> Iterator[dict[str, int]]:
+        """Bind the pool's reservation to an instance that is started here; undone when that fails."""
+        try:
+            yield self._ledger.bind(pool_id, instance_id)
         except BaseException:
-            if not self._is_live(pool_id):
-                self._ledger.freed(pool_id)
+            if not self._is_live(instance_id):
+                self._ledger.freed(pool_id, instance_id)
             raise
         finally:
             self._reporter.changed()
+
+    def _starts_or_serves(self, instance_id: str) -> Instance | None:
+        useful = (InstanceState.STARTING, InstanceState.READY)
+        found = self._supervisor.instances()
+        return next((item for item in found if item.instance_id == instance_id and item.state in useful), None)
 
     @_guarded
     async def WatchInstance(self, request: agent_pb2.WatchInstanceRequest, context: Any) -> None:

@@ -9,11 +9,25 @@ import psutil
 from sollol.report import CoordinatorPlan, DeviceShare, Instance, InstanceState
 
 from agent.supervisor.files import Directories
-from agent.supervisor.instance import Limits
+from agent.supervisor.lending import BackendSite, BackendWish
+from agent.supervisor.owner import Limits
 from agent.supervisor.restarts import RestartPolicy
 from agent.supervisor.supervisor import Supervisor
 
 QUICK = Limits(start_timeout_s=10, stop_grace_s=0.5, poll_s=0.02)
+RPC_PORTS = range(17_500, 17_700)
+
+
+def site_of(program: Path | None, node_id: str = "n1", ports: range = RPC_PORTS) -> BackendSite:
+    return BackendSite(program=program, node_id=node_id, host="127.0.0.1", listen="127.0.0.1", ports=ports)
+
+
+NOTHING_TO_LEND = site_of(None)
+
+
+def wish_of(pool_id: str, **changes: object) -> BackendWish:
+    fields = {"bytes": {"CPU": 1 << 20}, "allowed_hosts": ("127.0.0.1",), "attach_within_s": 20.0, "threads": 1}
+    return BackendWish(pool_id=pool_id, **(fields | changes))
 
 
 def directories(tmp_path: Path) -> Directories:
@@ -46,6 +60,7 @@ async def supervising(
     limits: Limits = QUICK,
     restarts: RestartPolicy | None = None,
     on_gone: Callable[[Instance], None] = lambda _: None,
+    site: BackendSite = NOTHING_TO_LEND,
 ) -> AsyncIterator[Supervisor]:
     supervisor = Supervisor(
         engine=engine,
@@ -54,6 +69,7 @@ async def supervising(
         environment=os.environ,
         directories=directories(tmp_path),
         limits=limits,
+        site=site,
         threads=1,
         restarts=restarts,
         on_gone=on_gone,

@@ -8,6 +8,7 @@ import signal
 from typing import NamedTuple
 
 from sollol.errors import Reason, Refusal, Retry
+from sollol.report import BackendEndpoint
 
 KEPT_LINES = 20
 
@@ -29,6 +30,10 @@ _OUT_OF_MEMORY = _rule(
     Retry.RETRYABLE,
     "there was not enough memory for it; use fewer slots, a shorter context or another node",
 )
+
+# What a coordinator says before it aborts because of a backend; the endpoint only when it could not even connect.
+_BACKEND_LOST = re.compile(r"Remote RPC server crashed or returned malformed response|Failed to connect to (?P<at>\S+)")
+_BACKEND_OTHER = re.compile(r"RPC handshake failed for (?P<at>\S+)")
 
 # The first rule that matches any line wins: a failed allocation also ends in "error loading model".
 _AT_START = (
@@ -64,10 +69,23 @@ _AT_START = (
         Retry.RETRYABLE,
         "the engine does not take our command line; use a newer engine",
     ),
+    _rule(
+        r"RPC not supported in this build",
+        Reason.ENGINE_MISSING,
+        Retry.RETRYABLE,
+        "it cannot use other nodes; use one that is built with GGML_RPC, such as `sollol engine build` makes",
+    ),
 )
 
 
-def classify(exit_code: int, log_tail: tuple[str, ...], *, was_ready: bool, model: str) -> Refusal:
+def classify(
+    exit_code: int,
+    log_tail: tuple[str, ...],
+    *,
+    was_ready: bool,
+    model: str,
+    backends: tuple[BackendEndpoint, ...] = (),
+) -> Refusal:
     """Say why an engine that nobody stopped has ended.
 
     Args:
@@ -75,6 +93,7 @@ def classify(exit_code: int, log_tail: tuple[str, ...], *, was_ready: bool, mode
         log_tail: Its last log lines, oldest first.
         was_ready: Whether it had been serving.
         model: For the message.
+        backends: What it was connected to.
     """
     rules = (_OUT_OF_MEMORY,) if was_ready else _AT_START
     # A served engine logs its clients' errors too: only what it said at the very end explains its death.
@@ -82,12 +101,42 @@ def classify(exit_code: int, log_tail: tuple[str, ...], *, was_ready: bool, mode
     rule = next((rule for rule in rules if any(rule.pattern.search(line) for line in lines)), None)
     doing = "while it was serving" if was_ready else "before it was ready"
     what = f"the engine of {model} ended {doing} ({ended(exit_code)})"
+    if backends and (fault := _backend_fault(lines, backends)) is not None:
+        reason, why = fault
+        return _refusal(reason, Retry.RETRYABLE, f"{what}: {why}", exit_code, log_tail)
     if rule is not None:
         return _refusal(rule.reason, rule.retry, f"{what}: {rule.advice}", exit_code, log_tail)
     if was_ready or exit_code < 0:
         hint = "; the kernel does this when memory runs out" if exit_code == -signal.SIGKILL else ""
         return _refusal(Reason.ENGINE_DIED, Retry.RETRYABLE, what + hint, exit_code, log_tail)
     return _refusal(Reason.ENGINE_START_FAILED, Retry.RETRYABLE, f"{what}: see its log", exit_code, log_tail)
+
+
+def _backend_fault(lines: tuple[str, ...], backends: tuple[BackendEndpoint, ...]) -> tuple[Reason, str] | None:
+    for line in lines:
+        if found := _BACKEND_LOST.search(line):
+            return Reason.ENGINE_DIED, f"its backend on {_nodes(backends, found['at'])} was lost; place the model again"
+        if found := _BACKEND_OTHER.search(line):
+            node = _nodes(backends, found["at"])
+            return (
+                Reason.ENGINE_START_FAILED,
+                f"the backend on {node} speaks another protocol; use the same engine build",
+            )
+    return None
+
+
+def _nodes(backends: tuple[BackendEndpoint, ...], endpoint: str | None = None) -> str:
+    """Return the node at `endpoint`; without one every node that it may have been, in the order of the plan."""
+    named = [backend.node_id for backend in backends if f"{backend.host}:{backend.port}" == endpoint]
+    return " or ".join(dict.fromkeys(named or [backend.node_id for backend in backends]))
+
+
+def unreachable(
+    model: str, backends: tuple[BackendEndpoint, ...], waited_s: float, log_tail: tuple[str, ...]
+) -> Refusal:
+    """Say that a coordinator was given up because it hung while it connected to its backends."""
+    message = f"the engine of {model} waited {waited_s:.0f} s for its backend on {_nodes(backends)}; see their logs"
+    return _stalled(message, waited_s, log_tail)
 
 
 def ended(exit_code: int) -> str:
@@ -103,6 +152,10 @@ def ended(exit_code: int) -> str:
 def stalled(model: str, waited_s: float, log_tail: tuple[str, ...]) -> Refusal:
     """Say that a start was given up because nothing moved for `waited_s` seconds."""
     message = f"the engine of {model} made no progress for {waited_s:.0f} s while loading; see its log"
+    return _stalled(message, waited_s, log_tail)
+
+
+def _stalled(message: str, waited_s: float, log_tail: tuple[str, ...]) -> Refusal:
     return Refusal(
         reason=Reason.ENGINE_STALLED,
         message=message,

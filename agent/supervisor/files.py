@@ -38,11 +38,12 @@ class InstanceFiles(Struct, frozen=True, kw_only=True):
     socket: Path
     stdin: Path
     progress: Path
+    status: Path
     state: Path
 
     def remove_run_files(self) -> None:
         """Remove what only a running process needs; llama-server leaves its socket behind, and cannot bind again."""
-        for path in (self.socket, self.stdin, self.progress):
+        for path in (self.socket, self.stdin, self.progress, self.status):
             path.unlink(missing_ok=True)
 
 
@@ -66,6 +67,7 @@ def files_of(instance_id: str, directories: Directories) -> InstanceFiles:
         socket=socket,
         stdin=directories.run / f"{digest}.stdin",
         progress=directories.run / f"{digest}.progress",
+        status=directories.run / f"{digest}.status",
         state=directories.instances / f"{name}.json",
     )
 

@@ -9,8 +9,8 @@ _TIMEOUT_S = 0.5
 _REQUEST = request_bytes("GET", "/health", {}, b"")
 
 
-async def serves(socket: Path) -> bool:
-    """Ask `/health` once. While a coordinator loads it answers 503, and before that not at all."""
+async def health(socket: Path) -> int | None:
+    """Ask `/health` once: 200 when it serves, 503 while it loads, None before it listens and when it is too busy."""
     statuses: list[int] = []
     exchange = Exchange(_REQUEST, lambda status, _headers: statuses.append(status), lambda _body: None)
     try:
@@ -18,7 +18,7 @@ async def serves(socket: Path) -> bool:
             await connect(socket, exchange)
             await exchange.done
     except (OSError, TimeoutError, EngineProtocolError):
-        return False  # not bound yet, gone, or too busy to say: ask again
+        return None  # ask again
     finally:
         exchange.abort()
-    return statuses == [200]
+    return statuses[0] if statuses else None

@@ -4,36 +4,28 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import structlog
-from sollol.errors import Reason, Refusal, Retry
+from sollol.errors import Refusal
 from sollol.report import CoordinatorPlan, Instance, InstanceState
 
 from agent.supervisor import leftovers
-from agent.supervisor.failure import KEPT_LINES, classify, stalled
+from agent.supervisor.failure import KEPT_LINES, classify, stalled, unreachable
 from agent.supervisor.files import InstanceFiles, last_lines
-from agent.supervisor.health import serves
-from agent.supervisor.process import EngineProcess, bytes_read, spawn
+from agent.supervisor.health import health
+from agent.supervisor.owner import Limits, Owner, cannot_run
+from agent.supervisor.process import EngineProcess, bytes_read, spawn_coordinator
 from agent.supervisor.progress import newest_percent
-from agent.supervisor.state import LIVE, Event, after
+from agent.supervisor.state import Event, after
 
 log = structlog.get_logger(__name__)
 
 _READ_BYTES = 64 * 1024
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """`start_timeout_s` is without any load progress, `stop_grace_s` from TERM to KILL."""
-
-    start_timeout_s: float = 600.0
-    stop_grace_s: float = 5.0
-    poll_s: float = 0.05
-
-
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything to start one process."""
+    """Everything to start one coordinator; its instance id is its pool's id."""
 
     instance_id: str
     plan: CoordinatorPlan
@@ -42,14 +34,8 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     files: InstanceFiles
 
 
-class Coordinator:
-    """Starts its process when made. `view` is its state for everybody; only its own task changes it.
-
-    Args:
-        on_change: Called with every new view.
-        on_gone: Called once, when no process is left and before anybody is told: gives the reservation back.
-        wait_after: Called with the final view of one that ended unasked; the seconds its model must wait here.
-    """
+class Coordinator(Owner):
+    """Starts its process when made."""
 
     def __init__(
         self,
@@ -60,10 +46,9 @@ class Coordinator:
         on_gone: Callable[[Instance], None],
         wait_after: Callable[[Instance], float],
     ) -> None:
-        self.files = launch.files
-        self.ended_s: float | None = None
-        self.view = Instance(
+        view = Instance(
             instance_id=launch.instance_id,
+            pool_id=launch.instance_id,
             model=launch.plan.model,
             state=InstanceState.STOPPED,
             parallel=launch.plan.parallel,
@@ -72,61 +57,26 @@ class Coordinator:
             started_unix_s=time.time(),
         )
         self._launch = launch
-        self._limits = limits
-        self._on_change, self._on_gone, self._wait_after = on_change, on_gone, wait_after
-        self._asked_to_stop: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._gone = asyncio.Event()
-        self._announce(state=after(self.view.state, Event.START))
-        self._task = asyncio.create_task(self._run(), name=f"coordinator {launch.instance_id}")
-
-    async def stop(self) -> None:
-        """Return when the process is gone: at once when it already is, and together with any other stop."""
-        if not self._asked_to_stop.done():
-            self._asked_to_stop.set_result(None)
-        await self._gone.wait()
-
-    async def close(self) -> None:
-        """End the owner too, by force if need be. Call `stop` first."""
-        self._task.cancel()
-        await asyncio.wait({self._task})
-
-    def dismiss(self) -> None:
-        """Stop waiting for the end of a back-off: nobody will look at this record again."""
-        self._task.cancel()
-
-    async def _run(self) -> None:
-        try:
-            refusal = await self._serve_until_gone()
-        except Exception as error:
-            # The owner is the last to know: whoever waits for this instance must get an answer from somebody.
-            log.exception("coordinator_owner_failed", instance=self.view.instance_id)
-            refusal = Refusal(reason=Reason.INTERNAL, message=f"the agent failed to supervise this engine: {error!r}")
-        self._settle(refusal)
-        if self.view.state is InstanceState.FAILED:
-            await self._back_off(self._wait_after(self.view))
+        super().__init__(view, launch.files, limits, on_change=on_change, on_gone=on_gone, wait_after=wait_after)
 
     async def _serve_until_gone(self) -> Refusal | None:
-        """Run the process through its whole life. Returns why it ended, None when it was asked to."""
         try:
-            process = await spawn(self._launch.argv, self._launch.environment, self.files)
+            process = await spawn_coordinator(self._launch.argv, self._launch.environment, self.files)
         except OSError as error:
-            return _cannot_run(self._launch.argv[0], error)
-        exited = asyncio.create_task(process.wait(), name=f"exit of {process.pid}")
+            return cannot_run(self._launch.argv[0], error)
         try:
-            leftovers.remember(self.view.instance_id, process.pid, self.files)
-            self._announce(pid=process.pid)
-            refusal = await self._until_ready(process, exited)
-            if refusal is None:
-                await self._next_event(exited)
-            if self._asked_to_stop.done():
-                self._announce(state=after(self.view.state, Event.STOP))
-            if not exited.done():
-                await process.stop(exited, self._limits.stop_grace_s)
-            return self._why(exited.result(), refusal)
+            async with self._watched(process) as exited:
+                leftovers.remember(self.view.instance_id, process.pid, self.files)
+                self._announce(pid=process.pid)
+                refusal = await self._until_ready(process, exited)
+                if refusal is None:
+                    await self._next_event(exited)
+                if self._asked_to_stop.done():
+                    self._announce(state=after(self.view.state, Event.STOP))
+                if not exited.done():
+                    await process.stop(exited, self._limits.stop_grace_s)
+                return self._why(exited.result(), refusal)
         finally:
-            process.kill()
-            await asyncio.wait({exited}, timeout=self._limits.stop_grace_s)
-            exited.cancel()
             self.files.remove_run_files()
             self.files.state.unlink(missing_ok=True)
 
@@ -135,70 +85,48 @@ class Coordinator:
         clock = asyncio.get_running_loop().time
         began = moved = clock()
         signs = _SignsOfLoading(self.files.progress, process.pid)
+        # It connects to its backends before anything else, without a word and for ever.
+        connected = not self._launch.plan.backends
         while not exited.done() and not self._asked_to_stop.done():
-            if await serves(self.files.socket):
+            status = await health(self.files.socket)
+            connected = connected or status is not None
+            if status == 200:
                 self._announce(state=after(self.view.state, Event.HEALTHY), percent=100.0)
                 log.info("coordinator_ready", model=self.view.model, took_s=round(clock() - began, 3))
                 return None
             if signs.moved():
                 moved = clock()
                 self._announce_percent(signs.percent)
-            elif clock() - moved > self._limits.start_timeout_s:
+            elif (refusal := self._overdue(clock() - moved, connected=connected)) is not None:
                 self._announce(state=after(self.view.state, Event.UNHEALTHY))
-                return stalled(self.view.model, clock() - moved, last_lines(self.files.log, KEPT_LINES))
+                return refusal
             await self._next_event(exited, timeout_s=self._limits.poll_s)
         return None
 
-    async def _next_event(self, exited: asyncio.Task[int], timeout_s: float | None = None) -> None:
-        events: tuple[asyncio.Future[Any], ...] = (exited, self._asked_to_stop)
-        await asyncio.wait(events, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    def _overdue(self, waited_s: float, *, connected: bool) -> Refusal | None:
+        limits, model = self._limits, self.view.model
+        if not connected and waited_s > min(limits.connect_timeout_s, limits.start_timeout_s):
+            tail = last_lines(self.files.log, KEPT_LINES)
+            return unreachable(model, self._launch.plan.backends, waited_s, tail)
+        if waited_s > limits.start_timeout_s:
+            return stalled(model, waited_s, last_lines(self.files.log, KEPT_LINES))
+        return None
 
     def _why(self, exit_code: int, known: Refusal | None) -> Refusal | None:
         if self.view.state is InstanceState.STOPPING or known is not None:
             return known
-        tail = last_lines(self.files.log, 2 * KEPT_LINES)
-        was_ready = self.view.state is InstanceState.READY
-        return classify(exit_code, tail, was_ready=was_ready, model=self.view.model)
-
-    def _settle(self, refusal: Refusal | None) -> None:
-        state = after(self.view.state, Event.EXITED)
-        self.ended_s = asyncio.get_running_loop().time()
-        self.view = msgspec.structs.replace(self.view, state=state, pid=0, refusal=refusal)
-        if refusal is not None:
-            log.warning("coordinator_failed", model=self.view.model, reason=refusal.reason, message=refusal.message)
-        try:
-            self._on_gone(self.view)
-        finally:
-            self._gone.set()
-            self._announce()
-
-    async def _back_off(self, wait_s: float) -> None:
-        if wait_s <= 0:
-            return
-        self._announce(state=after(self.view.state, Event.BACK_OFF))
-        await asyncio.sleep(wait_s)
-        self._announce(state=after(self.view.state, Event.RETRY_DUE))
+        return classify(
+            exit_code,
+            last_lines(self.files.log, 2 * KEPT_LINES),
+            was_ready=self.view.state is InstanceState.READY,
+            model=self.view.model,
+            backends=self._launch.plan.backends,
+        )
 
     def _announce_percent(self, percent: float) -> None:
         """Tell of whole percents only: watchers get at most a hundred of them."""
         if int(percent) > int(self.view.percent):
             self._announce(percent=min(percent, 99.0))
-
-    def _announce(self, **changes: object) -> None:
-        self.view = msgspec.structs.replace(self.view, **changes)
-        self._on_change(self.view)
-
-    @property
-    def is_live(self) -> bool:
-        return self.view.state in LIVE
-
-
-def _cannot_run(program: str, error: OSError) -> Refusal:
-    if error.filename == program:
-        message = f"cannot run {program}: {error.strerror}; set `engine` to a llama-server"
-        return Refusal(reason=Reason.ENGINE_MISSING, message=message, retry=Retry.RETRYABLE)
-    message = f"cannot start an engine: {error}; see that the agent's directories can be written and are not full"
-    return Refusal(reason=Reason.ENGINE_START_FAILED, message=message, retry=Retry.RETRYABLE)
 
 
 class _SignsOfLoading:

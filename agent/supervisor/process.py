@@ -21,7 +21,7 @@ _POLL_S = 0.01
 class EngineProcess:
     """A running engine that leads its own session and group. Its owner must see it gone: `wait`, or `kill`."""
 
-    def __init__(self, process: asyncio.subprocess.Process, stdin: int) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, stdin: int = -1) -> None:
         self._process = process
         self._stdin = stdin
         self.pid = process.pid
@@ -29,8 +29,9 @@ class EngineProcess:
     async def wait(self) -> int:
         """Return the exit status (minus the signal's number) once the process and all of its group are gone."""
         exit_code = await self._process.wait()
-        os.close(self._stdin)
-        self._stdin = -1
+        if self._stdin >= 0:
+            os.close(self._stdin)
+            self._stdin = -1
         if _signal_group(self.pid, signal.SIGKILL):
             await self._until_group_is_gone()
         return exit_code
@@ -63,7 +64,9 @@ class EngineProcess:
             _signal_group(self.pid, signal.SIGKILL)
 
 
-async def spawn(argv: tuple[str, ...], environment: Mapping[str, str], files: InstanceFiles) -> EngineProcess:
+async def spawn_coordinator(
+    argv: tuple[str, ...], environment: Mapping[str, str], files: InstanceFiles
+) -> EngineProcess:
     """Start an engine in its own session, so that it outlives us when it must and its group can be ended as one.
 
     Its output goes to files and never to a pipe: nobody needs to read for it to go on.
@@ -88,6 +91,30 @@ async def spawn(argv: tuple[str, ...], environment: Mapping[str, str], files: In
         os.close(stdin)
         raise
     return EngineProcess(process, stdin)
+
+
+async def spawn_server(argv: tuple[str, ...], environment: Mapping[str, str], files: InstanceFiles) -> EngineProcess:
+    """Start a process that reads no input, as `spawn_coordinator` does; both of its outputs go to its log.
+
+    It ignores SIGPIPE, as we do (Python's default would restore it): a backend that answers a client which has just
+    left would otherwise die of it.
+
+    Raises:
+        OSError: The program is not there or cannot be run.
+    """
+    files.remove_run_files()
+    with _new_file(files.log) as output:
+        process = await asyncio.create_subprocess_exec(
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
+            umask=0o077,
+            restore_signals=False,
+        )
+    return EngineProcess(process)
 
 
 def _new_file(path: Path) -> BinaryIO:
@@ -116,6 +143,14 @@ def bytes_read(pid: int) -> int:
         return 0
     counts = dict(line.split(": ", 1) for line in lines)
     return int(counts.get("rchar", 0)) + int(counts.get("read_bytes", 0))
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether somebody has sent it SIGSTOP; a debugger's stop does not count."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1] == "T"
+    except OSError:
+        return False  # it is gone: whoever waits for it will say so
 
 
 def _signal_group(group: int, number: signal.Signals) -> bool:

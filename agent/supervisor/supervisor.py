@@ -1,4 +1,4 @@
-"""All coordinators of this agent: started once per pool, watched by many, never left behind."""
+"""All engines of this agent: started once per pool, watched by many, never left behind."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -6,12 +6,17 @@ from pathlib import Path
 
 import structlog
 from sollol.errors import Reason, Refusal, Retry, refuse
-from sollol.report import CoordinatorPlan, Instance, InstanceState
+from sollol.report import BackendEndpoint, CoordinatorPlan, Instance, InstanceKind, InstanceState
 
+from agent.engine.environment import engine_environment
 from agent.supervisor import leftovers
+from agent.supervisor.backend import Backend
 from agent.supervisor.command import coordinator_argv, coordinator_environment
 from agent.supervisor.files import Directories, files_of, remove_oldest_logs
-from agent.supervisor.instance import Coordinator, Launch, Limits
+from agent.supervisor.instance import Coordinator, Launch
+from agent.supervisor.lending import BackendLaunch, BackendSite, BackendWish, backend_id, forwarder_id
+from agent.supervisor.owner import Limits, Owner
+from agent.supervisor.ports import Ports
 from agent.supervisor.restarts import History, RestartPolicy, after_death, retry_after_s
 from agent.supervisor.state import SETTLED
 
@@ -24,14 +29,15 @@ _CLOSE_MARGIN_S = 5.0
 
 
 class Supervisor:
-    """Owns every coordinator of the node.
+    """Owns every coordinator and every backend of the node.
 
     Args:
         engine: How to run llama-server, such as `("/usr/bin/llama-server",)`; empty when there is none.
         gpu_devices: That engine's names of its GPUs, in its order.
         resolve: The file of a model by name; raises SollolError for names it does not know.
         environment: Our own environment; engines get what they need of it and nothing else.
-        threads: Per coordinator, when its plan does not say; 0 leaves it to the engine.
+        site: How this node lends its devices.
+        threads: Per engine, when nobody says; 0 leaves it to the engine.
         on_gone: Called when an instance's process is gone, before anybody is told: gives its reservation back.
     """
 
@@ -44,17 +50,19 @@ class Supervisor:
         environment: Mapping[str, str],
         directories: Directories,
         limits: Limits,
+        site: BackendSite,
         threads: int = 0,
         restarts: RestartPolicy | None = None,
         on_gone: Callable[[Instance], None] = lambda _: None,
     ) -> None:
         self._engine, self._gpu_devices, self._threads = engine, gpu_devices, threads
         self._resolve = resolve
-        self._environment = coordinator_environment(environment)
+        self._environment = dict(environment)
+        self._site, self._ports = site, Ports(site.ports)
         self._directories, self._limits = directories, limits
         self._restarts = restarts or RestartPolicy()
         self._on_gone = on_gone
-        self._coordinators: dict[str, Coordinator] = {}
+        self._owners: dict[str, Owner] = {}
         self._histories: dict[str, History] = {}
         self._watchers: dict[str, set[asyncio.Queue[Instance]]] = {}
         self._subscribers: list[Callable[[Instance], None]] = []
@@ -72,34 +80,65 @@ class Supervisor:
             SollolError: BACKING_OFF (the model keeps dying here), INSTANCE_NOT_READY (this pool is just stopping),
                 ENGINE_MISSING, INVALID_REQUEST, SHUTTING_DOWN, or whatever `resolve` says of the model.
         """
-        existing = self._coordinators.get(pool_id)
+        existing = self._owners.get(pool_id)
         if existing is not None and existing.view.state in (InstanceState.STARTING, InstanceState.READY):
             return existing.view
-        self._check_start(pool_id, plan.model, existing)
+        self._check_start(pool_id, existing)
+        self._check_model(plan.model)
         launch = self._launch(pool_id, plan)
-        if existing is not None:
-            existing.dismiss()
-        self._forget_old_records()
-        running = [item.files.log for item in self._coordinators.values() if item.is_live]
-        remove_oldest_logs(self._directories.log, keep=running)
+        self._make_room(pool_id)
         coordinator = Coordinator(
             launch, self._limits, on_change=self._changed, on_gone=self._on_gone, wait_after=self._wait_after
         )
-        # A new key goes last, also when the id is an old one: the order of records is the order of starts.
-        self._coordinators.pop(pool_id, None)
-        self._coordinators[pool_id] = coordinator
+        self._owners[pool_id] = coordinator
         return coordinator.view
 
-    def _check_start(self, pool_id: str, model: str, existing: Coordinator | None) -> None:
+    async def start_backend(self, wish: BackendWish) -> BackendEndpoint:
+        """Start a backend and its forwarder, and return where to reach it once it answers and can be reached.
+
+        One that starts or serves for this pool is left as it is. A caller that leaves early ends nothing.
+
+        Raises:
+            SollolError: ENGINE_MISSING, PORT_TAKEN, ENGINE_START_FAILED, ENGINE_STALLED, INSTANCE_NOT_READY (this
+                pool's last one is just stopping), SHUTTING_DOWN.
+        """
+        instance_id = backend_id(wish.pool_id)
+        existing = self._owners.get(instance_id)
+        if isinstance(existing, Backend) and existing.view.state in (InstanceState.STARTING, InstanceState.READY):
+            return await existing.endpoint()
+        self._check_start(wish.pool_id, existing)
+        launch = self._backend_launch(instance_id, wish)
+        self._make_room(instance_id)
+        backend = Backend(launch, self._limits, self._ports, on_change=self._changed, on_gone=self._on_gone)
+        self._owners[instance_id] = backend
+        return await backend.endpoint()
+
+    def _make_room(self, instance_id: str) -> None:
+        """Forget what is too old to keep, and the last one of this id: the order of records is the order of starts."""
+        existing = self._owners.pop(instance_id, None)
+        if existing is not None:
+            existing.dismiss()
+        self._forget_old_records()
+        running = [files_of(name, self._directories).log for name in self._names_in_use()]
+        remove_oldest_logs(self._directories.log, keep=running)
+
+    def _names_in_use(self) -> list[str]:
+        live = [item.view for item in self._owners.values() if item.is_live]
+        forwarders = [forwarder_id(view.pool_id) for view in live if view.kind is InstanceKind.BACKEND]
+        return [*(view.instance_id for view in live), *forwarders]
+
+    def _check_start(self, pool_id: str, existing: Owner | None) -> None:
         if self._closing:
             raise refuse(Reason.SHUTTING_DOWN, "this agent is shutting down", retryable=True)
         if not 0 < len(pool_id) <= _LONGEST_ID:
             raise refuse(Reason.INVALID_REQUEST, f"a pool id has 1 to {_LONGEST_ID} characters")
-        if not self._engine:
-            raise refuse(Reason.ENGINE_MISSING, "this node has no llama-server; run `sollol engine build`")
         if existing is not None and existing.is_live:
             message = f"{pool_id} is just stopping; ask again when it is gone, or under another id"
             raise refuse(Reason.INSTANCE_NOT_READY, message, retryable=True, retry_after_s=self._limits.stop_grace_s)
+
+    def _check_model(self, model: str) -> None:
+        if not self._engine:
+            raise refuse(Reason.ENGINE_MISSING, "this node has no llama-server; run `sollol engine build`")
         wait_s = retry_after_s(self._histories.get(model, History()), now_s=self._now_s())
         if wait_s > 0:
             message = f"{model} died {self._restarts.deaths} times in short order here; see the log of its last start"
@@ -114,8 +153,24 @@ class Supervisor:
             socket_path=files.socket,
             gpu_devices=self._gpu_devices,
             threads=self._threads,
+            node_id=self._site.node_id,
         )
-        return Launch(instance_id=pool_id, plan=plan, argv=argv, environment=self._environment, files=files)
+        environment = coordinator_environment(self._environment)
+        return Launch(instance_id=pool_id, plan=plan, argv=argv, environment=environment, files=files)
+
+    def _backend_launch(self, instance_id: str, wish: BackendWish) -> BackendLaunch:
+        if self._site.program is None:
+            message = f"node {self._site.node_id} has no ggml-rpc-server beside its engine; run `sollol engine build`"
+            raise refuse(Reason.ENGINE_MISSING, message, retryable=True)
+        return BackendLaunch(
+            wish=wish,
+            site=self._site,
+            program=self._site.program,
+            threads=wish.threads or self._threads,
+            environment=engine_environment(self._environment),
+            files=files_of(instance_id, self._directories),
+            forwarder_files=files_of(forwarder_id(wish.pool_id), self._directories),
+        )
 
     async def watch(self, instance_id: str) -> AsyncIterator[Instance]:
         """Yield the present state, then every change; ends after READY, FAILED or STOPPED.
@@ -140,31 +195,37 @@ class Supervisor:
                 del self._watchers[instance_id]
 
     async def stop(self, instance_id: str) -> None:
-        """Return when the process is gone and its reservation given back. Unknown and ended ones are a success."""
-        coordinator = self._coordinators.get(instance_id)
-        if coordinator is not None and coordinator.is_live:
-            await coordinator.stop()
+        """Return when the process is gone and its reservation given back. Unknown and ended ones are a success.
+
+        A pool's id stops its coordinator and then its backend on this node.
+        """
+        for name in (instance_id, backend_id(instance_id)):
+            owner = self._owners.get(name)
+            if owner is not None and owner.is_live:
+                await owner.stop()
 
     async def close(self) -> None:
-        """Stop every coordinator, all at once; takes little more than the grace of one."""
+        """Stop every engine, all at once; takes little more than the grace of one."""
         self._closing = True
-        live = [item for item in self._coordinators.values() if item.is_live]
+        live = [item for item in self._owners.values() if item.is_live]
         try:
             async with asyncio.timeout(self._limits.stop_grace_s + _CLOSE_MARGIN_S):
                 await asyncio.gather(*(item.stop() for item in live))
         except TimeoutError:
-            log.exception("coordinators_not_gone", instances=[item.view.instance_id for item in live if item.is_live])
-        await asyncio.gather(*(item.close() for item in self._coordinators.values()))
+            log.exception("engines_not_gone", instances=[item.view.instance_id for item in live if item.is_live])
+        await asyncio.gather(*(item.close() for item in self._owners.values()))
 
     def instances(self) -> tuple[Instance, ...]:
-        """Every coordinator that runs, and those that failed not long ago."""
+        """Every engine that runs, and those that failed not long ago."""
         self._forget_old_records()
-        views = (item.view for item in self._coordinators.values())
+        views = (item.view for item in self._owners.values())
         return tuple(view for view in views if view.state is not InstanceState.STOPPED)
 
     def socket_of(self, instance_id: str) -> Path:
-        """Raises SollolError: INSTANCE_NOT_FOUND, INSTANCE_NOT_READY."""
+        """Raises SollolError: INSTANCE_NOT_FOUND, INSTANCE_NOT_READY, INVALID_REQUEST for a backend."""
         coordinator = self._find(instance_id)
+        if coordinator.view.kind is InstanceKind.BACKEND:
+            raise refuse(Reason.INVALID_REQUEST, f"{instance_id} is a backend: only its coordinator takes requests")
         if coordinator.view.state is not InstanceState.READY:
             message = f"{instance_id} is {coordinator.view.state}, not ready to serve"
             raise refuse(Reason.INSTANCE_NOT_READY, message, retryable=True)
@@ -172,7 +233,7 @@ class Supervisor:
 
     def failure_of(self, instance_id: str) -> Refusal | None:
         """Why an instance's process is gone; None while it runs, and when the instance is unknown."""
-        coordinator = self._coordinators.get(instance_id)
+        coordinator = self._owners.get(instance_id)
         if coordinator is None or coordinator.is_live:
             return None
         stopped = Refusal(reason=Reason.STOPPED, message=f"{instance_id} was stopped", retry=Retry.RETRYABLE)
@@ -180,8 +241,8 @@ class Supervisor:
 
     def log_path(self, instance_id: str) -> Path:
         """The log of an instance, also of one that ended long ago; raises SollolError: INSTANCE_NOT_FOUND."""
-        if instance_id in self._coordinators:
-            return self._coordinators[instance_id].files.log
+        if instance_id in self._owners:
+            return self._owners[instance_id].files.log
         path = files_of(instance_id, self._directories).log
         if not path.exists():
             self._find(instance_id)
@@ -196,9 +257,9 @@ class Supervisor:
         self._subscribers.append(callback)
         return lambda: self._subscribers.remove(callback)
 
-    def _find(self, instance_id: str) -> Coordinator:
+    def _find(self, instance_id: str) -> Owner:
         try:
-            return self._coordinators[instance_id]
+            return self._owners[instance_id]
         except KeyError:
             message = f"this node runs no instance {instance_id[:_LONGEST_ID]}; it may have ended long ago"
             raise refuse(Reason.INSTANCE_NOT_FOUND, message, retryable=True) from None
@@ -216,11 +277,11 @@ class Supervisor:
         return retry_after_s(history, now_s=self._now_s())
 
     def _forget_old_records(self) -> None:
-        ended = [item for item in reversed(self._coordinators.values()) if item.ended_s is not None]
+        ended = [item for item in reversed(self._owners.values()) if item.ended_s is not None]
         for place, item in enumerate(ended):
             if place >= KEPT_RECORDS or self._now_s() - (item.ended_s or 0.0) > KEPT_RECORD_S:
                 item.dismiss()
-                del self._coordinators[item.view.instance_id]
+                del self._owners[item.view.instance_id]
 
     @staticmethod
     def _now_s() -> float:

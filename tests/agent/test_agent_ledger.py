@@ -98,25 +98,25 @@ def test_a_promise_that_nothing_runs_on_lapses(bench: Bench, ledger: Ledger):
     assert ledger.reserve("q", {"CPU": 800}, 30, NODE) is None
     assert bench.changes == [("reserved", "p"), ("lapsed", "p"), ("reserved", "q")]
     with pytest.raises(SollolError) as caught:
-        ledger.bind("p")
+        ledger.bind("p", "p")
     assert (caught.value.refusal.reason, caught.value.refusal.retry) == (Reason.RESERVATION_MISSING, Retry.RETRYABLE)
 
 
 def test_a_promise_that_an_engine_runs_on_stays_until_its_process_is_gone(bench: Bench, ledger: Ledger):
     ledger.reserve("p", {"CPU": 800}, 30, NODE)
-    assert ledger.bind("p") == {"CPU": 800}
-    assert ledger.bind("p") == {"CPU": 800}
+    assert ledger.bind("p", "p") == {"CPU": 800}
+    assert ledger.bind("p", "p") == {"CPU": 800}
     bench.now += 1e6
     ledger.release("p")
     assert ledger.reservations() == (Reservation(pool_id="p", bytes={"CPU": 800}, expires_in_s=None),)
-    ledger.freed("p")
+    ledger.freed("p", "p")
     assert ledger.reservations() == ()
     assert bench.changes == [("reserved", "p"), ("bound", "p"), ("freed", "p")]
 
 
 def test_a_bound_pool_keeps_its_bytes_whatever_is_asked_for_it(bench: Bench, ledger: Ledger):
     ledger.reserve("p", {"CPU": 100}, 30, NODE)
-    ledger.bind("p")
+    ledger.bind("p", "p")
     assert ledger.reserve("p", {"CPU": 100}, 30, NODE) is None
     assert ledger.reserve("p", {"CPU": 200}, 30, NODE).reason is Reason.INVALID_REQUEST
     assert ledger.reservations() == (Reservation(pool_id="p", bytes={"CPU": 100}, expires_in_s=None),)
@@ -124,7 +124,7 @@ def test_a_bound_pool_keeps_its_bytes_whatever_is_asked_for_it(bench: Bench, led
 
 def test_giving_back_is_idempotent(bench: Bench, ledger: Ledger):
     ledger.release("never heard of")
-    ledger.freed("never heard of")
+    ledger.freed("never heard of", "p")
     ledger.reserve("p", {"CPU": 100}, 30, NODE)
     ledger.release("p")
     ledger.release("p")
@@ -158,7 +158,7 @@ def test_a_senseless_wish_is_one_typed_refusal_and_changes_nothing(ledger, pool_
 
 def test_bytes_that_the_engine_already_took_are_not_subtracted_twice(bench: Bench, ledger: Ledger):
     ledger.reserve("p", {"CPU": 300, "CUDA0": 100}, 30, NODE)
-    ledger.bind("p")
+    ledger.bind("p", "p")
     loaded = (
         device("CPU", 750, 1000),
         device("CUDA0", 300, 500),
@@ -171,7 +171,7 @@ def test_bytes_that_the_engine_already_took_are_not_subtracted_twice(bench: Benc
 def test_a_measurement_from_before_the_engines_start_cannot_lack_its_bytes(bench: Bench, ledger: Ledger):
     bench.now = 200
     ledger.reserve("p", {"CUDA0": 100}, 30, NODE)
-    ledger.bind("p")
+    ledger.bind("p", "p")
     bench.now = 260
     old, fresh = (replace(NODE[1], age_s=age_s) for age_s in (100.0, 1.0))
     assert bench.free((NODE[0], old), {"p": {"CUDA0": 100}})["CUDA0"] == 300
@@ -180,7 +180,7 @@ def test_a_measurement_from_before_the_engines_start_cannot_lack_its_bytes(bench
 
 def test_an_engine_that_takes_more_than_its_promise_frees_nothing_for_others(bench: Bench, ledger: Ledger):
     ledger.reserve("p", {"CPU": 300}, 30, NODE)
-    ledger.bind("p")
+    ledger.bind("p", "p")
     assert bench.free((device("CPU", 100, 1000),), {"p": {"CPU": 700}}) == {"CPU": 100}
 
 
@@ -251,11 +251,11 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(pool=POOLS)
     def bind(self, pool: str) -> None:
         if pool in self.promised:
-            assert self.ledger.bind(pool) == self.promised[pool]
+            assert self.ledger.bind(pool, pool) == self.promised[pool]
             self.ends[pool] = math.inf
         else:
             with pytest.raises(SollolError):
-                self.ledger.bind(pool)
+                self.ledger.bind(pool, pool)
 
     @rule(pool=POOLS)
     def release(self, pool: str) -> None:
@@ -265,7 +265,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(pool=POOLS)
     def process_ends(self, pool: str) -> None:
-        self.ledger.freed(pool)
+        self.ledger.freed(pool, pool)
         self._forget(pool)
 
     @rule(seconds=st.integers(1, 15))

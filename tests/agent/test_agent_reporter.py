@@ -274,7 +274,7 @@ async def test_a_loaded_engines_bytes_are_not_missing_twice():
     node = Node()
     async with running(node) as reporter:
         node.ledger.reserve("p", {"CUDA0": 100}, 30, reporter.current().devices)
-        node.ledger.bind("p")
+        node.ledger.bind("p", "p")
         node.devices = (
             CPU,
             Device(device_id="CUDA0", kind=DeviceKind.GPU, total_bytes=500, free_bytes=300, measured_free_bytes=300),

@@ -73,13 +73,13 @@ class MemoryLedger:
         if pool_id not in self.bound:
             self.held.pop(pool_id, None)
 
-    def bind(self, pool_id):
+    def bind(self, pool_id, instance_id):
         if pool_id not in self.held:
             raise refuse(Reason.RESERVATION_MISSING, "lapsed", retryable=True)
         self.bound.add(pool_id)
         return self.held[pool_id]
 
-    def freed(self, pool_id):
+    def freed(self, pool_id, instance_id):
         self.bound.discard(pool_id)
         self.held.pop(pool_id, None)
 

@@ -10,7 +10,7 @@ import pytest
 from sollol.errors import Reason, Refusal
 from sollol.report import InstanceState
 
-from agent.supervisor.instance import Limits
+from agent.supervisor.owner import Limits
 from agent.supervisor.supervisor import Supervisor
 from tests.supervised import changes_of, plan_of, runs, settled, started, supervising
 from tests.waiting import wait_until

@@ -10,7 +10,7 @@ import pytest
 from sollol.errors import Reason, SollolError
 from sollol.report import Instance, InstanceState
 
-from agent.supervisor.instance import Limits
+from agent.supervisor.owner import Limits
 from agent.supervisor.restarts import RestartPolicy
 from agent.supervisor.state import LIVE
 from tests.fakes.fake_engine import fake_engine

@@ -1,0 +1,52 @@
+"""What a forwarder tells its agent: one small file, always whole, that nobody needs to read for the bytes to flow."""
+
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+# Exit statuses: 0 ended as its rules say.
+NO_FREE_PORT, NO_ADDRESS = 3, 4
+
+
+class Status(NamedTuple):
+    """`up_bytes` went to the backend. `ended` is empty while it runs, then says why."""
+
+    port: int
+    attached: bool = False
+    peer: str = ""
+    connections: int = 0
+    refused: int = 0
+    up_bytes: int = 0
+    down_bytes: int = 0
+    ended: str = ""
+
+
+class StatusFile:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._written: Status | None = None
+
+    def write(self, status: Status) -> None:
+        """Replace the file in one step, if there is news. A full disk must not cut a running pool."""
+        if status == self._written:
+            return
+        draft = self._path.with_name(self._path.name + ".new")
+        with contextlib.suppress(OSError):
+            draft.write_text(json.dumps(status._asdict()) + "\n")
+            draft.replace(self._path)
+            self._written = status
+
+
+def read_status(path: Path) -> Status | None:
+    """Return the newest status; None when there is none yet."""
+    try:
+        return Status(**json.loads(path.read_text()))
+    except (FileNotFoundError, ValueError, TypeError):  # no file, or one of another version
+        return None
+
+
+def log(event: str, **fields: object) -> None:
+    print(json.dumps({"at": round(time.time(), 3), "event": event, **fields}), file=sys.stderr, flush=True)  # noqa: T201 - its log is its standard error

@@ -1,0 +1,240 @@
+"""One backend and its only owner: starts the process that lends devices and its forwarder, and sees both gone.
+
+Each is of no use without the other, so they end together. The backend is asked once whether it answers, before anybody
+can reach it, and never again; what it does afterwards is seen by the process and by the forwarder.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import structlog
+from sollol.errors import Reason, Refusal, Retry, SollolError
+from sollol.report import BackendEndpoint, DeviceShare, Instance, InstanceKind, InstanceState
+
+from agent.forwarder.status import NO_FREE_PORT, Status, read_status
+from agent.supervisor import leftovers
+from agent.supervisor.command import backend_argv
+from agent.supervisor.failure import KEPT_LINES, ended
+from agent.supervisor.files import last_lines
+from agent.supervisor.handshake import HandshakeFailedError, greet, listens
+from agent.supervisor.lending import BackendLaunch, backend_id, forwarder_argv, forwarder_id
+from agent.supervisor.owner import Limits, Owner, cannot_run
+from agent.supervisor.ports import LOOPBACK, Ports
+from agent.supervisor.process import EngineProcess, is_stopped, spawn_server
+from agent.supervisor.state import Event, after
+
+log = structlog.get_logger(__name__)
+
+_ATTEMPTS = 5
+_PORT_CLASH = "Failed to create server socket"
+
+
+class _PortTakenError(Exception):
+    """Somebody else listens on the port that this backend was given."""
+
+
+class Backend(Owner):
+    """Starts its processes when made; `view.pid` is the lending one's."""
+
+    def __init__(
+        self,
+        launch: BackendLaunch,
+        limits: Limits,
+        ports: Ports,
+        *,
+        on_change: Callable[[Instance], None],
+        on_gone: Callable[[Instance], None],
+    ) -> None:
+        wish = launch.wish
+        self._launch, self._ports = launch, ports
+        self._settled = asyncio.Event()
+        self._endpoint: BackendEndpoint | None = None
+        view = Instance(
+            instance_id=backend_id(wish.pool_id),
+            pool_id=wish.pool_id,
+            kind=InstanceKind.BACKEND,
+            model="",
+            state=InstanceState.STOPPED,
+            shares=tuple(DeviceShare(device_id=name, layers=0, total_bytes=size) for name, size in wish.bytes.items()),
+            started_unix_s=time.time(),
+        )
+        # It does not wait after a death: it is its pool, and the model in it, that may be at fault.
+        super().__init__(view, launch.files, limits, on_change=on_change, on_gone=on_gone, wait_after=lambda _: 0.0)
+
+    async def endpoint(self) -> BackendEndpoint:
+        """Return where its coordinator reaches it, as soon as it can.
+
+        Raises:
+            SollolError: Why it did not come up, or that it has ended since.
+        """
+        await self._settled.wait()
+        if self._endpoint is None or self.view.state is not InstanceState.READY:
+            stopped = Refusal(reason=Reason.STOPPED, message="the backend has ended", retry=Retry.RETRYABLE)
+            raise SollolError(self.view.refusal or stopped)
+        return self._endpoint
+
+    def forwarder_status(self) -> Status | None:
+        """What its forwarder says now: who is attached, and the bytes so far. None before it listens."""
+        return read_status(self._launch.forwarder_files.status)
+
+    def _announce(self, **changes: object) -> None:
+        super()._announce(**changes)
+        if self.view.state is not InstanceState.STARTING:
+            self._settled.set()
+
+    async def _serve_until_gone(self) -> Refusal | None:
+        tried: set[int] = set()
+        while len(tried) < _ATTEMPTS:
+            port = self._ports.claim(besides=frozenset(tried))
+            if port is None:
+                break
+            tried.add(port)
+            try:
+                return await self._serve_on(port)
+            except _PortTakenError:
+                log.info("backend_port_taken", port=port)
+            finally:
+                self._ports.give_back(port)
+                for files in (self._launch.files, self._launch.forwarder_files):
+                    files.remove_run_files()
+                    files.state.unlink(missing_ok=True)
+        return self._no_port()
+
+    async def _serve_on(self, port: int) -> Refusal | None:
+        launch = self._launch
+        devices = launch.wish.device_ids
+        argv = backend_argv(launch.program, host=LOOPBACK, port=port, devices=devices, threads=launch.threads)
+        try:
+            process = await spawn_server(argv, launch.environment, launch.files)
+        except OSError as error:
+            return cannot_run(argv[0], error)
+        async with self._watched(process) as exited:
+            leftovers.remember(self.view.instance_id, process.pid, launch.files)
+            self._announce(pid=process.pid)
+            refusal = await self._until_answers(process, exited, port)
+            if refusal is None and not self._asked_to_stop.done():
+                refusal = await self._serve_behind_forwarder(process, exited, port)
+            if self._asked_to_stop.done():
+                self._announce(state=after(self.view.state, Event.STOP))
+            if not exited.done() and refusal is None:  # a failed one is killed
+                await process.stop(exited, self._limits.stop_grace_s)
+            return None if self.view.state is InstanceState.STOPPING else refusal
+
+    async def _until_answers(self, process: EngineProcess, exited: asyncio.Task[int], port: int) -> Refusal | None:
+        """Return None when it answers as it should, or shall stop.
+
+        Raises:
+            _PortTakenError: Try another one.
+        """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._limits.connect_timeout_s
+        while not exited.done() and not self._asked_to_stop.done():
+            if listens(process.pid, port):
+                return await self._greeted(port, until - loop.time())
+            if loop.time() > until:
+                return self._failed(Reason.ENGINE_STALLED, "does not listen in time")
+            await self._next_event(exited, timeout_s=self._limits.poll_s)
+        if not exited.done():
+            return None
+        if any(_PORT_CLASH in line for line in last_lines(self.files.log, KEPT_LINES)):
+            raise _PortTakenError
+        return self._failed(Reason.ENGINE_START_FAILED, f"ended before it listened ({ended(exited.result())})")
+
+    async def _greeted(self, port: int, within_s: float) -> Refusal | None:
+        try:
+            greeting = await greet(port, within_s=max(within_s, 1.0))
+        except TimeoutError:
+            return self._failed(Reason.ENGINE_STALLED, "listens and does not answer")
+        except HandshakeFailedError as error:
+            return self._failed(Reason.ENGINE_START_FAILED, f"answers what we do not understand ({error})")
+        if greeting.devices != len(self._launch.wish.device_ids):
+            wanted = ", ".join(self._launch.wish.device_ids)
+            return self._failed(Reason.ENGINE_START_FAILED, f"lends {greeting.devices} devices, not {wanted}")
+        return None
+
+    async def _serve_behind_forwarder(
+        self, process: EngineProcess, exited: asyncio.Task[int], port: int
+    ) -> Refusal | None:
+        launch = self._launch
+        argv = forwarder_argv(launch, port, gone_after_s=self._limits.gone_after_s)
+        try:
+            forwarder = await spawn_server(argv, launch.environment, launch.forwarder_files)
+        except OSError as error:
+            return cannot_run(argv[0], error)
+        async with self._watched(forwarder) as forwarder_exited:
+            leftovers.remember(forwarder_id(launch.wish.pool_id), forwarder.pid, launch.forwarder_files)
+            refusal = await self._until_forwarded(exited, forwarder_exited)
+            if refusal is None:
+                refusal = await self._until_ended(process, exited, forwarder_exited)
+            if not forwarder_exited.done():
+                await forwarder.stop(forwarder_exited, self._limits.stop_grace_s)
+            return refusal
+
+    async def _until_forwarded(self, exited: asyncio.Task[int], forwarder_exited: asyncio.Task[int]) -> Refusal | None:
+        """Return None when it is READY, or shall stop."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._limits.connect_timeout_s
+        while not exited.done() and not forwarder_exited.done() and not self._asked_to_stop.done():
+            status = self.forwarder_status()
+            if status is not None:
+                self._ready(status)
+                return None
+            if loop.time() > until:
+                return self._failed(Reason.ENGINE_STALLED, "has a forwarder that does not listen in time")
+            await self._next_event(exited, forwarder_exited, timeout_s=self._limits.poll_s)
+        if forwarder_exited.done() and forwarder_exited.result() == NO_FREE_PORT:
+            return self._no_port()
+        if forwarder_exited.done():
+            lines = last_lines(self._launch.forwarder_files.log, 1)
+            return self._failed(Reason.ENGINE_START_FAILED, f"has no forwarder: {' '.join(lines)}")
+        return self._died(exited) if exited.done() else None
+
+    def _ready(self, status: Status) -> None:
+        site, wish = self._launch.site, self._launch.wish
+        self._endpoint = BackendEndpoint(
+            node_id=site.node_id, host=site.host, port=status.port, device_ids=wish.device_ids
+        )
+        self._announce(state=after(self.view.state, Event.HEALTHY), percent=100.0)
+        log.info("backend_ready", pool=wish.pool_id, port=status.port, devices=wish.device_ids)
+
+    async def _until_ended(
+        self, process: EngineProcess, exited: asyncio.Task[int], forwarder_exited: asyncio.Task[int]
+    ) -> Refusal | None:
+        """Return None when it shall stop, or its forwarder had nobody left to serve."""
+        stopped_before = False
+        while not (exited.done() or forwarder_exited.done() or self._asked_to_stop.done()):
+            await self._next_event(exited, forwarder_exited, timeout_s=self._limits.freeze_poll_s)
+            stopped = is_stopped(process.pid)
+            if stopped and stopped_before:
+                # Its coordinator would hang for ever, with a health that looks fine.
+                return self._failed(Reason.ENGINE_STALLED, "was stopped by a signal and does not go on")
+            stopped_before = stopped
+        if self._asked_to_stop.done():
+            return None
+        if exited.done():
+            return self._died(exited)
+        if forwarder_exited.result() != 0:
+            how = ended(forwarder_exited.result())
+            return self._failed(Reason.ENGINE_DIED, f"lost its forwarder ({how}), and with it its coordinator")
+        status = self.forwarder_status()
+        log.info("backend_unused", pool=self._launch.wish.pool_id, why=status.ended if status else "")
+        self._announce(state=after(self.view.state, Event.STOP))
+        return None
+
+    def _died(self, exited: asyncio.Task[int]) -> Refusal:
+        return self._failed(Reason.ENGINE_DIED, f"ended ({ended(exited.result())})", exit_code=exited.result())
+
+    def _no_port(self) -> Refusal:
+        ports = self._launch.site.ports
+        message = f"ports {ports.start} to {ports.stop - 1} are all taken; set rpc_ports to others"
+        return Refusal(reason=Reason.PORT_TAKEN, message=message, retry=Retry.RETRYABLE)
+
+    def _failed(self, reason: Reason, what: str, **numbers: int) -> Refusal:
+        return Refusal(
+            reason=reason,
+            message=f"the backend on {self._launch.site.node_id} {what}; see its log",
+            retry=Retry.RETRYABLE,
+            numbers=numbers,
+            log_lines=last_lines(self.files.log, KEPT_LINES),
+        )

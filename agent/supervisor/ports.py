@@ -1,0 +1,34 @@
+"""The loopback ports that backends get, from one range; two starts at the same time never get the same one."""
+
+import socket
+
+LOOPBACK = "127.0.0.1"
+
+
+class Ports:
+    def __init__(self, ports: range) -> None:
+        self.range = ports
+        self._claimed: set[int] = set()
+
+    def claim(self, besides: frozenset[int] = frozenset()) -> int | None:
+        """Return the first port that nobody listens on, claimed until `give_back`; None when all are taken."""
+        free = (port for port in self.range if port not in self._claimed | besides and _is_free(port))
+        port = next(free, None)
+        if port is not None:
+            self._claimed.add(port)
+        return port
+
+    def give_back(self, port: int) -> None:
+        self._claimed.discard(port)
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        # As servers do: a port on which only old connections linger is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, port))
+            probe.listen(1)
+        except OSError:
+            return False
+    return True
