@@ -48,6 +48,19 @@ def faulty_engine(engine_binary: Path, tmp_path_factory: pytest.TempPathFactory)
     return script
 
 
+@pytest.fixture(scope="session")
+def faulty(models_dir: Path, faulty_engine: Path, ports: Callable[[], int]) -> Iterator[Up]:
+    """`sollol up` with one agent, whose engine fails to start as `faulty_engine` says."""
+    with short_home() as home:
+        up = Up(home, ports, models=models_dir, engine=faulty_engine, agents=1)
+        try:
+            up.wait_ready()
+            yield up
+        finally:
+            up.close()
+        assert up.process.returncode == 0, up.errors
+
+
 @pytest.fixture
 def start_up(models_dir: Path, ports: Callable[[], int]) -> Iterator[Callable[..., Up]]:
     """Start a `sollol up` of the test's own and wait until it is ready."""
