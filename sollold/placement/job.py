@@ -26,7 +26,10 @@ class PlacementDefaults(Struct, frozen=True, kw_only=True):
 
 
 class Job(Struct, frozen=True, kw_only=True):
-    """A wish without open questions. Labels are (name, value); value None accepts any."""
+    """A wish without open questions. Labels are (name, value); value None accepts any.
+
+    `takes_any_node`: nothing in it keeps a node out.
+    """
 
     model: str
     policy: str
@@ -44,6 +47,7 @@ class Job(Struct, frozen=True, kw_only=True):
     pinned_node: str = ""
     local: bool = False
     own_hosts: frozenset[str] = LOOPBACK_HOSTS
+    takes_any_node: bool = True
 
 
 def job_for(wish: PlacementWish, defaults: PlacementDefaults, *, head_host: str = "") -> Job:
@@ -66,6 +70,7 @@ def job_for(wish: PlacementWish, defaults: PlacementDefaults, *, head_host: str 
         local=wish.local,
         # A node that reports a loopback address can only be on the head's own machine.
         own_hosts=LOOPBACK_HOSTS | ({head_host} if head_host else set()),
+        takes_any_node=not (wish.require or wish.min_cpus or wish.min_memory_bytes or wish.pinned_node or wish.local),
     )
 
 
