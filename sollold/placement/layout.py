@@ -146,6 +146,8 @@ class Layouts:
         self._load = load
         self._context_per_slot = min(load.context_per_slot, shape.context_length or load.context_per_slot)
         self.all_layers = shape.layers + 1  # the output layer is one more
+        whole = self._layout((("CPU", self.all_layers),)).shares[0]
+        self._least_bytes = whole.weight_bytes + whole.kv_bytes  # however it is split, and buffers come on top
         self._alone: dict[str, Layout] = _Computed(lambda cpu_id: self._layout(((cpu_id, self.all_layers),)), MAX_NAMES)
         self._pairs: dict[tuple[str, str], _Beside] = _Computed(self._beside, MAX_NAMES)
         self._together: dict[tuple[str, ...], dict[Counts, Layout]] = _Computed(self._among, MAX_NAMES)
@@ -163,6 +165,8 @@ class Layouts:
             layout = self._with_one(cpu, order[0])
             if layout is not None and (len(gpus) == 1 or layout.shares[0].layers == 0) and fits(layout, devices):
                 return layout
+        if cpu.free_bytes + sum([gpu.free_bytes for gpu in gpus if not gpu.unified]) < self._least_bytes:
+            return None
         fitting = [layout for layout in self._candidates(cpu, gpus, order) if fits(layout, devices)]
         return min(fitting, key=lambda layout: read_ms(layout, devices), default=None)
 
@@ -177,7 +181,11 @@ class Layouts:
             return 0  # the embeddings and buffers that every layout keeps on the CPU do not fit
         on_cpu = bisect_right(range(1, self.all_layers), cpu.free_bytes, key=front.__getitem__)
         gpus = [gpu for gpu in _usable_gpus(devices) if not gpu.unified]
-        on_gpus = sum(self._filled(cpu, gpus, _fastest_first(gpus, cpu))) if gpus else 0
+        if len(gpus) == 1:
+            beside = self._with_one(cpu, gpus[0])
+            on_gpus = beside.shares[1].layers if beside is not None else 0
+        else:
+            on_gpus = sum(self._filled(cpu, gpus, _fastest_first(gpus, cpu)))
         return min(on_cpu + on_gpus, self.all_layers - 1)
 
     def plan(self, model_name: str, layout: Layout) -> CoordinatorPlan:
