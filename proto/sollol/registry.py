@@ -13,7 +13,8 @@ server's clock, so that no node's wrong clock makes it or others vanish.
 """
 
 import asyncio
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -202,11 +203,28 @@ class Registry:
             log.warning("registry_value_skipped", key=node_key(node_id), problem=problem)
 
     async def _ask(self, answer: Awaitable[Any]) -> Any:
-        try:
-            async with asyncio.timeout(_CALL_WITHIN_S):
-                return await answer
-        except (RedisError, OSError, TimeoutError) as error:
-            raise RegistryUnavailable(f"Redis: {error or type(error).__name__}") from error
+        with _no_cancellation_lost():
+            try:
+                async with asyncio.timeout(_CALL_WITHIN_S):
+                    return await answer
+            except (RedisError, OSError, TimeoutError) as error:
+                raise RegistryUnavailable(f"Redis: {error or type(error).__name__}") from error
+
+
+@contextmanager
+def _no_cancellation_lost() -> Iterator[None]:
+    """Raise CancelledError at the end of the block when the task was cancelled in it and nobody said so.
+
+    redis-py waits with `asyncio.wait_for`, which before Python 3.12 drops a cancellation that comes in the moment in
+    which its future completes: a loop around our calls would then run for ever.
+    """
+    task = asyncio.current_task()
+    before = task.cancelling() if task else 0
+    try:
+        yield
+    finally:
+        if task and task.cancelling() > before:
+            raise asyncio.CancelledError
 
 
 def _event(event_id: str, fields: Mapping[bytes, bytes]) -> Event | None:

@@ -218,3 +218,21 @@ async def test_a_hanging_redis_holds_the_caller_for_a_few_seconds_only_and_then_
 async def test_the_client_is_named_for_whoever_looks_at_redis(registry: Registry, redis: Redis):
     await registry.ping()
     assert "sollol-test" in {client["name"] for client in redis.client_list()}
+
+
+async def test_a_cancelled_call_ends_at_whatever_moment_it_is_cancelled(clean_redis: str):
+    async def ask_for_ever(registry: Registry) -> None:
+        while True:
+            await registry.reports()
+            await asyncio.sleep(60)
+
+    for steps in range(60):  # of the event loop: connecting and asking take about forty
+        registry = Registry(clean_redis)
+        asking = asyncio.create_task(ask_for_ever(registry))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        asking.cancel()
+        done, _ = await asyncio.wait({asking}, timeout=2)
+        assert done, f"cancelled after {steps} steps, and goes on"
+        assert asking.cancelled()
+        await registry.close()
