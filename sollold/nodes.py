@@ -27,8 +27,8 @@ RECONNECT_MAX_S = 2.0
 SHAPES_KEPT = 4096
 
 
-class ReportSource(Protocol):
-    async def reports(self) -> tuple[Report, ...]: ...
+class AddressSource(Protocol):
+    async def addresses(self) -> tuple[str, ...]: ...
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Nodes:
 
     def __init__(
         self,
-        registry: ReportSource | None,
+        registry: AddressSource | None,
         *,
         static_addresses: Iterable[str],
         forget_after_s: float,
@@ -119,7 +119,7 @@ class Nodes:
         if self._registry is None:
             return found
         try:
-            found.update(report.address for report in await self._registry.reports())
+            found.update(await self._registry.addresses())
         except RegistryUnavailable as error:
             if self._registry_up:
                 log.warning("registry_lost", error=str(error), known_nodes=len(self._nodes))

@@ -27,11 +27,11 @@ class Board:
         self.up = True
         self.asked = 0
 
-    async def reports(self):
+    async def addresses(self):
         self.asked += 1
         if not self.up:
             raise RegistryUnavailable("down")
-        return tuple(agent.report for agent in self.agents)
+        return tuple(agent.report.address for agent in self.agents)
 
 
 class View:
