@@ -4,14 +4,16 @@ The reporter owns what the node says of itself, the ledger its promises, the sup
 token streams; the gRPC service only asks them.
 """
 
+import asyncio
 import fcntl
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+import grpc.aio
 import structlog
 from msgspec.structs import replace
 from sollol.channels import new_server
@@ -35,12 +37,10 @@ from agent.supervisor.lending import BackendSite
 from agent.supervisor.owner import Limits
 from agent.supervisor.supervisor import Supervisor
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 log = structlog.get_logger(__name__)
 
 STEP_WITHIN_S = 5.0
+STREAMS_GRACE_S = 1.0
 
 
 async def serve(config: AgentConfig, environ: Mapping[str, str], stop: Stop) -> None:
@@ -53,6 +53,7 @@ async def serve(config: AgentConfig, environ: Mapping[str, str], stop: Stop) -> 
     places = directories(environ, state=config.state_dir, log=config.log_dir, run=config.run_dir)
     with _sole_owner(places.state):
         async with Closing() as closing:
+            server = _listening(config)  # before anything is published or ended under this address
             registry = _registry(config, closing)
             found = await _found_engine(config, environ)
             ledger = Ledger(clock=time.monotonic, journal=lambda event: journal(event))  # noqa: PLW0108 - defined below
@@ -79,12 +80,28 @@ async def serve(config: AgentConfig, environ: Mapping[str, str], stop: Stop) -> 
             await supervisor.reap_leftovers()
             closing.run("report", reporter.run(), stop, within_s=STEP_WITHIN_S)
             closing.add("engines", supervisor.close, within_s=config.stop_grace_s + 2 * STEP_WITHIN_S)
-            await reporter.ready()
+            if not await _before_stop(reporter.ready(), stop):
+                return
             service = AgentService(reporter=reporter, ledger=ledger, supervisor=supervisor, relay=relay)
-            await _serve_grpc(config, closing, service)
+            service.add_to(server)
+            await server.start()
+            closing.add("gRPC", lambda: server.stop(STREAMS_GRACE_S), within_s=STEP_WITHIN_S)
+            closing.add("drain", service.drain, within_s=STEP_WITHIN_S)
             stop.announce_ready()
             log.info("agent_ready", node=config.node_id, grpc=f"{config.listen}:{config.port}")
             await stop.wait()
+
+
+async def _before_stop(awaited: Coroutine[Any, Any, object], stop: Stop) -> bool:
+    """Wait for something that need not come: a signal, or the end of a part of this agent, ends the wait."""
+    tasks = [asyncio.create_task(awaited, name="first report"), asyncio.create_task(stop.wait(), name="stop")]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].done() and not stop.requested
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class _Busy:
@@ -102,7 +119,7 @@ class _Busy:
 
 
 @contextmanager
-def _sole_owner(state: Path) -> "Iterator[None]":
+def _sole_owner(state: Path) -> Iterator[None]:
     """Two agents with one state directory would end each other's engines."""
     descriptor = os.open(state / "agent.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
@@ -180,9 +197,9 @@ def _supervisor(
     )
 
 
-async def _serve_grpc(config: AgentConfig, closing: Closing, service: AgentService) -> None:
+def _listening(config: AgentConfig) -> grpc.aio.Server:
+    """A server that has its port, and answers nobody before it is started."""
     server = new_server()
-    service.add_to(server)
     address = f"[{config.listen}]:{config.port}" if ":" in config.listen else f"{config.listen}:{config.port}"
     try:
         server.add_insecure_port(address)
@@ -190,6 +207,4 @@ async def _serve_grpc(config: AgentConfig, closing: Closing, service: AgentServi
         raise refuse(
             Reason.PORT_TAKEN, f"cannot listen on {address}: is another agent running? Set port to another"
         ) from error
-    await server.start()
-    closing.add("gRPC", lambda: server.stop(1.0), within_s=STEP_WITHIN_S)
-    closing.add("drain", service.drain, within_s=STEP_WITHIN_S)
+    return server

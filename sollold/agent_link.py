@@ -1,14 +1,17 @@
 """One agent as the head calls it: typed values in and out, `_pb2` messages stay here."""
 
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from datetime import timedelta
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol
 
 import grpc
+from msgspec import ValidationError
 from msgspec.structs import replace
 from sollol import wire
-from sollol.channels import open_channel, refusal_of
-from sollol.errors import Refusal, SollolError
+from sollol.channels import open_channel, refusal_of, unreachable
+from sollol.errors import Reason, Refusal, SollolError
 from sollol.report import CoordinatorPlan, Instance, Model, Report
 from sollol.v1 import agent_pb2 as pb
 from sollol.v1 import agent_pb2_grpc as rpc
@@ -17,6 +20,7 @@ from sollol.v1 import common_pb2
 from sollold.relay import AgentRelay
 
 UNARY_TIMEOUT_S = 5.0
+STOP_TIMEOUT_S = 60.0
 
 
 class AgentLink:
@@ -32,56 +36,80 @@ class AgentLink:
         self.relay = AgentRelay(self._stub, address)
 
     async def close(self) -> None:
-        await self.relay.close()
-        await self._channel.close()
+        """End every call and stream on this link; using it afterwards raises AGENT_UNREACHABLE."""
+        try:
+            await self.relay.close()
+        finally:
+            await self._channel.close()
 
     async def watch_report(self) -> AsyncGenerator[Report]:
-        """Yield the agent's full report, then each newer one; ends or raises when the agent goes away."""
+        """Yield the agent's full report, then each newer one; ends or raises when the agent goes away.
+
+        `models` stays the same object until the agent's list changes.
+        """
         models: tuple[Model, ...] = ()
-        try:
+        with self._calling():
             async for response in self._stub.WatchReport(pb.WatchReportRequest(), wait_for_ready=False):
                 report = wire.value(Report, response.report)
                 if response.models_unchanged:
                     report = replace(report, models=models)
                 models = report.models
                 yield report
-        except grpc.aio.AioRpcError as error:
-            raise SollolError(refusal_of(error)) from error
 
     async def reserve(self, pool_id: str, bytes_by_device: Mapping[str, int], ttl: timedelta) -> None:
         request = pb.ReserveRequest(pool_id=pool_id, bytes=dict(bytes_by_device), ttl_s=ttl.total_seconds())
-        response = await _called(self._stub.Reserve(request, timeout=UNARY_TIMEOUT_S))
-        _raise_refusal(response)
+        with self._calling():
+            _raise_refusal(await self._stub.Reserve(request, timeout=UNARY_TIMEOUT_S))
 
     async def release(self, pool_id: str) -> None:
-        await _called(self._stub.Release(pb.ReleaseRequest(pool_id=pool_id), timeout=UNARY_TIMEOUT_S))
+        with self._calling():
+            await self._stub.Release(pb.ReleaseRequest(pool_id=pool_id), timeout=UNARY_TIMEOUT_S)
 
     async def start_coordinator(self, pool_id: str, plan: CoordinatorPlan) -> Instance:
         request = pb.StartCoordinatorRequest(pool_id=pool_id)
         wire.fill(request.plan, plan)
-        response = await _called(self._stub.StartCoordinator(request, timeout=UNARY_TIMEOUT_S))
-        _raise_refusal(response)
-        return wire.value(Instance, response.instance)
+        with self._calling():
+            response = await self._stub.StartCoordinator(request, timeout=UNARY_TIMEOUT_S)
+            _raise_refusal(response)
+            return wire.value(Instance, response.instance)
 
     async def watch_instance(self, instance_id: str) -> AsyncGenerator[Instance]:
-        try:
+        with self._calling():
             async for response in self._stub.WatchInstance(pb.WatchInstanceRequest(instance_id=instance_id)):
                 yield wire.value(Instance, response.instance)
-        except grpc.aio.AioRpcError as error:
-            raise SollolError(refusal_of(error)) from error
 
-    async def stop(self, instance_id: str, *, timeout_s: float = 60.0) -> None:
+    async def stop(self, instance_id: str) -> None:
         """Return when the engine's process is gone and its reservation is released."""
-        await _called(self._stub.Stop(pb.StopRequest(instance_id=instance_id), timeout=timeout_s))
+        with self._calling():
+            await self._stub.Stop(pb.StopRequest(instance_id=instance_id), timeout=STOP_TIMEOUT_S)
 
     async def tail_log(self, instance_id: str, *, lines: int, follow: bool) -> AsyncGenerator[tuple[str, ...]]:
         request = pb.TailLogRequest(instance_id=instance_id, lines=lines, follow=follow)
-        try:
+        with self._calling():
             async for response in self._stub.TailLog(request):
                 _raise_refusal(response)
                 yield tuple(response.lines)
+
+    @contextlib.contextmanager
+    def _calling(self) -> Iterator[None]:
+        """Turn whatever a call can end in into SollolError."""
+        peer = f"agent {self.address}"
+        try:
+            yield
         except grpc.aio.AioRpcError as error:
-            raise SollolError(refusal_of(error)) from error
+            raise SollolError(refusal_of(error, peer)) from error
+        except grpc.aio.UsageError as error:
+            raise SollolError(unreachable(f"the link to {peer} is closed")) from error
+        except asyncio.CancelledError as error:
+            # gRPC raises this too when the other side cancels the call or the channel is closed. Let through, it would
+            # end a task that nobody cancelled, and whoever waits for that task would wait for ever.
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise SollolError(unreachable(f"the call to {peer} was cut off")) from error
+        except ValidationError as error:
+            message = f"{peer} sent what this head does not understand ({error}): do both run the same version?"
+            raise SollolError(Refusal(reason=Reason.INTERNAL, message=message)) from error
 
 
 class _Answer(Protocol):
@@ -94,13 +122,3 @@ class _Answer(Protocol):
 def _raise_refusal(answer: _Answer) -> None:
     if answer.HasField("refusal"):
         raise SollolError(wire.value(Refusal, answer.refusal))
-
-
-T = TypeVar("T")
-
-
-async def _called(call: Awaitable[T]) -> T:
-    try:
-        return await call
-    except grpc.aio.AioRpcError as error:
-        raise SollolError(refusal_of(error)) from error

@@ -20,7 +20,7 @@ from sollold.front.grpc import InferenceService
 from sollold.front.http import build_app
 from sollold.front.http import serve as serve_http
 from sollold.history import History
-from sollold.loading import Loader
+from sollold.loading import RELEASE_WITHIN_S, Loader
 from sollold.nodes import Nodes
 from sollold.operators import ClusterService
 from sollold.placement import PlacementDefaults, decide
@@ -41,7 +41,7 @@ async def serve(config: HeadConfig, stop: Stop) -> None:
     async with Closing() as closing:
         registry = _registry(config, closing)
         nodes = Nodes(registry, static_addresses=config.agents, forget_after_s=config.forget_after_s)
-        history = History(registry)
+        history = History(written=registry is not None)
         catalogue = Catalogue(nodes, stale_after_s=config.stale_after_s)
         defaults = _placement_defaults(config)
 
@@ -56,7 +56,7 @@ async def serve(config: HeadConfig, stop: Stop) -> None:
             load_timeout_s=config.load_timeout_s,
         )
         pools = Pools(nodes, load=loader.load, max_queue=config.max_queue)
-        nodes.subscribe(pools.on_nodes_changed)
+        nodes.subscribe(pools.on_node_changed)
         dispatch = Dispatch(
             nodes,
             pools,
@@ -64,12 +64,14 @@ async def serve(config: HeadConfig, stop: Stop) -> None:
             first_byte_timeout_s=config.first_byte_timeout_s,
             stall_timeout_s=config.stall_timeout_s,
         )
-        closing.run("history", history.run(), stop, within_s=STEP_WITHIN_S)
+        if registry is not None:
+            closing.run("history", history.run(registry), stop, within_s=STEP_WITHIN_S)
         closing.run("nodes", nodes.run(), stop, within_s=STEP_WITHIN_S)
-        closing.add("pools", pools.close, within_s=STEP_WITHIN_S)
+        closing.add("releases", loader.close, within_s=STEP_WITHIN_S)
+        closing.add("pools", pools.close, within_s=RELEASE_WITHIN_S + STEP_WITHIN_S)
         operators = ClusterService(nodes, pools, catalogue, decide=lambda wish: decided(wish, nodes.statuses()))
         server = HeadServer(InferenceService(dispatch, catalogue), operators, is_ready=catalogue.ready)
-        nodes.subscribe(server.on_nodes_changed)
+        nodes.subscribe(lambda _: server.on_nodes_changed())
         await _serve_grpc(config, closing, server)
         await _serve_http(config, closing, dispatch, catalogue)
         stop.announce_ready()

@@ -1,7 +1,9 @@
 """What the head can offer: the models of all live nodes, merged by name."""
 
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from msgspec.structs import replace
 from sollol.errors import Reason, refuse
 from sollol.inference import AvailableModel
 from sollol.names import check_model_name, closest
@@ -9,34 +11,41 @@ from sollol.report import InstanceState, Model, NodeStatus
 
 
 class ClusterView(Protocol):
+    @property
+    def models_version(self) -> int:
+        """Another number whenever a node comes or goes, or has other models than before."""
+
     def statuses(self) -> tuple[NodeStatus, ...]: ...
+    def any_live(self, stale_after_s: float) -> bool: ...
 
 
 class Catalogue:
-    """Read-only view of the nodes' models. See `sollold.streams.Catalogue`."""
+    """Read-only view of the nodes' models. See `sollold.streams.Catalogue`.
+
+    Names are looked up per request, so they are gathered once per change of any node's models, not per request.
+    """
 
     def __init__(self, nodes: ClusterView, *, stale_after_s: float) -> None:
         self._nodes = nodes
         self._stale_after_s = stale_after_s
+        self._names: dict[str, str] = {}
+        self._names_version = -1
+        self._merged: tuple[AvailableModel, ...] = ()
+        self._merged_of: tuple[int, tuple[str, ...]] | None = None
 
     def ready(self) -> bool:
-        return any(self._live(status) for status in self._nodes.statuses())
+        return self._nodes.any_live(self._stale_after_s)
 
     def models(self) -> tuple[AvailableModel, ...]:
         """Every model of every live node, ordered by name; a broken copy only counts when there is no good one."""
-        merged: dict[str, AvailableModel] = {}
-        warm = self._warm()
-        for status in self._nodes.statuses():
-            if not self._live(status):
-                continue
-            for model in status.report.models:
-                known = merged.get(model.name)
-                here = (status.report.node_id,)
-                if known is None or (known.problem is not None and model.problem is None):
-                    merged[model.name] = _available(model, here, warm=model.name in warm)
-                elif model.problem is None or known.problem is not None:
-                    merged[model.name] = _available(model, known.node_ids + here, warm=model.name in warm)
-        return tuple(merged[name] for name in sorted(merged))
+        statuses = self._nodes.statuses()
+        live = [status for status in statuses if status.connected or status.report_age_s <= self._stale_after_s]
+        merged_of = (self._nodes.models_version, tuple(status.report.node_id for status in live))
+        if merged_of != self._merged_of:
+            self._merged = _merged(live)
+            self._merged_of = merged_of
+        warm = _warm(live)
+        return tuple(replace(model, warm=True) if model.name in warm else model for model in self._merged)
 
     def canonical(self, name: str) -> str:
         """The model's own name for a name or alias.
@@ -45,44 +54,56 @@ class Catalogue:
             SollolError: INVALID_MODEL_NAME, or MODEL_NOT_FOUND naming the closest names.
         """
         check_model_name(name)
-        known: set[str] = set()
-        aliased: str | None = None
-        for status in self._nodes.statuses():
-            for model in status.report.models:
-                if model.name == name:
-                    return name
-                if name in model.aliases and aliased is None:
-                    aliased = model.name
-                known.update((model.name, *model.aliases))
-        if aliased is not None:
-            return aliased
-        near = closest(name, known)
+        if self._names_version != self._nodes.models_version:
+            self._names = _names(self._nodes.statuses())
+            self._names_version = self._nodes.models_version
+        found = self._names.get(name)
+        if found is not None:
+            return found
+        near = closest(name, self._names)
         hint = f"; did you mean {', '.join(near)}?" if near else "; `sollol models` lists what there is"
         raise refuse(Reason.MODEL_NOT_FOUND, f"no node has a model named {name}{hint}")
 
-    def _live(self, status: NodeStatus) -> bool:
-        return status.connected or status.report_age_s <= self._stale_after_s
 
-    def _warm(self) -> set[str]:
-        return {
-            instance.model
-            for status in self._nodes.statuses()
-            if status.connected
-            for instance in status.report.instances
-            if instance.state is InstanceState.READY
-        }
+def _names(statuses: Iterable[NodeStatus]) -> dict[str, str]:
+    """Every name and alias, and the name it stands for; a name wins over any alias, the first alias over later ones."""
+    models = [model for status in statuses for model in status.report.models]
+    found = {model.name: model.name for model in models}
+    for model in models:
+        for alias in model.aliases:
+            found.setdefault(alias, model.name)
+    return found
 
 
-def _available(model: Model, node_ids: tuple[str, ...], *, warm: bool) -> AvailableModel:
+def _merged(live: Iterable[NodeStatus]) -> tuple[AvailableModel, ...]:
+    copies: dict[str, list[tuple[str, Model]]] = {}
+    for status in live:
+        for model in status.report.models:
+            copies.setdefault(model.name, []).append((status.report.node_id, model))
+    return tuple(_available(copies[name]) for name in sorted(copies))
+
+
+def _available(copies: Sequence[tuple[str, Model]]) -> AvailableModel:
+    usable = [copy for copy in copies if copy[1].problem is None] or copies
+    model = usable[0][1]
     shape = model.shape
     return AvailableModel(
         name=model.name,
         size_bytes=model.size_bytes,
-        node_ids=node_ids,
-        warm=warm,
+        node_ids=tuple(node_id for node_id, _ in usable),
         architecture=shape.architecture if shape else "",
         quantization=model.quantization,
         context_length=shape.context_length if shape else 0,
         aliases=model.aliases,
         problem=model.problem,
     )
+
+
+def _warm(live: Iterable[NodeStatus]) -> set[str]:
+    return {
+        instance.model
+        for status in live
+        if status.connected
+        for instance in status.report.instances
+        if instance.state is InstanceState.READY
+    }

@@ -2,15 +2,17 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
+from typing import TYPE_CHECKING, Protocol
 
 import structlog
 from sollol.errors import Reason, SollolError, refuse
 
-from sollold.catalogue import Catalogue
-from sollold.nodes import Nodes
 from sollold.pools import Lease, Pools
 from sollold.relay import RelayStream
 from sollold.streams import EngineRequest, ProgressSink
+
+if TYPE_CHECKING:
+    from sollold.agent_link import AgentLink
 
 log = structlog.get_logger(__name__)
 
@@ -20,6 +22,8 @@ MAX_ATTEMPTS = 3
 POOL_FAILED = frozenset(
     {
         Reason.ENGINE_DIED,
+        Reason.ENGINE_STALLED,
+        Reason.OUT_OF_MEMORY,
         Reason.AGENT_UNREACHABLE,
         Reason.INSTANCE_NOT_FOUND,
         Reason.INSTANCE_NOT_READY,
@@ -27,6 +31,16 @@ POOL_FAILED = frozenset(
         Reason.STREAM_TRUNCATED,
     }
 )
+
+
+class Relays(Protocol):
+    """Where the streams of a node go; what `Nodes` is to this module."""
+
+    def link(self, node_id: str) -> "AgentLink": ...
+
+
+class ModelNames(Protocol):
+    def canonical(self, name: str) -> str: ...
 
 
 class RelayedStream:
@@ -52,7 +66,9 @@ class RelayedStream:
                 self._first = await anext(aiter(self._relayed), b"")
         except TimeoutError as error:
             raise refuse(
-                Reason.STREAM_STALLED, f"{self.instance_id} on {self.node_id} sent nothing for {timeout_s:.0f} s"
+                Reason.STREAM_STALLED,
+                f"{self.instance_id} on {self.node_id} sent nothing for {timeout_s:.0f} s",
+                retryable=True,
             ) from error
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
@@ -65,7 +81,7 @@ class RelayedStream:
                 yield chunk
         except SollolError as error:
             if error.refusal.reason in POOL_FAILED:
-                self._pools.forget(self.instance_id)
+                self._pools.doubt(self.instance_id)
             raise
 
     async def aclose(self) -> None:
@@ -78,9 +94,9 @@ class Dispatch:
 
     def __init__(
         self,
-        nodes: Nodes,
+        nodes: Relays,
         pools: Pools,
-        catalogue: Catalogue,
+        catalogue: ModelNames,
         *,
         first_byte_timeout_s: float,
         stall_timeout_s: float,
@@ -94,35 +110,33 @@ class Dispatch:
     async def open(self, request: EngineRequest, on_progress: ProgressSink) -> RelayedStream:
         """See `sollold.streams.Dispatcher.open`."""
         model = self._catalogue.canonical(request.model)
-        for attempt in range(1, MAX_ATTEMPTS + 1):
+        attempt = 1
+        while True:
+            # Not tried again when this fails: a load has already tried every node that is worth it.
+            lease = await self._pools.acquire(model, on_progress)
             try:
-                return await self._attempt(model, request, on_progress)
+                return await self._begun(lease, request)
             except SollolError as error:
                 if error.refusal.reason not in POOL_FAILED or attempt == MAX_ATTEMPTS:
                     raise
                 log.warning("request_retried", model=model, attempt=attempt, why=str(error))
-        raise AssertionError("the last attempt returns or raises")
+            attempt += 1
 
-    async def _attempt(self, model: str, request: EngineRequest, on_progress: ProgressSink) -> RelayedStream:
-        lease = await self._pools.acquire(model, on_progress)
+    async def _begun(self, lease: Lease, request: EngineRequest) -> RelayedStream:
+        """Return the stream of one attempt once its first bytes are here; gives the slot back in every other case."""
+        stream: RelayedStream | None = None
         try:
             relay = self._nodes.link(lease.node_id).relay
             relayed = await relay.open(
                 lease.instance_id, "POST", request.path, {"content-type": "application/json"}, request.body
             )
-        except BaseException as error:
-            self._failed(lease, error)
-            raise
-        stream = RelayedStream(relayed, lease, self._pools, stall_timeout_s=self._stall_timeout_s)
-        try:
+            stream = RelayedStream(relayed, lease, self._pools, stall_timeout_s=self._stall_timeout_s)
             await stream.begin(self._first_byte_timeout_s)
         except BaseException as error:
-            await stream.aclose()
-            self._failed(lease, error)
+            if isinstance(error, SollolError) and error.refusal.reason in POOL_FAILED:
+                self._pools.doubt(lease.instance_id)
+            if stream is not None:
+                await stream.aclose()
+            lease.release()
             raise
         return stream
-
-    def _failed(self, lease: Lease, error: BaseException) -> None:
-        if isinstance(error, SollolError) and error.refusal.reason in POOL_FAILED:
-            self._pools.forget(lease.instance_id)
-        lease.release()

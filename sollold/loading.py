@@ -4,24 +4,27 @@ import asyncio
 import contextlib
 import re
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Protocol
 
 import structlog
+from msgspec.structs import replace
 from sollol.errors import Reason, Refusal, SollolError, refuse
-from sollol.report import Decision, Instance, InstanceState, NodeStatus, PlacementWish, Progress
-
-from sollold.agent_link import AgentLink
+from sollol.report import CoordinatorPlan, Decision, Instance, InstanceState, NodeStatus, PlacementWish, Pool, Progress
 
 log = structlog.get_logger(__name__)
 
 MAX_ATTEMPTS = 4
+# What a failed start may take to be cleaned up before its load goes on; the cleaning itself goes on meanwhile.
+RELEASE_WITHIN_S = 8.0
+RELEASE_PAUSES_S = (0.5, 1.0, 2.0, 4.0)
 
 # After these the same start may succeed on another node; after anything else it would fail there too.
 ELSEWHERE = frozenset(
     {
+        Reason.STALE_REPORT,
+        Reason.CORDONED,
         Reason.MEMORY_SHORT,
         Reason.OUT_OF_MEMORY,
         Reason.AGENT_UNREACHABLE,
@@ -35,20 +38,26 @@ ELSEWHERE = frozenset(
         Reason.MODEL_NOT_FOUND,
         Reason.MODEL_CORRUPT,
         Reason.RESERVATION_MISSING,
+        Reason.INSTANCE_NOT_FOUND,
         Reason.SHUTTING_DOWN,
+        Reason.INTERNAL,
     }
 )
 
 
-@dataclass(frozen=True)
-class LoadedPool:
-    node_id: str
-    instance: Instance
+class Agent(Protocol):
+    """The part of `AgentLink` that starting takes."""
+
+    async def reserve(self, pool_id: str, bytes_by_device: Mapping[str, int], ttl: timedelta) -> None: ...
+    async def release(self, pool_id: str) -> None: ...
+    async def start_coordinator(self, pool_id: str, plan: CoordinatorPlan) -> Instance: ...
+    def watch_instance(self, instance_id: str) -> AsyncGenerator[Instance]: ...
+    async def stop(self, instance_id: str) -> None: ...
 
 
 class ClusterView(Protocol):
     def statuses(self) -> tuple[NodeStatus, ...]: ...
-    def link(self, node_id: str) -> AgentLink: ...
+    def link(self, node_id: str) -> Agent: ...
 
 
 class Loader:
@@ -57,6 +66,7 @@ class Loader:
     Args:
         decide: Placement, given the wish and the nodes still in question.
         record: Told every decision; must not block.
+        load_timeout_s: From the first placement to ready, attempts on several nodes together.
     """
 
     def __init__(
@@ -73,19 +83,36 @@ class Loader:
         self._record = record
         self._reservation_ttl = reservation_ttl
         self._load_timeout_s = load_timeout_s
+        self._releases: set[asyncio.Task[None]] = set()
 
-    async def load(self, wish: PlacementWish, on_progress: Callable[[Progress], None]) -> LoadedPool:
-        """Return a READY pool of the model.
+    async def load(self, wish: PlacementWish, on_progress: Callable[[Progress], None]) -> Pool:
+        """Return a READY pool of the model. When this fails or is cancelled, what it had started is stopped.
 
         Raises:
-            SollolError: no node fits (NO_FIT with the node-by-node table), or the last node's reason for failing.
+            SollolError: no node fits (NO_FIT with the node-by-node table), LOAD_TIMEOUT, or the last node's reason for
+                failing.
         """
-        excluded: dict[str, Refusal] = {}
+        try:
+            async with asyncio.timeout(self._load_timeout_s):
+                return await self._load_somewhere(wish, on_progress)
+        except TimeoutError as error:
+            raise refuse(
+                Reason.LOAD_TIMEOUT, f"{wish.model} was not ready within {self._load_timeout_s:.0f} s", retryable=True
+            ) from error
+
+    async def close(self) -> None:
+        """End the cleaning up that still goes on; agents let go of reservations by themselves."""
+        for task in tuple(self._releases):
+            task.cancel()
+        await asyncio.gather(*self._releases, return_exceptions=True)
+
+    async def _load_somewhere(self, wish: PlacementWish, on_progress: Callable[[Progress], None]) -> Pool:
+        failed: dict[str, Refusal] = {}
         for _ in range(MAX_ATTEMPTS):
             on_progress(Progress(state="placing"))
-            decision = self._placed(wish, excluded)
+            decision = self._placed(wish, failed)
             try:
-                return await self._start(decision, on_progress)
+                return await self._start(wish.model, decision, on_progress)
             except SollolError as error:
                 refusal = error.refusal
                 log.warning(
@@ -95,53 +122,48 @@ class Loader:
                     reason=refusal.reason,
                     why=refusal.message,
                 )
+                failed[decision.coordinator] = refusal
                 if refusal.reason not in ELSEWHERE:
-                    raise
-                excluded[decision.coordinator] = refusal
-        raise SollolError(list(excluded.values())[-1])
+                    break
+        raise SollolError(_last_word(failed))
 
-    def _placed(self, wish: PlacementWish, excluded: dict[str, Refusal]) -> Decision:
-        candidates = [status for status in self._nodes.statuses() if status.report.node_id not in excluded]
-        if excluded and not candidates:
-            raise SollolError(list(excluded.values())[-1])
+    def _placed(self, wish: PlacementWish, failed: Mapping[str, Refusal]) -> Decision:
+        candidates = [status for status in self._nodes.statuses() if status.report.node_id not in failed]
+        if failed and not candidates:
+            raise SollolError(_last_word(failed))
         decision = self._decide(wish, candidates)
         self._record(decision)
         if decision.refusal is not None:
             # What a node answered when asked is nearer to the truth than that nothing else is left.
-            raise SollolError(list(excluded.values())[-1] if excluded else decision.refusal)
+            raise SollolError(_last_word(failed) if failed else decision.refusal)
         return decision
 
-    async def _start(self, decision: Decision, on_progress: Callable[[Progress], None]) -> LoadedPool:
-        plan = decision.plan
-        if plan is None:
-            raise refuse(
-                Reason.MODEL_UNSUPPORTED,
-                f"{decision.model}: its header is not readable on {decision.coordinator}, so no plan can be made",
-            )
+    async def _start(self, model: str, decision: Decision, on_progress: Callable[[Progress], None]) -> Pool:
         node_id = decision.coordinator
-        link = self._nodes.link(node_id)
-        pool_id = new_pool_id(decision.model)
-        needs = {share.device_id: share.total_bytes for share in plan.shares}
-        await link.reserve(pool_id, needs, self._reservation_ttl)
-        try:
-            await link.start_coordinator(pool_id, plan)
-            async with asyncio.timeout(self._load_timeout_s):
-                instance = await self._ready(link, pool_id, node_id, on_progress)
-        except TimeoutError as error:
-            await self._abandon(link, pool_id)
+        if decision.plan is None:
             raise refuse(
-                Reason.LOAD_TIMEOUT,
-                f"{decision.model} was not ready on {node_id} within {self._load_timeout_s:.0f} s",
-                retryable=True,
-            ) from error
-        except BaseException:
-            await self._abandon(link, pool_id)
+                Reason.MODEL_UNSUPPORTED, f"{model}: its header is not readable on {node_id}, so no plan can be made"
+            )
+        # The name that was asked for, which on this node may be an alias: queues find the pool under it.
+        plan = replace(decision.plan, model=model)
+        needs = {share.device_id: share.total_bytes for share in plan.shares}
+        link = self._nodes.link(node_id)
+        pool_id = new_pool_id(model)
+        try:
+            await link.reserve(pool_id, needs, self._reservation_ttl)
+            await link.start_coordinator(pool_id, plan)
+            instance = await self._ready(link, pool_id, node_id, on_progress)
+            _check_started(instance, model, node_id)
+        except BaseException as error:
+            release = self._release(link, pool_id)
+            if not (isinstance(error, SollolError) and error.refusal.reason is Reason.AGENT_UNREACHABLE):
+                await asyncio.wait({release}, timeout=RELEASE_WITHIN_S)  # the next placement needs the memory
             raise
-        log.info("pool_ready", model=decision.model, node=node_id, pool=pool_id)
-        return LoadedPool(node_id, instance)
+        log.info("pool_ready", model=model, node=node_id, pool=pool_id)
+        return Pool(node_id=node_id, instance=instance)
 
     async def _ready(
-        self, link: AgentLink, pool_id: str, node_id: str, on_progress: Callable[[Progress], None]
+        self, link: Agent, pool_id: str, node_id: str, on_progress: Callable[[Progress], None]
     ) -> Instance:
         async with contextlib.aclosing(link.watch_instance(pool_id)) as changes:
             async for instance in changes:
@@ -149,22 +171,45 @@ class Loader:
                     return instance
                 if instance.refusal is not None:
                     raise SollolError(instance.refusal)
-                if instance.state is InstanceState.STOPPED:
+                if instance.state in (InstanceState.STOPPED, InstanceState.STOPPING):
                     raise refuse(Reason.STOPPED, f"{pool_id} was stopped while it loaded", retryable=True)
                 on_progress(Progress(state="loading", percent=instance.percent, node_id=node_id))
         raise refuse(Reason.AGENT_UNREACHABLE, f"{node_id} went away while {pool_id} loaded", retryable=True)
 
-    async def _abandon(self, link: AgentLink, pool_id: str) -> None:
-        """Leave nothing running or reserved; an agent out of reach lets the reservation lapse by itself."""
+    def _release(self, link: Agent, pool_id: str) -> asyncio.Task[None]:
+        """Stop and release what a start left; a task of its own, since the load itself may be cancelled again."""
+        task = asyncio.create_task(_stop_and_release(link, pool_id), name=f"release {pool_id}")
+        self._releases.add(task)
+        task.add_done_callback(self._releases.discard)
+        return task
+
+
+async def _stop_and_release(link: Agent, pool_id: str) -> None:
+    """Ask an agent out of reach a few times. Then its reservation lapses, or the pool shows up as one that is ready."""
+    for pause_s in (*RELEASE_PAUSES_S, 0.0):
         try:
-            await asyncio.shield(_stop_and_release(link, pool_id))
+            await link.stop(pool_id)
+            await link.release(pool_id)
         except SollolError as error:
+            if error.refusal.reason is Reason.AGENT_UNREACHABLE and pause_s:
+                await asyncio.sleep(pause_s)
+                continue
             log.warning("pool_not_released", pool=pool_id, error=str(error))
+        return
 
 
-async def _stop_and_release(link: AgentLink, pool_id: str) -> None:
-    await link.stop(pool_id)
-    await link.release(pool_id)
+def _check_started(instance: Instance, model: str, node_id: str) -> None:
+    if instance.model != model:  # its queue would never find the pool, and load again and again
+        raise refuse(Reason.INTERNAL, f"{node_id} was told to start {model} and started {instance.model}")
+
+
+def _last_word(failed: Mapping[str, Refusal]) -> Refusal:
+    """Why the last node failed, with a word on those before it."""
+    *earlier, (node_id, last) = failed.items()
+    if not earlier:
+        return last
+    others = "; ".join(f"{node}: {refusal.reason}" for node, refusal in earlier)
+    return replace(last, message=f"{node_id}: {last.message} (tried before: {others})")
 
 
 def new_pool_id(model: str) -> str:

@@ -24,18 +24,20 @@ log = structlog.get_logger(__name__)
 REGISTRY_POLL_S = 1.0
 RECONNECT_MIN_S = 0.2
 RECONNECT_MAX_S = 2.0
+SHAPES_KEPT = 4096
 
 
-class ReportSource(Protocol):
-    async def reports(self) -> tuple[Report, ...]: ...
+class AddressSource(Protocol):
+    async def addresses(self) -> tuple[str, ...]: ...
 
 
 @dataclass
 class _Node:
     report: Report
+    sent_models: tuple[Model, ...]
     received_s: float
     link: AgentLink
-    connected: bool
+    connected: bool = True
 
 
 class Nodes:
@@ -43,12 +45,12 @@ class Nodes:
 
     Args:
         static_addresses: Agents to watch whatever the registry says.
-        on_change: Called after every report and every lost connection.
+        forget_after_s: A lost node that stays silent for longer is not listed any more.
     """
 
     def __init__(
         self,
-        registry: ReportSource | None,
+        registry: AddressSource | None,
         *,
         static_addresses: Iterable[str],
         forget_after_s: float,
@@ -58,23 +60,37 @@ class Nodes:
         self._static = tuple(static_addresses)
         self._forget_after_s = forget_after_s
         self._clock = clock
-        self._nodes: dict[str, _Node] = {}
+        self._nodes: dict[str, _Node] = {}  # ordered by node id
         self._watches: dict[str, asyncio.Task[None]] = {}
-        self._listeners: list[Callable[[], None]] = []
+        self._ending: set[asyncio.Task[None]] = set()
+        self._listeners: list[Callable[[str], None]] = []
         self._registry_up = True
         self._shapes: dict[ModelShape, ModelShape] = {}
+        self._complained: set[tuple[str, str]] = set()
+        self.models_version = 0
+        """Changes whenever a node comes or goes, or has other models than before."""
 
-    def subscribe(self, listener: Callable[[], None]) -> None:
-        """Have `listener` called after every change of the view."""
+    def subscribe(self, listener: Callable[[str], None]) -> None:
+        """Have `listener` called with a node's id when it reported, was lost or is forgotten."""
         self._listeners.append(listener)
 
     def statuses(self) -> tuple[NodeStatus, ...]:
-        """Every known node, ordered by node id."""
+        """Every known node, ordered by node id. Costs as much as there are nodes: not for every request."""
         now = self._clock()
-        return tuple(
-            NodeStatus(report=node.report, report_age_s=now - node.received_s, connected=node.connected)
-            for _, node in sorted(self._nodes.items())
-        )
+        return tuple(self._status(node, now) for node in self._nodes.values())
+
+    def status(self, node_id: str) -> NodeStatus | None:
+        node = self._nodes.get(node_id)
+        return self._status(node, self._clock()) if node is not None else None
+
+    @staticmethod
+    def _status(node: _Node, now: float) -> NodeStatus:
+        return NodeStatus(report=node.report, report_age_s=now - node.received_s, connected=node.connected)
+
+    def any_live(self, stale_after_s: float) -> bool:
+        """Some node is connected, or was until a moment ago."""
+        limit = self._clock() - stale_after_s
+        return any(node.connected or node.received_s >= limit for node in self._nodes.values())
 
     def link(self, node_id: str) -> AgentLink:
         """Raises AGENT_UNREACHABLE when the node is not known any more."""
@@ -89,21 +105,21 @@ class Nodes:
             while True:
                 addresses = await self._addresses()
                 self._watch_all(addresses)
+                self._forget_silent()
                 if self._registry_up:
                     self._unwatch_withdrawn(addresses)
-                self._forget_silent()
                 await asyncio.sleep(REGISTRY_POLL_S)
         finally:
             for task in self._watches.values():
                 task.cancel()
-            await asyncio.gather(*self._watches.values(), return_exceptions=True)
+            await asyncio.gather(*self._watches.values(), *self._ending, return_exceptions=True)
 
     async def _addresses(self) -> set[str]:
         found = set(self._static)
         if self._registry is None:
             return found
         try:
-            found.update(report.address for report in await self._registry.reports())
+            found.update(await self._registry.addresses())
         except RegistryUnavailable as error:
             if self._registry_up:
                 log.warning("registry_lost", error=str(error), known_nodes=len(self._nodes))
@@ -115,43 +131,48 @@ class Nodes:
         return found
 
     def _watch_all(self, addresses: set[str]) -> None:
-        for address in addresses:
-            task = self._watches.get(address)
-            if task is None or task.done():
-                self._watches[address] = asyncio.create_task(self._watch(address), name=f"watch {address}")
+        for address in addresses - set(self._watches):
+            self._watches[address] = asyncio.create_task(self._watch(address), name=f"watch {address}")
 
     def _unwatch_withdrawn(self, addresses: set[str]) -> None:
         """Stop dialling addresses that the registry dropped and no known node has."""
         known = {node.link.address for node in self._nodes.values()}
         for address in set(self._watches) - addresses - known:
-            self._watches.pop(address).cancel()
+            task = self._watches.pop(address)
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
+            task.cancel()
 
     def _forget_silent(self) -> None:
         limit = self._clock() - self._forget_after_s
         gone = [node_id for node_id, node in self._nodes.items() if not node.connected and node.received_s < limit]
         for node_id in gone:
             node = self._nodes.pop(node_id)
+            self.models_version += 1
             log.warning("node_forgotten", node=node_id, address=node.link.address)
-            if node.link.address not in self._static:
-                task = self._watches.pop(node.link.address, None)
-                if task is not None:
-                    task.cancel()
-        if gone:
-            self._changed()
+            self._changed(node_id)
 
     async def _watch(self, address: str) -> None:
         """Keep one agent watched; the channel outlives reconnects and is closed with the task."""
         link = AgentLink(address)
         pause_s = RECONNECT_MIN_S
+        complained = False
         try:
             while True:
+                problem = "it ended the watch"
                 try:
                     async with contextlib.aclosing(link.watch_report()) as reports:
                         async for report in reports:
                             self._received(report, link)
-                            pause_s = RECONNECT_MIN_S
+                            pause_s, complained = RECONNECT_MIN_S, False
                 except SollolError as error:
-                    log.debug("agent_watch_ended", address=address, error=str(error))
+                    problem = error.refusal.message
+                except Exception as error:  # a bug must not leave a node that looks connected and is not watched
+                    log.exception("agent_watch_failed", address=address)
+                    problem = repr(error)
+                if not complained:
+                    log.warning("agent_not_watched", address=address, problem=problem)
+                complained = True
                 self._lost(link)
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, RECONNECT_MAX_S)
@@ -159,30 +180,53 @@ class Nodes:
             await link.close()
 
     def _received(self, report: Report, link: AgentLink) -> None:
-        known = self._nodes.get(report.node_id)
+        node_id = report.node_id
+        known = self._nodes.get(node_id)
         if known is not None and known.link is not link and known.connected:
-            log.error("node_id_in_use", node=report.node_id, first=known.link.address, second=link.address)
+            self._refuse_twin(known, report, link)
             return
         if known is None or not known.connected:
-            log.info("node_connected", node=report.node_id, address=link.address)
-        if known is None or known.report.models is not report.models:
-            report = replace(report, models=tuple(self._with_shared_shape(model) for model in report.models))
-        self._nodes[report.node_id] = _Node(report=report, received_s=self._clock(), link=link, connected=True)
-        self._changed()
+            log.info("node_connected", node=node_id, address=link.address)
+            self._complained = {pair for pair in self._complained if pair[0] != node_id}
+        sent = report.models
+        if known is not None and (known.sent_models is sent or known.sent_models == sent):
+            models = known.report.models
+        else:
+            models = tuple(self._with_shared_shape(model) for model in sent)
+            self.models_version += 1
+        self._nodes[node_id] = _Node(
+            report=replace(report, models=models), sent_models=sent, received_s=self._clock(), link=link
+        )
+        if known is None:
+            self._nodes = dict(sorted(self._nodes.items()))
+        self._changed(node_id)
+
+    def _refuse_twin(self, known: _Node, report: Report, link: AgentLink) -> None:
+        """Keep the first; silently when it is the same agent under another name, such as `localhost`."""
+        if (known.report.address, known.report.boot_id) == (report.address, report.boot_id):
+            return
+        if (report.node_id, link.address) not in self._complained:
+            self._complained.add((report.node_id, link.address))
+            log.error("node_id_in_use", node=report.node_id, first=known.link.address, second=link.address)
 
     def _with_shared_shape(self, model: Model) -> Model:
         """Nodes with the same file share one shape object: placement works once per object, not once per node."""
         if model.shape is None:
             return model
+        if len(self._shapes) >= SHAPES_KEPT:
+            self._shapes.clear()  # shared from here on again
         return replace(model, shape=self._shapes.setdefault(model.shape, model.shape))
 
     def _lost(self, link: AgentLink) -> None:
-        for node_id, node in self._nodes.items():
+        for node_id, node in tuple(self._nodes.items()):
             if node.link is link and node.connected:
                 node.connected = False
                 log.warning("node_disconnected", node=node_id, address=link.address)
-                self._changed()
+                self._changed(node_id)
 
-    def _changed(self) -> None:
+    def _changed(self, node_id: str) -> None:
         for listener in self._listeners:
-            listener()
+            try:
+                listener(node_id)
+            except Exception:  # a listener's bug must not cost the node its watch
+                log.exception("listener_failed", node=node_id)

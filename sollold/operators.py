@@ -79,12 +79,23 @@ class ClusterService(rpc.ClusterServiceServicer):
 
     async def Unload(self, request: pb.UnloadRequest, context: Context) -> pb.UnloadResponse:
         async with _aborting(context):
-            model = self._catalogue.canonical(request.model)
+            model = self._model_named(request.model)
+            await self._pools.stop_loading(model)
             pools = self._pools.instances_of(model)
-            for pool in pools:
-                self._pools.forget(pool.instance.instance_id)
-            await asyncio.gather(*(self._nodes.link(pool.node_id).stop(pool.instance.instance_id) for pool in pools))
+            ends = await asyncio.gather(*(self._stop(pool) for pool in pools), return_exceptions=True)
+            for error in ends:
+                if error is not None:
+                    raise error
         return pb.UnloadResponse(instance_ids=[pool.instance.instance_id for pool in pools])
+
+    async def _stop(self, pool: Pool) -> None:
+        instance_id = pool.instance.instance_id
+        self._pools.forget(instance_id)
+        try:
+            await self._nodes.link(pool.node_id).stop(instance_id)
+        except SollolError:
+            self._pools.doubt(instance_id)  # it may well run on
+            raise
 
     async def TailPoolLog(
         self, request: pb.TailPoolLogRequest, context: Context
@@ -104,7 +115,7 @@ class ClusterService(rpc.ClusterServiceServicer):
         for pool in pools:
             if pool.instance.instance_id == name:
                 return pool
-        model = self._catalogue.canonical(name)
+        model = self._model_named(name)
         of_model = [pool for pool in pools if pool.instance.model == model]
         if not of_model:
             raise refuse(Reason.INSTANCE_NOT_FOUND, f"no pool of {model} has run yet; `sollol load {model}` starts one")
@@ -112,20 +123,27 @@ class ClusterService(rpc.ClusterServiceServicer):
             of_model, key=lambda pool: (pool.instance.state is InstanceState.READY, pool.instance.started_unix_s)
         )
 
+    def _model_named(self, name: str) -> str:
+        """The canonical name, or that of a pool whose file is on no node any more."""
+        if any(pool.instance.model == name for pool in self._pools.all()):
+            return name
+        return self._catalogue.canonical(name)
+
 
 async def _with_progress(
     run: Callable[[Callable[[Progress], None]], Awaitable[Pool]],
 ) -> AsyncIterator[Progress | Pool]:
-    """Yield what `run` tells while it runs, newest only, then its result."""
-    newest: asyncio.Queue[Progress | None] = asyncio.Queue()
-    task = asyncio.ensure_future(run(newest.put_nowait))
-    task.add_done_callback(lambda _: newest.put_nowait(None))
+    """Yield what `run` tells while it runs (a load tells some hundred things at most), then its result."""
+    told: asyncio.Queue[Progress | None] = asyncio.Queue()
+    task = asyncio.ensure_future(run(told.put_nowait))
+    task.add_done_callback(lambda _: told.put_nowait(None))
     try:
-        while (progress := await newest.get()) is not None:
+        while (progress := await told.get()) is not None:
             yield progress
         yield await task
     finally:
         task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def _wish(message: pb.PlacementWish) -> PlacementWish:

@@ -68,20 +68,30 @@ class Closing:
         self._steps.append((name, close, within_s))
 
     def run(self, name: str, work: Coroutine[Any, Any, None], stop: Stop, *, within_s: float) -> None:
-        """Start `work` as a task that lives until its closing step; when it ends earlier, the daemon stops."""
+        """Start `work` as a task that lives until its closing step.
+
+        When it ends earlier, however it ends, the daemon stops, and uncleanly: it would go on without a part of itself.
+        """
         task = asyncio.create_task(work, name=name)
+        early = closing = False
 
         def ended(task: asyncio.Task[None]) -> None:
-            if not task.cancelled():
-                stop.request(f"{name} ended")
+            nonlocal early
+            if closing:
+                return
+            early = True
+            log.error("task_ended_early", task=name, exc_info=None if task.cancelled() else task.exception())
+            stop.request(f"{name} ended")
 
         async def close() -> None:
+            nonlocal closing
+            closing = True
             task.cancel()
-            try:
-                await task
-            except asyncio.CancelledError:
-                if not task.cancelled():
-                    raise
+            await asyncio.wait({task})
+            if early:
+                raise UncleanStop(f"{name} had ended early")
+            if not task.cancelled():
+                task.result()
 
         task.add_done_callback(ended)
         self.add(name, close, within_s=within_s)

@@ -3,6 +3,7 @@
 | key                             | type   | value                                             | life                |
 |---------------------------------|--------|---------------------------------------------------|---------------------|
 | `sollol:node:<node id>`         | string | JSON of `sollol.report.Report`                    | lease               |
+| `sollol:agent:<node id>`        | string | its agent's `host:port`                           | lease               |
 | `sollol:nodes`                  | zset   | node id, scored by its lease's end in server ms   | longest lease in it |
 | `sollol:rpc:node:<host>:<port>` | string | JSON of `SeedNode`, the seed's record             | lease               |
 | `sollol:events`                 | stream | `kind`, `payload` in JSON: decisions and events   | 10 000 entries      |
@@ -13,7 +14,9 @@ server's clock, so that no node's wrong clock makes it or others vanish.
 """
 
 import asyncio
-from collections.abc import Awaitable, Mapping
+import re
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -38,6 +41,8 @@ _CONNECTIONS = 8  # a burst of events waits for one instead of opening more
 _HEALTH_CHECK_S = 15
 _CALL_WITHIN_S = 3.0  # against a frozen server the retries of connecting and of asking would multiply
 
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]{2,64}\]|[A-Za-z0-9_.-]{1,253}):[0-9]{1,5}")
+
 # Writes the report, its place in the index and the seed's record at once. An index of a wrong type is replaced: a
 # stranger's SET must not hide the cluster for ever.
 _PUBLISH = """
@@ -46,6 +51,7 @@ local now, lease = time[1] * 1000 + math.floor(time[2] / 1000), tonumber(ARGV[2]
 if redis.call('TYPE', KEYS[2]).ok ~= 'zset' then redis.call('DEL', KEYS[2]) end
 redis.call('SET', KEYS[1], ARGV[3], 'PX', lease)
 redis.call('SET', KEYS[3], ARGV[4], 'PX', lease)
+redis.call('SET', KEYS[4], ARGV[5], 'PX', lease)
 redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
 redis.call('ZADD', KEYS[2], now + lease, ARGV[1])
 if redis.call('PTTL', KEYS[2]) < lease then redis.call('PEXPIRE', KEYS[2], lease) end
@@ -61,6 +67,10 @@ return redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. time[1] * 1000 + math.floor(t
 
 def node_key(node_id: str) -> str:
     return f"sollol:node:{node_id}"
+
+
+def agent_key(node_id: str) -> str:
+    return f"sollol:agent:{node_id}"
 
 
 def rpc_node_key(report: Report) -> str:
@@ -140,12 +150,13 @@ class Registry:
         """Put a report up for `lease_s` seconds; its node is listed until then or until the next report."""
         await self._ask(
             self._publish(
-                keys=[node_key(report.node_id), NODES_KEY, rpc_node_key(report)],
+                keys=[node_key(report.node_id), NODES_KEY, rpc_node_key(report), agent_key(report.node_id)],
                 args=[
                     report.node_id,
                     max(1, int(lease_s * 1000)),
                     msgspec.json.encode(report),
                     msgspec.json.encode(seed_node(report)),
+                    report.address,
                 ],
             )
         )
@@ -153,19 +164,30 @@ class Registry:
     async def withdraw(self, report: Report) -> None:
         """Take a node's report down at once, when its agent leaves in order."""
         async with self._redis.pipeline(transaction=True) as pipeline:
-            pipeline.delete(node_key(report.node_id), rpc_node_key(report))
+            pipeline.delete(node_key(report.node_id), rpc_node_key(report), agent_key(report.node_id))
             pipeline.zrem(NODES_KEY, report.node_id)
             await self._ask(pipeline.execute())
 
     async def reports(self) -> tuple[Report, ...]:
         """The newest report of every node whose lease stands, ordered by node id. Costs no KEYS and no SCAN."""
+        ids, values = await self._listed(node_key)
+        found = (self._decoded(node_id, value) for node_id, value in zip(ids, values, strict=True) if value is not None)
+        return tuple(report for report in found if report is not None)
+
+    async def addresses(self) -> tuple[str, ...]:
+        """Where the agents of those nodes are, as `host:port`: cheap, whatever their reports weigh."""
+        _, values = await self._listed(agent_key)
+        found = (value.decode(errors="backslashreplace") for value in values if value is not None)
+        # Others can write here: nothing but host:port is dialled, no socket path and no resolver's scheme.
+        return tuple(address for address in found if _ADDRESS.fullmatch(address))
+
+    async def _listed(self, key: Callable[[str], str]) -> tuple[list[str], list[bytes | None]]:
+        """The ids whose lease stands, in order, and what their keys of one kind hold."""
         raw_ids: list[bytes] = await self._ask(self._live_ids(keys=[NODES_KEY]))
         ids = sorted(raw.decode(errors="backslashreplace") for raw in raw_ids)
         if not ids:
-            return ()
-        values: list[bytes | None] = await self._ask(self._redis.mget([node_key(node_id) for node_id in ids]))
-        found = (self._decoded(node_id, value) for node_id, value in zip(ids, values, strict=True) if value is not None)
-        return tuple(report for report in found if report is not None)
+            return [], []
+        return ids, await self._ask(self._redis.mget([key(node_id) for node_id in ids]))
 
     async def record(self, kind: str, payload: Struct | Mapping[str, Any]) -> None:
         """Add one decision or event to the history, which drops its oldest entries."""
@@ -202,11 +224,28 @@ class Registry:
             log.warning("registry_value_skipped", key=node_key(node_id), problem=problem)
 
     async def _ask(self, answer: Awaitable[Any]) -> Any:
-        try:
-            async with asyncio.timeout(_CALL_WITHIN_S):
-                return await answer
-        except (RedisError, OSError, TimeoutError) as error:
-            raise RegistryUnavailable(f"Redis: {error or type(error).__name__}") from error
+        with _no_cancellation_lost():
+            try:
+                async with asyncio.timeout(_CALL_WITHIN_S):
+                    return await answer
+            except (RedisError, OSError, TimeoutError) as error:
+                raise RegistryUnavailable(f"Redis: {error or type(error).__name__}") from error
+
+
+@contextmanager
+def _no_cancellation_lost() -> Iterator[None]:
+    """Raise CancelledError at the end of the block when the task was cancelled in it and nobody said so.
+
+    redis-py waits with `asyncio.wait_for`, which before Python 3.12 drops a cancellation that comes in the moment in
+    which its future completes: a loop around our calls would then run for ever.
+    """
+    task = asyncio.current_task()
+    before = task.cancelling() if task else 0
+    try:
+        yield
+    finally:
+        if task and task.cancelling() > before:
+            raise asyncio.CancelledError
 
 
 def _event(event_id: str, fields: Mapping[bytes, bytes]) -> Event | None:

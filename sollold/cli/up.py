@@ -16,6 +16,7 @@ from sollol.errors import Reason, refuse
 
 from sollold.cli.children import Child, is_error, readable
 from sollold.cli.machine import check_port, http_status, unequal_caps
+from sollold.cli.orphans import adopt_orphans, end_orphans
 from sollold.cli.private_redis import private_redis
 
 READY_WITHIN_S = 60.0
@@ -34,7 +35,12 @@ def up(options: argparse.Namespace) -> int:
     for directory in options.models:
         model_directory(directory)
     log.configure("warning", "console")
-    return asyncio.run(_Up(options).run())
+    adopt_orphans()
+    try:
+        return asyncio.run(_Up(options).run())
+    finally:
+        for orphan in end_orphans():
+            sys.stderr.write(f"killed {orphan}, left by a daemon that did not end in order\n")
 
 
 def _agent_ports(options: argparse.Namespace) -> list[int]:

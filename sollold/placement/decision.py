@@ -12,7 +12,7 @@ from sollol.report import CoordinatorPlan, Decision, Model, NodeStatus, NodeVerd
 
 from sollold.placement.classic import ClassicPolicy
 from sollold.placement.explain import node_table
-from sollold.placement.filters import Filter, filters_for, find_model, free_bytes
+from sollold.placement.filters import Filter, filters_for, find_model, free_bytes, usual
 from sollold.placement.fit import FitPolicy
 from sollold.placement.job import Job, PlacementDefaults, job_for
 from sollold.placement.split import best_split
@@ -104,6 +104,8 @@ def _decided(job: Job, ordered: Sequence[NodeStatus], models: Sequence[Model | N
 def _verdict(
     job: Job, policy: Policy, filters: tuple[Filter, ...], node: NodeStatus, model: Model | None
 ) -> NodeVerdict:
+    if usual(job, node, model):
+        return policy.judge(node, model)
     for check in filters:
         refusal = check(job, node, model)
         if refusal is not None:

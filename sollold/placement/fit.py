@@ -62,12 +62,17 @@ class FitPolicy:
         )
 
     def choose(self, nodes: Sequence[NodeStatus], verdicts: Sequence[NodeVerdict]) -> int | None:
-        scores = [(verdict.score, at) for at, verdict in enumerate(verdicts) if verdict.score is not None]
+        scores = [verdict.score for verdict in verdicts if verdict.score is not None]
         if not scores:
             return None
-        limit = min(scores)[0] * EQUAL_WITHIN
-        equals = [at for score, at in scores if score <= limit]
-        return min(equals, key=lambda at: tie_order(self._job, nodes[at].report))
+        limit = min(scores) * EQUAL_WITHIN
+        job = self._job
+        equals = [
+            (tie_order(job, nodes[at].report), at)
+            for at, verdict in enumerate(verdicts)
+            if verdict.score is not None and verdict.score <= limit
+        ]
+        return min(equals)[1]
 
     def plan(self, node: NodeStatus, model: Model | None) -> CoordinatorPlan | None:
         """The layout `judge` scored; everything on the CPU where nothing fits; None without a header."""

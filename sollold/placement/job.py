@@ -32,7 +32,10 @@ class PlacementDefaults(Struct, frozen=True, kw_only=True):
 
 
 class Job(Struct, frozen=True, kw_only=True):
-    """A wish without open questions. Labels are (name, value); value None accepts any."""
+    """A wish without open questions. Labels are (name, value); value None accepts any.
+
+    `takes_any_node`: nothing in it keeps a node out.
+    """
 
     model: str
     policy: str
@@ -54,6 +57,7 @@ class Job(Struct, frozen=True, kw_only=True):
     backends_per_pool: int | None = None
     allow_reduced_context: bool = False
     links: Links = Links()
+    takes_any_node: bool = True
 
 
 def job_for(wish: PlacementWish, defaults: PlacementDefaults, *, head_host: str = "") -> Job:
@@ -80,6 +84,7 @@ def job_for(wish: PlacementWish, defaults: PlacementDefaults, *, head_host: str 
         backends_per_pool=_backends(wish.backends_per_pool),
         allow_reduced_context=wish.allow_reduced_context,
         links=defaults.links,
+        takes_any_node=not (wish.require or wish.min_cpus or wish.min_memory_bytes or wish.pinned_node or wish.local),
     )
 
 

@@ -26,12 +26,10 @@ async def rows(stack: Stack, streams: int, seconds: float) -> list[dict[str, flo
 
 
 def _row(what: str, stack: Stack, cpu: dict[str, float] | None = None) -> dict[str, float | str]:
-    rss = stack.rss_mib()
     used = cpu or {"agent": float("nan"), "head": float("nan")}
     return {
         "state": what,
-        "agent_rss_mib": rss["agent"],
-        "head_rss_mib": rss["head"],
+        **stack.memory_mib(),
         "agent_cpu_%": used["agent"],
         "head_cpu_%": used["head"],
     }

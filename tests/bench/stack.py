@@ -43,8 +43,13 @@ class Stack:
             found[name] = times.user + times.system
         return found
 
-    def rss_mib(self) -> dict[str, float]:
-        return {name: getattr(self, name).memory_info().rss / MIB for name in ("agent", "head")}
+    def memory_mib(self) -> dict[str, float]:
+        """Resident memory, and what of it no other process shares (libraries' code is shared)."""
+        found = {}
+        for name in ("agent", "head"):
+            memory = getattr(self, name).memory_full_info()
+            found |= {f"{name}_rss_mib": memory.rss / MIB, f"{name}_private_mib": memory.uss / MIB}
+        return found
 
 
 @contextmanager

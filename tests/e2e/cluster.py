@@ -1,6 +1,7 @@
 """A running cluster as users and operators reach it: HTTP, gRPC, the command line, and the engine past all of them."""
 
 import asyncio
+import io
 import json
 import os
 import sys
@@ -64,7 +65,7 @@ class Cluster:
 
     async def post(self, path: str, body: dict[str, Any] | bytes) -> tuple[int, dict[str, Any]]:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        async with _session() as session, session.post(self.url + path, data=raw) as response:
+        async with _session() as session, session.post(self.url + path, data=io.BytesIO(raw)) as response:
             return response.status, await response.json()
 
     async def get(self, path: str) -> int:

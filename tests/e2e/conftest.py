@@ -36,16 +36,28 @@ def cluster(models_dir: Path, engine_binary: Path, ports: Callable[[], int]) -> 
 def faulty_engine(engine_binary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real engine behind a script that lets the start of some models go wrong."""
     directory = tmp_path_factory.mktemp("faulty-engine")
-    script, once = directory / "llama-server", directory / "was-killed"
+    script = directory / "llama-server"
     fake = " ".join(fake_engine("die=boom:_the_test_says_so", "exit=3"))
-    script.write_text(
-        "#!/bin/sh\n"
-        f'case "$*" in */{models.DIES_AT_START}.gguf*) exec {fake} "$@";; esac\n'
-        f'case "$*" in */{models.KILLED_LOADING}.gguf*) [ -e {once} ] || {{ : >{once}; exec sleep 600; }};; esac\n'
-        f'exec {engine_binary} "$@"\n'
-    )
+    cases = [f'*/{models.DIES_AT_START}.gguf*) exec {fake} "$@";;']
+    for name in models.KILLED_LOADING:
+        once = directory / f"{name}.started"
+        cases.append(f"*/{name}.gguf*) [ -e {once} ] || {{ : >{once}; exec sleep 600; }};;")
+    script.write_text(f'#!/bin/sh\ncase "$*" in\n{chr(10).join(cases)}\nesac\nexec {engine_binary} "$@"\n')
     script.chmod(0o755)
     return script
+
+
+@pytest.fixture(scope="session")
+def faulty(models_dir: Path, faulty_engine: Path, ports: Callable[[], int]) -> Iterator[Up]:
+    """`sollol up` with two agents, whose engine fails to start as `faulty_engine` says."""
+    with short_home() as home:
+        up = Up(home, ports, models=models_dir, engine=faulty_engine, agents=2)
+        try:
+            up.wait_ready()
+            yield up
+        finally:
+            up.close()
+        assert up.process.returncode == 0, up.errors
 
 
 @pytest.fixture

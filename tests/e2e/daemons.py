@@ -187,4 +187,7 @@ def running(processes: Iterable[psutil.Process]) -> list[str]:
 
 async def gone(processes: list[psutil.Process], within_s: float, what: str) -> None:
     """Wait until every one of them has ended."""
-    await wait_until(lambda: not running(processes), within_s=within_s, what=f"{what}; left: {running(processes)}")
+    try:
+        await wait_until(lambda: not running(processes), within_s=within_s, what=what)
+    except AssertionError as error:
+        raise AssertionError(f"{error}; left: {running(processes)}") from None

@@ -59,8 +59,10 @@ async def test_200_requests_for_a_cold_model_start_one_engine_and_all_get_the_wh
 
 async def test_loading_and_asking_for_a_cold_model_at_once_start_one_engine(cluster):
     async with cluster.client() as client:
-        loads = [client.load(PlacementWish(model=LOADED)) for _ in range(5)]
-        pools, *texts = await asyncio.gather(asyncio.gather(*loads), *(cluster.say(LOADED) for _ in range(5)))
+        loads = [asyncio.create_task(client.load(PlacementWish(model=LOADED))) for _ in range(5)]
+        await wait_until(lambda: cluster.pools(LOADED), within_s=5, what="an operator's load has begun")
+        texts = await asyncio.gather(*(cluster.say(LOADED) for _ in range(5)))
+        pools = await asyncio.gather(*loads)
 
     assert len({pool.instance.instance_id for pool in pools}) == 1
     assert texts == [RECITAL_20] * 5

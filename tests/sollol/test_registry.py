@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("every_key_has_a_lease")
 
 
 def report(node_id: str = "laptop", devices: tuple[Device, ...] = (CPU,), **more) -> Report:
-    return Report(node_id=node_id, host="192.168.1.20", port=7462, devices=devices, **more)
+    return Report(**{"node_id": node_id, "host": "192.168.1.20", "port": 7462, "devices": devices, **more})
 
 
 @pytest.fixture
@@ -77,6 +77,24 @@ async def test_a_node_without_gpu_has_empty_lists_in_the_seeds_record(registry: 
     await registry.publish(report(), lease_s=5)
     record = json.loads(redis.get("sollol:rpc:node:192.168.1.20:7462"))
     assert record == {"has_gpu": False, "gpu_devices": [], "gpu_vram_mb": [], "gpu_names": [], "cpu_ram_mb": 16384}
+
+
+async def test_agents_are_found_without_reading_their_reports(registry: Registry, redis: Redis):
+    await registry.publish(report("b", host="10.0.0.2"), 5)
+    await registry.publish(report("a", host="::1"), 5)
+    redis.delete("sollol:node:b")
+
+    assert await registry.addresses() == ("[::1]:7462", "10.0.0.2:7462")
+
+
+@pytest.mark.parametrize(
+    "planted", ["unix:/run/other.sock", "dns:///elsewhere", "host", "host:port", "a b:1", "\xff:1"]
+)
+async def test_nothing_but_an_address_is_passed_on(registry: Registry, redis: Redis, planted: str):
+    await registry.publish(report("a"), 5)
+    redis.set("sollol:agent:a", planted, keepttl=True)
+
+    assert await registry.addresses() == ()
 
 
 async def test_a_silent_node_is_gone_when_its_lease_ends(registry: Registry, redis: Redis):
@@ -218,3 +236,21 @@ async def test_a_hanging_redis_holds_the_caller_for_a_few_seconds_only_and_then_
 async def test_the_client_is_named_for_whoever_looks_at_redis(registry: Registry, redis: Redis):
     await registry.ping()
     assert "sollol-test" in {client["name"] for client in redis.client_list()}
+
+
+async def test_a_cancelled_call_ends_at_whatever_moment_it_is_cancelled(clean_redis: str):
+    async def ask_for_ever(registry: Registry) -> None:
+        while True:
+            await registry.reports()
+            await asyncio.sleep(60)
+
+    for steps in range(60):  # of the event loop: connecting and asking take about forty
+        registry = Registry(clean_redis)
+        asking = asyncio.create_task(ask_for_ever(registry))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        asking.cancel()
+        done, _ = await asyncio.wait({asking}, timeout=2)
+        assert done, f"cancelled after {steps} steps, and goes on"
+        assert asking.cancelled()
+        await registry.close()

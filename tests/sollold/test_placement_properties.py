@@ -8,6 +8,8 @@ from sollol.report import PlacementWish
 
 from sollold.placement import PlacementDefaults, decide
 from sollold.placement.explain import as_json, explain
+from sollold.placement.filters import filters_for, find_model, usual
+from sollold.placement.job import job_for
 from tests.placement_cases import GIB, MODEL, cpu, gpu, model, node
 
 MODELS = (model(), model("other"))
@@ -59,6 +61,17 @@ WISHES = st.builds(
 )
 
 
+CONSTRAINED = st.builds(
+    PlacementWish,
+    model=st.sampled_from((MODEL, "none")),
+    require=st.sampled_from(((), ("ssd",))),
+    min_cpus=st.sampled_from((None, 1, 16)),
+    min_memory_bytes=st.sampled_from((None, GIB, 999 * GIB)),
+    pinned_node=st.sampled_from((None, "n0")),
+    local=st.booleans(),
+)
+
+
 @given(clusters(), WISHES, st.randoms(use_true_random=False))
 @settings(max_examples=80, deadline=None)
 def test_the_order_of_the_nodes_and_asking_twice_change_nothing(nodes, wish, random):
@@ -97,6 +110,16 @@ def test_a_fit_plan_never_takes_more_than_is_free_and_places_every_layer(nodes, 
         on_host += share.total_bytes if share.device_id == "CPU" or devices[share.device_id].unified else 0
     assert on_host <= devices["CPU"].free_bytes
     assert MODELS[0].shape.layers + 1 == sum(share.layers for share in decision.plan.shares)
+
+
+@given(clusters(), CONSTRAINED)
+@settings(max_examples=80, deadline=None)
+def test_no_filter_refuses_a_node_that_is_taken_for_usual(nodes, wish):
+    job = job_for(wish, PlacementDefaults())
+    for each in nodes:
+        found = find_model(each.report, job.model)
+        if usual(job, each, found):
+            assert all(check(job, each, found) is None for check in filters_for(job, files_known=True))
 
 
 @given(clusters())

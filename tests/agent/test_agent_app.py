@@ -1,0 +1,109 @@
+"""The agent as a process: one owner per state directory and port, and an orderly end."""
+
+import asyncio
+import socket
+import tempfile
+from pathlib import Path
+
+import pytest
+from redis import Redis
+from sollol.channels import open_channel
+from sollol.lifecycle import Stop
+from sollol.v1 import agent_pb2, agent_pb2_grpc
+
+from agent.app import _before_stop
+from tests.daemon import agent_flags, daemon, write_engine
+from tests.waiting import wait_until
+
+
+@pytest.fixture
+def home():
+    with tempfile.TemporaryDirectory(prefix="sa") as directory:
+        yield Path(directory)
+
+
+def keys(url):
+    with Redis.from_url(url) as redis:
+        return {key.decode() for key in redis.scan_iter()}
+
+
+async def start_engine(port):
+    """Reserve and start as a head does; return when it serves."""
+    async with open_channel(f"127.0.0.1:{port}") as channel:
+        stub = agent_pb2_grpc.AgentServiceStub(channel)
+        await stub.Reserve(agent_pb2.ReserveRequest(pool_id="p", bytes={"CPU": 1 << 20}, ttl_s=5))
+        request = agent_pb2.StartCoordinatorRequest(pool_id="p")
+        request.plan.model, request.plan.parallel, request.plan.context_per_slot = "tiny-reciter", 1, 64
+        request.plan.kv_type, request.plan.batch, request.plan.ubatch = "f16", 64, 64
+        request.plan.shares.add(
+            device_id="CPU", layers=9, first_layer=0, last_layer=7, weight_bytes=1 << 20, total_bytes=1 << 20
+        )
+        started = await stub.StartCoordinator(request)
+        assert not started.HasField("refusal"), started.refusal
+        async for response in stub.WatchInstance(agent_pb2.WatchInstanceRequest(instance_id="p")):
+            last = response.instance
+        return last
+
+
+async def test_at_its_end_engines_are_stopped_and_the_registry_knows_it(ports, home, clean_redis, reciting_model):
+    engine, port = write_engine(home / "engine"), ports()
+    flags = agent_flags(home, port=port, engine=engine, model=reciting_model, redis_url=clean_redis)
+    async with daemon("agent", home, *flags) as agent:
+        await agent.says("agent_ready")
+        assert (await start_engine(port)).pid
+        await wait_until(
+            lambda: keys(clean_redis) == {"sollol:nodes", "sollol:node:a", f"sollol:rpc:node:127.0.0.1:{port}"},
+            what="published",
+        )
+
+        assert await agent.end() == 0
+
+        events = agent.events()
+        assert events[-1] == "stopped"
+        assert "task_ended_early" not in events
+    assert keys(clean_redis) == set()
+    # That no engine is left, the fixture that looks for processes asserts.
+
+
+async def test_a_second_agent_with_the_same_state_directory_is_refused(ports, home, reciting_model):
+    engine, port = write_engine(home / "engine"), ports()
+    flags = agent_flags(home, port=port, engine=engine, model=reciting_model)
+    async with daemon("agent", home, *flags) as first:
+        await first.says("agent_ready")
+        assert (await start_engine(port)).pid
+
+        async with daemon("agent", home, *flags, "--port", str(ports())) as second:
+            assert await second.ended() == 6
+
+        assert "another agent uses" in second.log
+        assert "Traceback" not in second.log
+        async with open_channel(f"127.0.0.1:{port}") as channel:
+            report = await agent_pb2_grpc.AgentServiceStub(channel).GetReport(agent_pb2.GetReportRequest(), timeout=5)
+        assert [instance.instance_id for instance in report.report.instances] == ["p"], "the first's engine lives"
+
+
+async def test_a_taken_port_is_refused_before_anything_is_published(ports, home, clean_redis, reciting_model):
+    """Published and withdrawn again, it would take the seed's record of the agent that has the port with it."""
+    engine, port = write_engine(home / "engine"), ports()
+    flags = agent_flags(home, port=port, engine=engine, model=reciting_model, redis_url=clean_redis)
+    with socket.socket() as taken, Redis.from_url(clean_redis) as redis:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        redis.set(f"sollol:rpc:node:127.0.0.1:{port}", "the first's", ex=60)
+        async with daemon("agent", home, *flags) as agent:
+            assert await agent.ended() == 6
+        assert keys(clean_redis) == {f"sollol:rpc:node:127.0.0.1:{port}"}
+
+    assert "PORT_TAKEN" in agent.log
+    assert "Traceback" not in agent.log
+
+
+async def test_a_signal_or_a_failed_part_ends_the_wait_for_a_first_report_that_never_comes():
+    stop = Stop()
+    waiting = asyncio.create_task(_before_stop(asyncio.Event().wait(), stop))
+    await asyncio.sleep(0)
+
+    stop.request("report ended")
+
+    assert await asyncio.wait_for(waiting, 1) is False
+    assert await _before_stop(asyncio.sleep(0), Stop()) is True

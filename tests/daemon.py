@@ -1,0 +1,91 @@
+"""The daemons as processes, over an engine that is a script: for tests of how they start and end."""
+
+import asyncio
+import json
+import os
+import shutil
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from tests.fakes.fake_engine import fake_engine
+from tests.waiting import wait_until
+
+ENDS_WITHIN_S = 15
+
+
+class Daemon:
+    """`python -m MODULE FLAGS`. Its log is JSON lines."""
+
+    def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
+        self.process, self._log = process, log
+
+    def events(self) -> list[str]:
+        return [json.loads(line)["event"] for line in self.log.splitlines() if line.startswith("{")]
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    async def says(self, event: str) -> None:
+        await wait_until(
+            lambda: event in self.events() or self.process.returncode is not None, within_s=20, what=f"{event}"
+        )
+        assert event in self.events(), self.log
+
+    async def ended(self) -> int:
+        return await asyncio.wait_for(self.process.wait(), ENDS_WITHIN_S)
+
+    async def end(self) -> int:
+        self.process.terminate()
+        return await self.ended()
+
+
+@asynccontextmanager
+async def daemon(module: str, home: Path, *flags: str) -> AsyncIterator[Daemon]:
+    log = home / f"{module}-{len(list(home.glob('*.log')))}.log"
+    environ = {**os.environ, "HOME": str(home), "XDG_RUNTIME_DIR": str(home), "XDG_CACHE_HOME": str(home / "cache")}
+    with log.open("wb") as file:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", module, "--log-format", "json", *flags), stdout=file, stderr=file, env=environ
+        )
+    try:
+        yield Daemon(process, log)
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            try:
+                await asyncio.wait_for(process.wait(), ENDS_WITHIN_S)
+            except TimeoutError:
+                process.kill()
+                await process.wait()
+
+
+def write_engine(path: Path, *knobs: str) -> Path:
+    """A program that passes for a llama-server without GPUs; see `fake_engine` for the knobs."""
+    command = " ".join(fake_engine(*knobs))
+    path.write_text(
+        "#!/bin/sh\n"
+        'case "$1" in\n'
+        '--version) echo "version: 1 (fake)" >&2 ;;\n'
+        '--list-devices) echo "Available devices:" ;;\n'
+        "--rpc) exit 1 ;;\n"
+        f'*) exec {command} "$@" ;;\n'
+        "esac\n"
+    )
+    path.chmod(0o755)
+    return path
+
+
+def agent_flags(home: Path, *, node: str = "a", port: int, engine: Path, model: Path, redis_url: str = "") -> list[str]:
+    models = home / "models"
+    models.mkdir(exist_ok=True)
+    if not (models / model.name).exists():
+        shutil.copy(model, models)
+    places = {"state": home / node / "s", "log": home / node / "l", "run": home / node / "r"}
+    return [
+        *("--node-id", node, "--port", str(port), "--engine", str(engine), "--redis-url", redis_url),
+        *("--model-dirs", str(models), "--ollama-dir", "", "--huggingface-dir", "", "--stop-grace-s", "1"),
+        *(word for name, path in places.items() for word in (f"--{name}-dir", str(path))),
+    ]

@@ -1,0 +1,156 @@
+"""Daemons that die and come back one by one, under requests."""
+
+import asyncio
+import json
+import os
+import signal
+
+import psutil
+import pytest
+from sollol.errors import Reason
+
+from tests.e2e.cluster import RECITAL_20, text_of
+from tests.e2e.daemons import gone
+from tests.e2e.models import RANDOM, RECITER
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.engine
+LONG = 4000
+
+
+@pytest.fixture
+async def cluster(by_hand):
+    """One head and one agent, each the test's to kill."""
+    by_hand.start_agent("node")
+    by_hand.start_head()
+    await by_hand.nodes_seen(1)
+    return by_hand
+
+
+async def reading(cluster, tokens=LONG):
+    """A stream in its middle: a task whose result is the number of texts and the last event."""
+    begun = asyncio.Event()
+
+    async def read():
+        texts, last = 0, {}
+        async with cluster.stream(RANDOM, max_tokens=tokens) as events:
+            async for event in events:
+                last = event
+                if text_of(event):
+                    texts += 1
+                    begun.set()
+        return texts, last
+
+    task = asyncio.create_task(read())
+    await asyncio.wait_for(begun.wait(), 20)
+    return task
+
+
+async def test_a_killed_agent_is_noticed_and_started_again_it_ends_its_old_engine_and_serves(cluster):
+    task = await reading(cluster)
+    engine = psutil.Process((await cluster.ready_pool(RANDOM)).instance.pid)
+
+    cluster.processes["node"].kill()
+    cluster.processes["node"].wait()
+
+    _, last = await asyncio.wait_for(task, 5)
+    assert last["error"]["code"] == Reason.AGENT_UNREACHABLE
+    await cluster.nodes_seen(0)
+    status, out, _ = await cluster.cli("nodes", "--json")
+    assert status == 0
+    assert [node["connected"] for node in json.loads(out)["nodes"]] == [False]
+
+    cluster.start_agent("node")
+
+    await cluster.nodes_seen(1)
+    await gone([engine], 5, "the engine of the killed agent is ended")
+    assert await cluster.reserved() == {}
+    assert await cluster.say(RECITER) == RECITAL_20
+    assert await cluster.say(RANDOM)
+    await cluster.only_ready_pools_are_reserved()
+
+
+async def test_requests_while_the_only_agent_is_away_are_told_so_in_time(cluster):
+    await cluster.say(RECITER)
+    engine = psutil.Process((await cluster.ready_pool(RECITER)).instance.pid)
+    cluster.processes["node"].kill()
+    cluster.processes["node"].wait()
+
+    status, answer = await asyncio.wait_for(cluster.post("/v1/completions", {"model": RECITER, "prompt": "x"}), 20)
+
+    assert status == 503
+    assert answer["error"]["retry"] == "RETRYABLE"
+    assert await cluster.get("/healthz") == 200
+    engine.kill()  # its agent does not come back in this test
+
+
+async def test_a_stopped_agent_takes_its_engines_along_and_is_not_listed_any_more(cluster):
+    await cluster.say(RECITER)
+    engine = psutil.Process((await cluster.ready_pool(RECITER)).instance.pid)
+
+    cluster.processes["node"].terminate()
+
+    assert await asyncio.to_thread(cluster.processes["node"].wait, 10) == 0
+    await gone([engine], 0.5, "its engine has ended before it")
+    await cluster.nodes_seen(0)
+
+
+async def test_a_head_that_is_killed_and_comes_back_uses_the_engines_that_run(cluster):
+    await cluster.say(RECITER)
+    before = await cluster.ready_pool(RECITER)
+    task = await reading(cluster)
+    other = await cluster.ready_pool(RANDOM)
+
+    cluster.processes["head"].kill()
+    cluster.processes["head"].wait()
+
+    await asyncio.gather(task, return_exceptions=True)  # its connection was cut
+    await wait_until(lambda: is_free(cluster, other), within_s=1, what="the slot of the lost head's stream is free")
+    cluster.start_head()
+    await cluster.nodes_seen(1)
+    assert await cluster.say(RECITER) == RECITAL_20
+    after = await cluster.ready_pool(RECITER)
+    assert (after.instance.instance_id, after.instance.pid) == (before.instance.instance_id, before.instance.pid)
+
+
+async def is_free(cluster, pool):
+    return await cluster.busy_slots(pool) == 0
+
+
+async def test_losing_redis_ends_no_stream_and_hides_no_known_node(cluster):
+    task = await reading(cluster, tokens=800)
+
+    cluster.processes["redis"].kill()
+    cluster.processes["redis"].wait()
+
+    assert await cluster.say(RECITER) == RECITAL_20  # a cold model: placed, started and answered without Redis
+    assert await task == (800, {"done": True})
+    assert await cluster.get("/readyz") == 200
+    await wait_until(
+        lambda: "registry_lost" in cluster.log("head"), within_s=10, what="the head says that Redis is gone"
+    )
+    await cluster.nodes_seen(1)
+
+    cluster.start_redis()
+    await wait_until(lambda: is_published(cluster), within_s=10, what="the node is published again")
+
+
+async def is_published(cluster):
+    from sollol.registry import Registry
+
+    registry = Registry(cluster.redis_url)
+    try:
+        return [report.node_id for report in await registry.reports()] == ["node"]
+    finally:
+        await registry.close()
+
+
+async def test_a_frozen_redis_delays_no_request(cluster):
+    await cluster.say(RECITER)
+    os.kill(cluster.processes["redis"].pid, signal.SIGSTOP)
+    try:
+        asked = [cluster.say(RECITER) for _ in range(20)]
+        assert await asyncio.wait_for(asyncio.gather(*asked), 5) == [RECITAL_20] * 20
+        assert await asyncio.wait_for(cluster.say(RANDOM), 5)
+    finally:
+        os.kill(cluster.processes["redis"].pid, signal.SIGCONT)

@@ -1,0 +1,142 @@
+"""An agent behind a real gRPC server whose answers the test writes: no ledger, no engines."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from msgspec.structs import replace
+from sollol import wire
+from sollol.channels import new_server, refusal_abort
+from sollol.errors import Reason, Refusal, refuse
+from sollol.report import Instance, InstanceState, Report
+from sollol.v1 import agent_pb2 as pb
+from sollol.v1 import agent_pb2_grpc
+
+from tests.placement_cases import node
+
+if TYPE_CHECKING:
+    import grpc.aio
+
+
+class FakeAgent(agent_pb2_grpc.AgentServiceServicer):
+    """`report` is what watchers get, `tell` sends a new one. `refusals` and `hooks` change what a call does, by name.
+
+    A hook is awaited before the call is answered. An instance becomes READY at once unless `states` says otherwise.
+    """
+
+    def __init__(self, node_id: str, port: int, *, boot_id: str = "boot") -> None:
+        self.address = f"127.0.0.1:{port}"
+        self.report: Report = replace(node(node_id).report, host="127.0.0.1", port=port, boot_id=boot_id)
+        self.calls: list[tuple[str, str]] = []
+        self.refusals: dict[str, Refusal] = {}
+        self.hooks: dict[str, Callable[[Any], Awaitable[object]]] = {}
+        self.states: list[InstanceState] = [InstanceState.STARTING, InstanceState.READY]
+        self.failure: Refusal | None = None
+        self.reserved: set[str] = set()
+        self.watchers = 0
+        self._news = asyncio.Event()
+        self._models: dict[str, str] = {}
+        self._server: grpc.aio.Server | None = None
+
+    def tell(self, **changes: Any) -> None:
+        self.report = replace(self.report, sequence=self.report.sequence + 1, **changes)
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+    async def start(self) -> None:
+        self._server = new_server()
+        agent_pb2_grpc.add_AgentServiceServicer_to_server(self, self._server)
+        assert self._server.add_insecure_port(self.address)
+        await self._server.start()
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            server, self._server = self._server, None
+            await server.stop(0)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator["FakeAgent"]:
+        await self.start()
+        try:
+            yield self
+        finally:
+            await self.stop()
+
+    async def _called(self, name: str, subject: str, context: Any) -> None:
+        self.calls.append((name, subject))
+        if name in self.hooks:
+            await self.hooks[name](context)
+
+    async def WatchReport(self, request, context):  # noqa: N802 - gRPC's name
+        self.watchers += 1
+        sent = None
+        try:
+            await self._called("WatchReport", "", context)
+            while True:
+                news, report = self._news, self.report
+                unchanged = sent == report.models
+                sent = report.models
+                message = pb.WatchReportResponse(models_unchanged=unchanged)
+                wire.fill(message.report, replace(report, models=()) if unchanged else report)
+                await context.write(message)
+                await news.wait()
+        finally:
+            self.watchers -= 1
+
+    async def Reserve(self, request, context):  # noqa: N802 - gRPC's name
+        await self._called("Reserve", request.pool_id, context)
+        response = pb.ReserveResponse()
+        if "Reserve" in self.refusals:
+            wire.fill(response.refusal, self.refusals["Reserve"])
+        else:
+            self.reserved.add(request.pool_id)
+        return response
+
+    async def Release(self, request, context):  # noqa: N802 - gRPC's name
+        await self._called("Release", request.pool_id, context)
+        self.reserved.discard(request.pool_id)
+        return pb.ReleaseResponse()
+
+    async def StartCoordinator(self, request, context):  # noqa: N802 - gRPC's name
+        await self._called("StartCoordinator", request.pool_id, context)
+        response = pb.StartCoordinatorResponse()
+        if "StartCoordinator" in self.refusals:
+            wire.fill(response.refusal, self.refusals["StartCoordinator"])
+        else:
+            self._models[request.pool_id] = request.plan.model
+            wire.fill(response.instance, self._instance(request.pool_id, InstanceState.STARTING))
+        return response
+
+    async def WatchInstance(self, request, context):  # noqa: N802 - gRPC's name
+        await self._called("WatchInstance", request.instance_id, context)
+        if request.instance_id not in self._models:
+            await refusal_abort(context, refuse(Reason.INSTANCE_NOT_FOUND, "no such instance").refusal)
+        for state in self.states:
+            response = pb.WatchInstanceResponse()
+            wire.fill(response.instance, self._instance(request.instance_id, state))
+            await context.write(response)
+        if self.states[-1] is InstanceState.STARTING:
+            await asyncio.Event().wait()
+
+    async def Stop(self, request, context):  # noqa: N802 - gRPC's name
+        await self._called("Stop", request.instance_id, context)
+        return pb.StopResponse()
+
+    async def TailLog(self, request, context):  # noqa: N802 - gRPC's name
+        await self._called("TailLog", request.instance_id, context)
+        response = pb.TailLogResponse(lines=[f"{request.lines} lines of {request.instance_id}"])
+        if "TailLog" in self.refusals:
+            response = pb.TailLogResponse()
+            wire.fill(response.refusal, self.refusals["TailLog"])
+        await context.write(response)
+
+    def _instance(self, instance_id: str, state: InstanceState) -> Instance:
+        failure = self.failure if state is InstanceState.FAILED else None
+        return Instance(
+            instance_id=instance_id, model=self._models[instance_id], state=state, parallel=2, refusal=failure
+        )
+
+    def pools(self, name: str) -> list[str]:
+        """What this call was made for."""
+        return [subject for called, subject in self.calls if called == name]

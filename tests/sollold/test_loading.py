@@ -1,0 +1,276 @@
+"""Starting a pool on agents behind real gRPC: elsewhere when one cannot, and nothing left behind when it ends early."""
+
+import asyncio
+import contextlib
+from datetime import timedelta
+
+import pytest
+from msgspec.structs import replace
+from sollol.errors import Reason, Retry, SollolError, refuse
+from sollol.report import Decision, InstanceState, NodeStatus, PlacementWish
+
+from sollold import loading
+from sollold.agent_link import AgentLink
+from sollold.loading import Loader, new_pool_id
+from sollold.placement import PlacementDefaults, decide
+from tests.fakes.fake_agent import FakeAgent
+from tests.placement_cases import model
+from tests.waiting import wait_until
+
+M = "tiny:8b"
+WISH = PlacementWish(model=M)
+DEFAULTS = PlacementDefaults(
+    policy="fit", strategy="pack", context_per_slot=512, parallel=2, kv_type="f16", stale_after_s=8.0
+)
+STARTING, READY, FAILED = InstanceState.STARTING, InstanceState.READY, InstanceState.FAILED
+
+
+class Setup:
+    def __init__(self, agents, load_timeout_s):
+        self.agents = agents
+        self.links = {agent.report.node_id: AgentLink(agent.address) for agent in agents}
+        self.decisions: list[Decision] = []
+        self.progress = []
+        self.loader = Loader(
+            self,
+            decide=lambda wish, nodes: decide(wish, nodes, DEFAULTS),
+            record=self.decisions.append,
+            reservation_ttl=timedelta(seconds=5),
+            load_timeout_s=load_timeout_s,
+        )
+
+    def statuses(self):
+        return tuple(NodeStatus(report=agent.report, report_age_s=0.0, connected=True) for agent in self.agents)
+
+    def link(self, node_id):
+        return self.links[node_id]
+
+    async def load(self, wish=WISH):
+        return await self.loader.load(wish, self.progress.append)
+
+    def begin(self):
+        return asyncio.create_task(self.load())
+
+
+@pytest.fixture
+async def setup(ports):
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def made(*names, load_timeout_s=10.0):
+            agents = [await stack.enter_async_context(FakeAgent(name, ports()).running()) for name in names]
+            setup = Setup(agents, load_timeout_s)
+            for link in setup.links.values():
+                stack.push_async_callback(link.close)
+            stack.push_async_callback(setup.loader.close)
+            return setup
+
+        yield made
+
+
+async def failure(setup):
+    with pytest.raises(SollolError) as caught:
+        await setup.load()
+    return caught.value.refusal
+
+
+async def test_a_ready_pool_has_been_placed_reserved_started_and_watched(setup):
+    it = await setup("a")
+
+    pool = await it.load()
+
+    names = [name for name, _ in it.agents[0].calls]
+    assert names == ["Reserve", "StartCoordinator", "WatchInstance"]
+    assert pool.node_id == "a"
+    assert pool.instance.state is READY
+    assert [progress.state for progress in it.progress] == ["placing", "loading"]
+    assert len(it.decisions) == 1
+
+
+async def test_the_engine_is_started_under_the_name_that_was_asked_for(setup):
+    """Nodes name a file differently: under its own name there, the pool would never be found by those who wait."""
+    it = await setup("a")
+    it.agents[0].report = replace(it.agents[0].report, models=(model("other-name", aliases=(M,)),))
+
+    pool = await it.load()
+
+    assert pool.instance.model == M
+
+
+@pytest.mark.parametrize("call", ["Reserve", "StartCoordinator"])
+@pytest.mark.parametrize("reason", [Reason.MEMORY_SHORT, Reason.CORDONED, Reason.BACKING_OFF, Reason.INTERNAL])
+async def test_a_refusing_node_is_left_out_and_the_next_one_takes_it(setup, call, reason):
+    it = await setup("a", "b")
+    it.agents[0].refusals[call] = refuse(reason, "no").refusal
+
+    pool = await it.load()
+
+    assert pool.node_id == "b"
+    assert not it.agents[0].reserved
+    assert [node.node_id for node in it.decisions[1].nodes] == ["b"]
+
+
+async def test_an_engine_that_dies_at_start_is_stopped_released_and_tried_elsewhere(setup):
+    it = await setup("a", "b")
+    it.agents[0].states, it.agents[0].failure = [STARTING, FAILED], refuse(Reason.ENGINE_START_FAILED, "boom").refusal
+
+    pool = await it.load()
+
+    assert pool.node_id == "b"
+    assert it.agents[0].pools("Stop") == it.agents[0].pools("Reserve")
+    assert not it.agents[0].reserved
+
+
+async def test_when_no_node_is_left_the_last_one_has_the_word_and_the_others_are_named(setup):
+    it = await setup("a", "b")
+    it.agents[0].refusals["Reserve"] = refuse(Reason.MEMORY_SHORT, "short").refusal
+    it.agents[1].refusals["Reserve"] = refuse(Reason.BACKING_OFF, "it keeps dying", retryable=True).refusal
+
+    refusal = await failure(it)
+
+    assert refusal.reason is Reason.BACKING_OFF
+    assert refusal.retry is Retry.RETRYABLE
+    assert "b: it keeps dying" in refusal.message
+    assert "a: MEMORY_SHORT" in refusal.message
+
+
+async def test_what_would_fail_everywhere_is_not_tried_again(setup):
+    it = await setup("a", "b")
+    it.agents[0].refusals["StartCoordinator"] = refuse(Reason.INVALID_REQUEST, "no").refusal
+
+    assert (await failure(it)).reason is Reason.INVALID_REQUEST
+    assert not it.agents[1].calls
+    assert not it.agents[0].reserved
+
+
+async def test_attempts_are_bounded(setup):
+    it = await setup("a", "b", "c", "d", "e")
+    for agent in it.agents:
+        agent.refusals["Reserve"] = refuse(Reason.MEMORY_SHORT, "short").refusal
+
+    await failure(it)
+
+    assert len(it.decisions) == loading.MAX_ATTEMPTS
+
+
+async def test_an_agent_that_vanishes_between_reserve_and_start_costs_no_wait(setup):
+    it = await setup("a", "b")
+
+    async def vanish(_context):
+        asyncio.get_running_loop().create_task(it.agents[0].stop())
+        await asyncio.Event().wait()
+
+    it.agents[0].hooks["StartCoordinator"] = vanish
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+
+    pool = await it.load()
+
+    assert pool.node_id == "b"
+    assert loop.time() - began < 2
+
+
+async def test_an_agent_out_of_reach_for_a_moment_is_still_asked_to_clean_up(setup, monkeypatch):
+    monkeypatch.setattr(loading, "RELEASE_PAUSES_S", (0.1,) * 20)
+    it = await setup("a")
+    agent = it.agents[0]
+
+    async def vanish(_context):
+        asyncio.get_running_loop().create_task(agent.stop())
+        await asyncio.Event().wait()
+
+    agent.hooks["WatchInstance"] = vanish
+    assert (await failure(it)).reason is Reason.AGENT_UNREACHABLE
+
+    await agent.start()
+
+    await wait_until(lambda: agent.pools("Release"), what="stopped and released")
+    assert not agent.reserved
+
+
+async def test_an_agent_that_lost_the_instance_is_not_a_404_of_the_model(setup):
+    it = await setup("a", "b")
+
+    async def forget(_context):
+        it.agents[0]._models.clear()
+
+    it.agents[0].hooks["WatchInstance"] = forget
+
+    assert (await it.load()).node_id == "b"
+
+
+@pytest.mark.parametrize("call", ["Reserve", "StartCoordinator", "WatchInstance"])
+async def test_a_cancelled_load_has_stopped_and_released_when_it_ends(setup, call):
+    it = await setup("a")
+    agent = it.agents[0]
+    if call == "WatchInstance":
+        agent.states = [STARTING]
+    else:
+        agent.hooks[call] = lambda _: asyncio.Event().wait()
+    task = it.begin()
+    await wait_until(lambda: agent.pools(call), what=f"in {call}")
+
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    assert agent.pools("Stop") == agent.pools("Release") == agent.pools("Reserve")
+    assert not agent.reserved
+
+
+async def test_cancelling_again_does_not_end_the_cleaning_up(setup):
+    it = await setup("a")
+    agent, go_on = it.agents[0], asyncio.Event()
+    agent.states = [STARTING]
+    agent.hooks["Stop"] = lambda _: go_on.wait()
+    task = it.begin()
+    await wait_until(lambda: agent.pools("WatchInstance"), what="loading")
+    task.cancel()
+    await wait_until(lambda: agent.pools("Stop"), what="stopping")
+
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert agent.reserved
+    go_on.set()
+
+    await wait_until(lambda: not agent.reserved, what="released all the same")
+
+
+async def test_a_load_that_takes_too_long_is_stopped_and_says_so(setup):
+    it = await setup("a", load_timeout_s=0.3)
+    it.agents[0].states = [STARTING]
+
+    refusal = await failure(it)
+
+    assert refusal.reason is Reason.LOAD_TIMEOUT
+    assert it.agents[0].pools("Stop")
+    assert not it.agents[0].reserved
+
+
+async def test_a_pool_stopped_by_somebody_while_it_loads_is_not_started_elsewhere(setup):
+    it = await setup("a", "b")
+    it.agents[0].states = [STARTING, InstanceState.STOPPED]
+
+    assert (await failure(it)).reason is Reason.STOPPED
+    assert not it.agents[1].calls
+
+
+async def test_an_agent_that_starts_another_model_is_told_to_stop_it(setup):
+    """Its pool would be found by nobody who waits, and the model would be loaded again and again."""
+    it = await setup("a")
+
+    async def confuse(_context):
+        it.agents[0]._models = dict.fromkeys(it.agents[0]._models, "another")
+
+    it.agents[0].hooks["WatchInstance"] = confuse
+
+    assert (await failure(it)).reason is Reason.INTERNAL
+    assert it.agents[0].pools("Stop")
+
+
+def test_pool_ids_are_unique_and_safe_as_file_names():
+    ids = {new_pool_id("../org/Rep o:Q4_K_M" + "x" * 300) for _ in range(100)}
+
+    assert len(ids) == 100
+    assert all(len(each) < 60 and "/" not in each and not each.startswith(".") for each in ids)
+    assert new_pool_id("///").startswith("model-")

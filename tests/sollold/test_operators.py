@@ -1,0 +1,270 @@
+"""Operators' calls through real gRPC and `sollol.Client`: what they get, and every refusal as itself."""
+
+import asyncio
+import contextlib
+
+import pytest
+from msgspec.structs import replace
+from sollol.channels import new_server, open_channel
+from sollol.client import Client
+from sollol.errors import Reason, SollolError, refuse
+from sollol.report import Instance, InstanceState, PlacementWish, Pool, Progress
+from sollol.v1 import cluster_pb2, cluster_pb2_grpc
+
+from sollold.catalogue import Catalogue
+from sollold.operators import ClusterService
+from sollold.placement import PlacementDefaults, decide
+from sollold.pools import Pools
+from tests.placement_cases import node
+from tests.waiting import wait_until
+
+M = "tiny:8b"
+DEFAULTS = PlacementDefaults(
+    policy="fit", strategy="pack", context_per_slot=512, parallel=2, kv_type="f16", stale_after_s=8.0
+)
+READY, STARTING = InstanceState.READY, InstanceState.STARTING
+
+
+def instance(pool_id="p", state=READY, model=M, started=0.0):
+    return Instance(instance_id=pool_id, model=model, state=state, parallel=2, started_unix_s=started)
+
+
+class Head:
+    """Nodes, links and loads as the test wants them, behind the real service."""
+
+    models_version = 0
+
+    def __init__(self):
+        self.nodes = {"a": node("a")}
+        self.stopped, self.loads = [], []
+        self.stop_fails = None
+        self.pools = Pools(self, load=self.load, max_queue=10)
+        catalogue = Catalogue(self, stale_after_s=8.0)
+        self.service = ClusterService(
+            self, self.pools, catalogue, decide=lambda wish: decide(wish, self.statuses(), DEFAULTS)
+        )
+
+    def statuses(self):
+        return tuple(self.nodes.values())
+
+    def status(self, node_id):
+        return self.nodes.get(node_id)
+
+    def any_live(self, stale_after_s):
+        return True
+
+    def report(self, *instances):
+        self.nodes["a"] = node("a", instances=instances)
+        self.pools.on_node_changed("a")
+
+    async def load(self, wish, on_progress):
+        on_progress(Progress(state="placing"))
+        ended = asyncio.get_running_loop().create_future()
+        self.loads.append((wish, ended))
+        return await ended
+
+    def link(self, node_id):
+        return self
+
+    async def stop(self, instance_id):
+        self.stopped.append(instance_id)
+        if self.stop_fails is not None:
+            raise self.stop_fails
+
+    async def tail_log(self, instance_id, *, lines, follow):
+        yield (f"{lines} lines of {instance_id}",)
+        if follow:
+            raise refuse(Reason.INSTANCE_NOT_FOUND, "it ended")
+
+
+@pytest.fixture
+async def served(tmp_path):
+    async with contextlib.AsyncExitStack() as stack:
+        head, server = Head(), new_server()
+        cluster_pb2_grpc.add_ClusterServiceServicer_to_server(head.service, server)
+        address = f"unix:{tmp_path}/head.sock"
+        server.add_insecure_port(address)
+        await server.start()
+        stack.push_async_callback(server.stop, 0)
+        stack.push_async_callback(head.pools.close)
+        client = await stack.enter_async_context(Client(address))
+        yield head, client, address
+
+
+async def refused(awaited):
+    with pytest.raises(SollolError) as caught:
+        await awaited
+    return caught.value.refusal
+
+
+async def all_of(steps):
+    return [step async for step in steps]
+
+
+async def test_nodes_and_pools_are_listed(served):
+    head, client, _ = served
+    head.report(instance())
+
+    (status,) = await client.nodes()
+    (pool,) = await client.pools()
+
+    assert status.report.node_id == "a"
+    assert pool == Pool(node_id="a", instance=instance())
+
+
+async def test_a_dry_run_decides_and_changes_nothing(served):
+    head, client, _ = served
+
+    decision = await client.place(PlacementWish(model=M))
+    unplaceable = await client.place(PlacementWish(model=M, min_cpus=1000))
+    unknown = await client.place(PlacementWish(model="tiny:8c"))
+
+    assert decision.coordinator == "a"
+    assert decision.plan is not None
+    assert unplaceable.refusal.reason is Reason.NO_FIT
+    assert unknown.refusal.reason is Reason.MODEL_NOT_FOUND
+    assert not head.loads
+
+
+@pytest.mark.parametrize(
+    ("wish", "reason"),
+    [
+        (PlacementWish(model="../etc"), Reason.INVALID_MODEL_NAME),
+        (PlacementWish(model=""), Reason.INVALID_MODEL_NAME),
+        (PlacementWish(model=M, policy="best"), Reason.INVALID_REQUEST),
+        (PlacementWish(model=M, kv_type="q1"), Reason.INVALID_REQUEST),
+    ],
+)
+async def test_a_wish_that_makes_no_sense_is_refused(served, wish, reason):
+    _, client, _ = served
+
+    assert (await refused(client.place(wish))).reason is reason
+
+
+async def test_loading_tells_its_progress_and_then_the_pool(served):
+    head, client, _ = served
+    told = []
+    steps = asyncio.create_task(client.load(PlacementWish(model=M), told.append))
+    await wait_until(lambda: head.loads, what="loading")
+    head.loads[0][1].set_result(Pool(node_id="a", instance=instance()))
+
+    pool = await steps
+
+    assert [step.state for step in told] == ["queued", "placing"]
+    assert pool == Pool(node_id="a", instance=instance())
+    assert await client.load(PlacementWish(model=M)) == pool, "ready: at once"
+
+
+async def test_a_load_that_fails_ends_with_its_reason(served):
+    head, client, _ = served
+    steps = asyncio.create_task(client.load(PlacementWish(model=M)))
+    await wait_until(lambda: head.loads, what="loading")
+    head.loads[0][1].set_exception(refuse(Reason.OUT_OF_MEMORY, "killed", log_lines=("last words",)))
+
+    refusal = await refused(steps)
+
+    assert refusal.reason is Reason.OUT_OF_MEMORY
+    assert refusal.log_lines == ("last words",)
+
+
+async def test_unknown_models_are_refused_by_every_call(served):
+    _, client, _ = served
+
+    for call in (client.load(PlacementWish(model="none")), client.unload("none"), all_of(client.tail_log("none"))):
+        assert (await refused(call)).reason is Reason.MODEL_NOT_FOUND
+
+
+async def test_unloading_stops_every_pool_that_has_a_process(served):
+    head, client, _ = served
+    head.report(
+        instance("p"), instance("q", STARTING), instance("r", InstanceState.FAILED), instance("s", model="other")
+    )
+
+    assert sorted(await client.unload(M)) == ["p", "q"]
+    assert sorted(head.stopped) == ["p", "q"]
+    head.report(instance("p"))
+    assert head.pools._index.ready(M) is None, "an old report does not bring it back"
+
+
+async def test_unloading_ends_a_load_in_flight_and_tells_who_waits_for_it(served):
+    head, client, _ = served
+    steps = asyncio.create_task(client.load(PlacementWish(model=M)))
+    await wait_until(lambda: head.loads, what="loading")
+
+    assert list(await client.unload(M)) == []
+
+    assert (await refused(steps)).reason is Reason.STOPPED
+    assert head.loads[0][1].cancelled()
+
+
+async def test_a_model_whose_file_is_gone_can_still_be_unloaded_and_its_log_read(served):
+    head, client, _ = served
+    head.report(instance(model="deleted"))
+
+    assert await all_of(client.tail_log("deleted", lines=3))
+    assert list(await client.unload("deleted")) == ["p"]
+
+
+async def test_a_pool_that_cannot_be_stopped_is_told_and_used_again_when_it_reports(served):
+    head, client, _ = served
+    head.report(instance("p"), instance("q"))
+    head.stop_fails = refuse(Reason.AGENT_UNREACHABLE, "gone")
+
+    assert (await refused(client.unload(M))).reason is Reason.AGENT_UNREACHABLE
+    assert sorted(head.stopped) == ["p", "q"], "the others are asked all the same"
+    head.report(instance("p"))
+
+    assert head.pools._index.ready(M) is not None
+
+
+async def test_a_log_is_found_by_pool_or_by_model_the_ready_and_newest_first(served):
+    head, client, _ = served
+    head.report(instance("old", started=1), instance("new", started=2), instance("failed", InstanceState.FAILED, M, 3))
+
+    assert await all_of(client.tail_log("old", lines=7)) == ["7 lines of old"]
+    assert await all_of(client.tail_log(M, lines=7)) == ["7 lines of new"]
+    head.report()
+    assert (await refused(all_of(client.tail_log(M)))).reason is Reason.INSTANCE_NOT_FOUND
+    head.report(instance())
+    assert (await refused(all_of(client.tail_log("p", follow=True)))).reason is Reason.INSTANCE_NOT_FOUND
+
+
+async def test_how_many_lines_are_read_is_bounded(served):
+    head, _, address = served
+    head.report(instance())
+    async with open_channel(address) as channel:
+        stub = cluster_pb2_grpc.ClusterServiceStub(channel)
+        found = [
+            line
+            async for response in stub.TailPoolLog(cluster_pb2.TailPoolLogRequest(pool="p", lines=2**32 - 1))
+            for line in response.lines
+        ]
+
+    assert found == ["10000 lines of p"]
+
+
+async def test_a_bug_is_internal_and_says_so(served):
+    head, client, _ = served
+    head.pools.instances_of = None
+
+    refusal = await refused(client.unload(M))
+
+    assert refusal.reason is Reason.INTERNAL
+
+
+async def test_an_operator_who_leaves_leaves_nothing_waiting(served):
+    head, client, _ = served
+    steps = asyncio.create_task(client.load(PlacementWish(model=M)))
+    await wait_until(lambda: head.loads, what="loading")
+    steps.cancel()
+
+    await wait_until(lambda: not head.pools._queues[M].watchers, what="nobody waits")
+    assert not head.loads[0][1].done(), "the load goes on, for whoever asks next"
+
+
+def test_pools_of_lost_nodes_are_listed_until_they_are_forgotten():
+    head = Head()
+    head.report(instance())
+    head.nodes["a"] = replace(head.nodes["a"], connected=False)
+
+    assert head.pools.all() == (Pool(node_id="a", instance=instance()),)
