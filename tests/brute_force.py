@@ -51,7 +51,9 @@ def _best_for(shape, nodes, own, load, links) -> float:
     for order in permutations(groups):
         slots = [slot for group in order for slot in group] + local
         for counts in compositions(shape.layers + 1, len(slots)):
-            best = min(best, _cost(shape, nodes, own, [(s, c) for s, c in zip(slots, counts, strict=True) if c], load, links))
+            best = min(
+                best, _cost(shape, nodes, own, [(s, c) for s, c in zip(slots, counts, strict=True) if c], load, links)
+            )
     return best
 
 
@@ -68,6 +70,8 @@ def _cost(shape, nodes, own, dealt, load, links) -> float:
         size, read = held(shape, first, stop, on_cpu=on_cpu, load=load)
         if size > device.free_bytes:
             return inf
+        if at != own and not on_cpu and nodes[at].report.devices[0].free_bytes < _receiving(shape):
+            return inf
         if on_cpu or device.unified:
             host[at] = host.get(at, 0) + size
         busy = 1 + sum(instance.active_streams > 0 for instance in nodes[at].report.instances)
@@ -81,6 +85,11 @@ def _cost(shape, nodes, own, dealt, load, links) -> float:
         crossing = 8 * shape.embedding_length + (4 * shape.vocabulary if last in slots else 0)
         total += 1000 * (len(slots) * (links.hop_s + link.rtt_s) + crossing / link.bytes_per_s)
     return total
+
+
+def _receiving(shape):
+    """What a backend with a GPU takes of its node's RAM: its process and the largest tensor, on its way to the GPU."""
+    return CPU_MARGIN_BYTES + max(max(shape.layer_bytes) // 2, shape.output_bytes)
 
 
 def _bare(shape, *, alone):

@@ -44,7 +44,7 @@ class Unit(Struct, frozen=True, kw_only=True):
     tie: tuple[int, int, int, str]
 
 
-Borrowed = tuple[int, int]  # the node's place in the list of nodes, the device's in its report
+Place = tuple[int, int]  # the node's place in the list of nodes, the device's in its report
 
 
 def coordinators(
@@ -67,7 +67,7 @@ def only_short(verdict: NodeVerdict) -> bool:
     return verdict.refusal is not None and "largest_layers" in verdict.refusal.numbers
 
 
-def lenders(job: Job, nodes: Sequence[NodeStatus]) -> list[Borrowed]:
+def lenders(job: Job, nodes: Sequence[NodeStatus]) -> list[Place]:
     """The devices that a coordinator may borrow; the most useful ones, when there are very many."""
     found = [
         (at, rank)
@@ -79,12 +79,12 @@ def lenders(job: Job, nodes: Sequence[NodeStatus]) -> list[Borrowed]:
     if len(found) <= FASTEST + ROOMIEST:
         return found
 
-    def by_speed(borrowed: Borrowed) -> tuple[float, int, tuple[int, int, int, str], int]:
-        at, rank = borrowed
+    def by_speed(place: Place) -> tuple[float, int, tuple[int, int, int, str], int]:
+        at, rank = place
         return (_byte_ms(nodes[at], rank), -_free(nodes[at], rank), tie_order(job, nodes[at].report), rank)
 
     found.sort(key=by_speed)
-    roomiest = sorted(found[FASTEST:], key=lambda borrowed: (by_speed(borrowed)[1], by_speed(borrowed)))
+    roomiest = sorted(found[FASTEST:], key=lambda place: (by_speed(place)[1], by_speed(place)))
     return found[:FASTEST] + roomiest[:ROOMIEST]
 
 
@@ -102,31 +102,25 @@ def has_rpc(node: NodeStatus) -> bool:
     return engine is not None and engine.rpc
 
 
-def units_for(
-    job: Job, needs: Needs, nodes: Sequence[NodeStatus], own: int, borrowed: Sequence[Borrowed]
-) -> list[Unit]:
+def units_for(job: Job, needs: Needs, nodes: Sequence[NodeStatus], own: int, borrowed: Sequence[Place]) -> list[Unit]:
     """Every device that can hold layers for the coordinator on `nodes[own]`: its own, then those of other nodes."""
     places = [(own, rank) for rank, device in enumerate(nodes[own].report.devices) if _can_hold(device)]
-    places.extend(
-        (at, rank)
-        for at, rank in borrowed
-        if at != own
-        and _same_engine(nodes[own], nodes[at])
-        and nodes[at].report.devices[0].free_bytes >= needs.host_bytes
-    )
-    units = [_unit(job, needs, nodes, own, at, rank) for at, rank in places]
+    for at, rank in borrowed:
+        ram = nodes[at].report.devices[0].free_bytes
+        if at != own and (rank == 0 or ram >= needs.host_bytes) and _same_engine(nodes[own], nodes[at]):
+            places.append((at, rank))
+    units = [_unit(job, needs, nodes, own, place) for place in places]
     return [unit for unit in units if unit.room_bytes > 0]
 
 
-def _unit(job: Job, needs: Needs, nodes: Sequence[NodeStatus], own: int, at: int, rank: int) -> Unit:
+def _unit(job: Job, needs: Needs, nodes: Sequence[NodeStatus], own: int, place: Place) -> Unit:
+    at, rank = place
     report = nodes[at].report
     device = report.devices[rank]
     on_cpu = device.kind is DeviceKind.CPU
     lent = at != own or on_cpu
-    coordinator = nodes[own].report.node_id
-    links = job.links
-    crossing = needs.crossing_bytes
-    answer = links.between(coordinator, report.node_id).bytes_per_s
+    link = job.links.between(nodes[own].report.node_id, report.node_id)
+    hop_ms = (job.links.hop_s + link.rtt_s) * 1000
     free = _free(nodes[at], rank)
     return Unit(
         at=at,
@@ -139,11 +133,9 @@ def _unit(job: Job, needs: Needs, nodes: Sequence[NodeStatus], own: int, at: int
         on_host=on_cpu or device.unified,
         host_bytes=report.devices[0].free_bytes,
         byte_ms=_byte_ms(nodes[at], rank),
-        first_ms=links.hop_ms(coordinator, report.node_id, devices=1, sent_bytes=crossing, returned_bytes=crossing)
-        if lent
-        else 0.0,
-        more_ms=links.hop_ms(coordinator, report.node_id, devices=1, sent_bytes=0, returned_bytes=0) if lent else 0.0,
-        answer_ms=needs.answer_bytes / answer * 1000 if lent else 0.0,
+        first_ms=hop_ms + 2 * needs.crossing_bytes / link.bytes_per_s * 1000 if lent else 0.0,
+        more_ms=hop_ms if lent else 0.0,
+        answer_ms=needs.answer_bytes / link.bytes_per_s * 1000 if lent else 0.0,
         room_bytes=free - needs.fixed_bytes(device.kind),
         tie=tie_order(job, report),
     )

@@ -8,12 +8,14 @@ first here may also be the one that is not full. Small models, and those with un
 full devices too.
 
 What is cut off: partial plans that cannot end better than a plan in hand with as few nodes (a linear relaxation says
-so), and devices that another free one beats in speed, room and distance alike. Up to `MOST_STATES` partial plans are
+so), and devices that another free one beats in speed, room and distance alike. Up to `MOST_TRIED` partial plans are
 looked at; clusters of a few unequal nodes never reach that, and the answer is then the best there is.
 """
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from math import inf
 
 from msgspec import Struct
@@ -22,10 +24,18 @@ from sollold.placement.lenders import Unit
 from sollold.placement.needs import Needs
 
 EQUAL_WITHIN = 1.05
-MOST_STATES = 2500
+MOST_TRIED = 1500
 MAX_DEVICES = 15
 FEW_LAYERS = 13
+FEW_UNITS = 6
 SLACK = 2  # layers fewer than full that are tried where layers are unequal
+
+
+class Origin(Struct, frozen=True):
+    """The coordinator's node: its place in the list of nodes, and in the order that ties are broken in."""
+
+    at: int
+    order: int
 
 
 class Found(Struct, frozen=True):
@@ -33,7 +43,7 @@ class Found(Struct, frozen=True):
 
     cost_ms: float
     nodes: int
-    order: int  # of the coordinator among those tried
+    origin: Origin
     path: tuple[tuple[Unit, int], ...]
 
 
@@ -45,15 +55,16 @@ class Limits(Struct, frozen=True, kw_only=True):
 class Record:
     """The plans in hand, over all coordinators; `solo_ms` is what the best single node takes."""
 
-    def __init__(self, max_nodes: int, solo_ms: float | None) -> None:
+    def __init__(self, limits: Limits, solo_ms: float | None) -> None:
+        self.limits = limits
         limit = inf if solo_ms is None else solo_ms / EQUAL_WITHIN
-        self._at_most = [limit] * (max_nodes + 1)  # the least cost with so many nodes or fewer
+        self._at_most = [limit] * (limits.max_nodes + 1)  # the least cost with so many nodes or fewer
         self._found: list[Found] = []
-        self.states = 0
+        self.tried = 0
 
     def promising(self, bound_ms: float, nodes: int) -> bool:
         at_most = self._at_most
-        return bound_ms < at_most[nodes] and bound_ms <= at_most[-1] * EQUAL_WITHIN
+        return bound_ms < at_most[min(nodes, len(at_most) - 1)] and bound_ms <= at_most[-1] * EQUAL_WITHIN
 
     def add(self, found: Found) -> None:
         if not self.promising(found.cost_ms, found.nodes):
@@ -70,8 +81,8 @@ class Record:
         least = min((found.cost_ms for found in self._found), default=0.0)
         equal = [found for found in self._found if found.cost_ms <= least * EQUAL_WITHIN]
         rest = [found for found in self._found if found.cost_ms > least * EQUAL_WITHIN]
-        equal.sort(key=lambda found: (found.nodes, found.order, found.cost_ms))
-        rest.sort(key=lambda found: (found.cost_ms, found.nodes, found.order))
+        equal.sort(key=lambda found: (found.nodes, found.origin.order, found.cost_ms))
+        rest.sort(key=lambda found: (found.cost_ms, found.nodes, found.origin.order))
         return equal + rest
 
 
@@ -91,24 +102,14 @@ class State(Struct, frozen=True):
 
 
 class Search:
-    """For one coordinator, on node `own`; `own_left` of its RAM remain beside what it needs itself."""
+    """For one coordinator; `own_left` bytes of its node's RAM remain beside what it needs itself."""
 
-    def __init__(
-        self,
-        needs: Needs,
-        units: Sequence[Unit],
-        record: Record,
-        *,
-        own: int,
-        own_left: int,
-        order: int,
-        limits: Limits,
-    ) -> None:
+    def __init__(self, needs: Needs, units: Sequence[Unit], record: Record, origin: Origin, *, own_left: int) -> None:
         self._needs = needs
         self._record = record
-        self._own = own
-        self._order = order
-        self._limits = limits
+        self._origin = origin
+        self._own = own = origin.at
+        self._limits = record.limits
         sizes = Counter(unit.group for unit in units)
         rated = [(*_rated(unit, needs, alone=sizes[unit.group] == 1), unit) for unit in units]
         rated.sort(key=lambda item: (item[0], -item[1], item[2].tie, item[2].rank))
@@ -119,36 +120,42 @@ class Search:
         self._group_bits = [
             sum(1 << at for at, other in enumerate(self._units) if other.group == unit.group) for unit in self._units
         ]
+        self._rooms: Counter[int] = Counter({own: 0})
+        for _, room, unit in rated:
+            self._rooms[unit.at] += int(room) + 1
+        self._roomiest = list(accumulate(sorted((self._rooms[at] for at in self._rooms if at != own), reverse=True)))
         self._seen: dict[tuple[int, int, int | None], float] = {}
         self._start = State(needs.every, own_left=own_left)
         self._thorough = False
 
     def run(self) -> None:
-        """Full devices first, which finds good plans quickly; then, with those as limits, the rest."""
+        """Full devices first, which finds good plans quickly; then, where that is affordable, the rest."""
         self._extend(self._start)
-        self._thorough = True
-        self._seen.clear()
-        self._extend(self._start)
+        if self._needs.every <= FEW_LAYERS or len(self._units) <= FEW_UNITS:
+            self._thorough = True
+            self._seen.clear()
+            self._extend(self._start)
 
     def _extend(self, state: State) -> None:
         record = self._record
         key = (state.used, state.stop, None if state.last is None else state.last.group)
-        if record.states >= MOST_STATES or self._seen.get(key, inf) <= state.cost_ms:
+        if record.tried >= MOST_TRIED or self._seen.get(key, inf) <= state.cost_ms:
             return
-        record.states += 1
         self._seen[key] = state.cost_ms
-        children: list[tuple[float, int, State]] = []
-        for at, unit in enumerate(self._units):
-            if self._open(state, at, unit):
-                for child in self._children(state, at, unit):
-                    bound = child.cost_ms + self._rest_ms(child)
-                    if record.promising(bound, child.nodes):
-                        children.append((bound, len(children), child))
+        children = [
+            (bound, at, first)
+            for at, unit in enumerate(self._units)
+            if self._open(state, at, unit)
+            for bound, first in self._tried(state, at, unit)
+        ]
         children.sort()
-        for bound, _, child in children:
+        for bound, at, first in children:
+            if not record.promising(bound, state.nodes):
+                return
+            child = self._child(state, at, first)
             if child.stop == 0:
                 self._complete(child)
-            elif record.promising(bound, child.nodes):
+            else:
                 self._extend(child)
 
     def _open(self, state: State, at: int, unit: Unit) -> bool:
@@ -166,35 +173,53 @@ class Search:
             return False
         return limits.backends is None or state.backends < limits.backends
 
-    def _children(self, state: State, at: int, unit: Unit) -> Iterator[State]:
-        needs = self._needs
-        kind = unit.device.kind
+    def _tried(self, state: State, at: int, unit: Unit) -> Iterator[tuple[float, int]]:
+        """What plans cost at least that go on with this unit, and the first layer it holds in them."""
         joined = state.last is not None and unit.group == state.last.group
-        left = state.own_left if unit.at == self._own else state.host_left if joined else unit.host_bytes
-        free = min(unit.free_bytes, left) if unit.on_host else unit.free_bytes
-        backends = state.backends + (unit.lent and not joined)
-        fixed_ms = unit.more_ms if joined else unit.first_ms
-        if not state.path:
-            fixed_ms += unit.answer_ms
-        for first in self._firsts(state, unit, free, backends):
-            taken = needs.range_bytes(first, state.stop, kind) if unit.on_host else 0
-            yield State(
-                first,
-                state.used | 1 << at,
-                state.closed | self._group_bits[at],
-                state.cost_ms + fixed_ms + (needs.read[state.stop] - needs.read[first]) * unit.byte_ms,
-                state.nodes + (unit.at != self._own and not joined),
-                backends,
-                unit,
-                left - taken,
-                state.own_left - taken if unit.at == self._own else state.own_left,
-                (*state.path, (unit, state.stop - first)),
-            )
+        nodes = state.nodes + (unit.at != self._own and not joined)
+        used = state.used | 1 << at
+        for first in self._firsts(state, unit, joined=joined):
+            self._record.tried += 1
+            bound = self._cost_ms(state, unit, first, joined=joined) + self._rest_ms(used, first)
+            if self._record.promising(bound, nodes + self._more_nodes(first, unit)):
+                yield bound, first
 
-    def _firsts(self, state: State, unit: Unit, free: int, backends: int) -> Iterator[int]:
+    def _child(self, state: State, at: int, first: int) -> State:
+        unit = self._units[at]
+        joined = state.last is not None and unit.group == state.last.group
+        taken = self._needs.range_bytes(first, state.stop, unit.device.kind) if unit.on_host else 0
+        return State(
+            first,
+            state.used | 1 << at,
+            state.closed | self._group_bits[at],
+            self._cost_ms(state, unit, first, joined=joined),
+            state.nodes + (unit.at != self._own and not joined),
+            state.backends + (unit.lent and not joined),
+            unit,
+            self._host_left(state, unit, joined=joined) - taken,
+            state.own_left - taken if unit.at == self._own else state.own_left,
+            (*state.path, (unit, state.stop - first)),
+        )
+
+    def _cost_ms(self, state: State, unit: Unit, first: int, *, joined: bool) -> float:
+        read = self._needs.read
+        fixed_ms = unit.more_ms if joined else unit.first_ms
+        answer_ms = 0.0 if state.path else unit.answer_ms
+        return state.cost_ms + fixed_ms + answer_ms + (read[state.stop] - read[first]) * unit.byte_ms
+
+    def _host_left(self, state: State, unit: Unit, *, joined: bool) -> int:
+        if unit.at == self._own:
+            return state.own_left
+        return state.host_left if joined else unit.host_bytes
+
+    def _firsts(self, state: State, unit: Unit, *, joined: bool) -> Iterator[int]:
         """The first layers that this unit may hold up to `state.stop`, the fullest first."""
         needs = self._needs
-        still = 0 if self._limits.backends is None else self._limits.backends - backends  # backends that must follow
+        left = self._host_left(state, unit, joined=joined)
+        free = min(unit.free_bytes, left) if unit.on_host else unit.free_bytes
+        still = 0  # backends that must follow
+        if self._limits.backends is not None:
+            still = self._limits.backends - state.backends - (unit.lent and not joined)
         first = needs.first_that_fits(state.stop, free, unit.device.kind)
         if not state.path:
             if not still and needs.alone_bytes(unit.device.kind) <= free:
@@ -213,18 +238,22 @@ class Search:
         elif not needs.even:
             yield from range(first + 1, min(first + 1 + SLACK, state.stop))
 
-    def _rest_ms(self, state: State) -> float:
+    def _rest_ms(self, used: int, stop: int) -> float:
         """Not more than what dealing the rest can cost: each device's fixed price spread over all it has room for."""
-        rest = float(self._needs.read[state.stop])
+        rest = float(self._needs.read[stop])
         total = 0.0
         for bit, rate, room in self._rates:
-            if rest <= 0:
-                break
-            if not state.used & bit:
-                take = min(rest, room)
-                total += take * rate
-                rest -= take
+            if rest <= room and not used & bit:
+                return total + rest * rate
+            if not used & bit:
+                total += room * rate
+                rest -= room
         return total if rest <= 1 else inf
+
+    def _more_nodes(self, stop: int, last: Unit) -> int:
+        """Not more than how many nodes must still join: the roomiest ones, after those that take part already."""
+        rest = self._needs.read[stop] - self._rooms[self._own] - self._rooms[last.at]
+        return bisect_left(self._roomiest, rest) + 1 if rest > 0 else 0
 
     def _complete(self, state: State) -> None:
         limits = self._limits
@@ -233,7 +262,7 @@ class Search:
                 return  # one node needs no backend: that is the single node's own business
         elif state.backends != limits.backends:
             return
-        self._record.add(Found(state.cost_ms, state.nodes, self._order, state.path))
+        self._record.add(Found(state.cost_ms, state.nodes, self._origin, state.path))
 
 
 def _rated(unit: Unit, needs: Needs, *, alone: bool) -> tuple[float, float]:
