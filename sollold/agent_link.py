@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Literal, Protocol
 
@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from sollol import wire
 from sollol.channels import open_channel, refusal_of, unreachable
 from sollol.errors import Reason, Refusal, SollolError
-from sollol.report import CoordinatorPlan, Instance, Model, Report
+from sollol.report import BackendEndpoint, CoordinatorPlan, Instance, Model, Report
 from sollol.v1 import agent_pb2 as pb
 from sollol.v1 import agent_pb2_grpc as rpc
 from sollol.v1 import common_pb2
@@ -20,6 +20,7 @@ from sollol.v1 import common_pb2
 from sollold.relay import AgentRelay
 
 UNARY_TIMEOUT_S = 5.0
+BACKEND_TIMEOUT_S = 20.0  # it answers when the backend does
 STOP_TIMEOUT_S = 60.0
 
 
@@ -64,6 +65,17 @@ class AgentLink:
     async def release(self, pool_id: str) -> None:
         with self._calling():
             await self._stub.Release(pb.ReleaseRequest(pool_id=pool_id), timeout=UNARY_TIMEOUT_S)
+
+    async def start_backend(
+        self, pool_id: str, device_ids: Sequence[str], *, allowed_hosts: Sequence[str], attach_within_s: float
+    ) -> BackendEndpoint:
+        request = pb.StartBackendRequest(
+            pool_id=pool_id, device_ids=device_ids, allowed_hosts=allowed_hosts, attach_within_s=attach_within_s
+        )
+        with self._calling():
+            response = await self._stub.StartBackend(request, timeout=BACKEND_TIMEOUT_S)
+            _raise_refusal(response)
+            return wire.value(BackendEndpoint, response.endpoint)
 
     async def start_coordinator(self, pool_id: str, plan: CoordinatorPlan) -> Instance:
         request = pb.StartCoordinatorRequest(pool_id=pool_id)

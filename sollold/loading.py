@@ -13,6 +13,8 @@ from msgspec.structs import replace
 from sollol.errors import Reason, Refusal, SollolError, refuse
 from sollol.report import CoordinatorPlan, Decision, Instance, InstanceState, NodeStatus, PlacementWish, Pool, Progress
 
+from sollold import group
+
 log = structlog.get_logger(__name__)
 
 MAX_ATTEMPTS = 4
@@ -45,10 +47,9 @@ ELSEWHERE = frozenset(
 )
 
 
-class Agent(Protocol):
+class Agent(group.Agent, Protocol):
     """The part of `AgentLink` that starting takes."""
 
-    async def reserve(self, pool_id: str, bytes_by_device: Mapping[str, int], ttl: timedelta) -> None: ...
     async def release(self, pool_id: str) -> None: ...
     async def start_coordinator(self, pool_id: str, plan: CoordinatorPlan) -> Instance: ...
     def watch_instance(self, instance_id: str) -> AsyncGenerator[Instance]: ...
@@ -108,6 +109,7 @@ class Loader:
 
     async def _load_somewhere(self, wish: PlacementWish, on_progress: Callable[[Progress], None]) -> Pool:
         failed: dict[str, Refusal] = {}
+        await self._end_remains()
         for _ in range(MAX_ATTEMPTS):
             on_progress(Progress(state="placing"))
             decision = self._placed(wish, failed)
@@ -115,17 +117,27 @@ class Loader:
                 return await self._start(wish.model, decision, on_progress)
             except SollolError as error:
                 refusal = error.refusal
+                node_id = error.node_id if isinstance(error, group.NodeRefusedError) else decision.coordinator
                 log.warning(
                     "start_refused",
                     model=wish.model,
-                    node=decision.coordinator,
+                    node=node_id,
                     reason=refusal.reason,
                     why=refusal.message,
                 )
-                failed[decision.coordinator] = refusal
+                failed[node_id] = refusal
                 if refusal.reason not in ELSEWHERE:
                     break
         raise SollolError(_last_word(failed))
+
+    async def _end_remains(self) -> None:
+        """Stop backends that a dead coordinator has left: this placement may need their memory at once."""
+        stops = [
+            self._release(self._nodes.link(node_id), pool_id)
+            for node_id, pool_id in group.remains(self._nodes.statuses())
+        ]
+        if stops:
+            await asyncio.wait(stops, timeout=RELEASE_WITHIN_S)
 
     def _placed(self, wish: PlacementWish, failed: Mapping[str, Refusal]) -> Decision:
         candidates = [status for status in self._nodes.statuses() if status.report.node_id not in failed]
@@ -146,21 +158,32 @@ class Loader:
             )
         # The name that was asked for, which on this node may be an alias: queues find the pool under it.
         plan = replace(decision.plan, model=model)
-        needs = {share.device_id: share.total_bytes for share in plan.shares}
-        link = self._nodes.link(node_id)
+        parts = group.parts_of(plan, node_id)
+        links = {part.node_id: self._nodes.link(part.node_id) for part in parts}
         pool_id = new_pool_id(model)
         try:
-            await link.reserve(pool_id, needs, self._reservation_ttl)
-            await link.start_coordinator(pool_id, plan)
-            instance = await self._ready(link, pool_id, node_id, on_progress)
+            await group.reserve(parts, pool_id, self._reservation_ttl, links.__getitem__)
+            backends = await group.start_backends(parts, pool_id, decision.coordinator_host, links.__getitem__)
+            await links[node_id].start_coordinator(pool_id, replace(plan, backends=backends))
+            instance = await self._ready(links[node_id], pool_id, node_id, on_progress)
             _check_started(instance, model, node_id)
         except BaseException as error:
-            release = self._release(link, pool_id)
+            blamed = self._blamed(error, pool_id, parts)
+            releases = [self._release(link, pool_id) for link in links.values()]
             if not (isinstance(error, SollolError) and error.refusal.reason is Reason.AGENT_UNREACHABLE):
-                await asyncio.wait({release}, timeout=RELEASE_WITHIN_S)  # the next placement needs the memory
+                await asyncio.wait(releases, timeout=RELEASE_WITHIN_S)  # the next placement needs the memory
+            if blamed is not error:
+                raise blamed from error
             raise
-        log.info("pool_ready", model=model, node=node_id, pool=pool_id)
+        log.info("pool_ready", model=model, node=node_id, pool=pool_id, nodes=len(parts))
         return Pool(node_id=node_id, instance=instance)
+
+    def _blamed(self, error: BaseException, pool_id: str, parts: Sequence[group.Part]) -> BaseException:
+        """The error, with the node that the next plan must do without."""
+        if not isinstance(error, SollolError) or isinstance(error, group.NodeRefusedError):
+            return error
+        node_id = group.at_fault(error.refusal, pool_id, parts, self._nodes.statuses())
+        return group.NodeRefusedError(node_id, error.refusal)
 
     async def _ready(
         self, link: Agent, pool_id: str, node_id: str, on_progress: Callable[[Progress], None]

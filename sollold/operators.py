@@ -91,8 +91,10 @@ class ClusterService(rpc.ClusterServiceServicer):
     async def _stop(self, pool: Pool) -> None:
         instance_id = pool.instance.instance_id
         self._pools.forget(instance_id)
+        lenders = {share.node_id for share in pool.instance.shares if share.node_id} - {pool.node_id}
         try:
             await self._nodes.link(pool.node_id).stop(instance_id)
+            await asyncio.gather(*(self._nodes.link(node_id).stop(instance_id) for node_id in sorted(lenders)))
         except SollolError:
             self._pools.doubt(instance_id)  # it may well run on
             raise

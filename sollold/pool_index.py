@@ -7,7 +7,7 @@ failed a stream is left alone until its agent reports again; one that is known t
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sollol.report import Instance, InstanceState, NodeStatus, Pool, Report
+from sollol.report import Instance, InstanceKind, InstanceState, NodeStatus, Pool, Report
 
 GONE_REMEMBERED = 4096
 _PROMISING = frozenset({InstanceState.STARTING, InstanceState.READY})
@@ -65,6 +65,8 @@ class PoolIndex:
         adopted, self._adopted = self._adopted, {}
         for instance in report.instances:
             instance_id = instance.instance_id
+            if instance.kind is not InstanceKind.COORDINATOR:
+                continue
             if instance_id in self._gone or instance.state not in _PROMISING:
                 continue
             if instance_id in adopted and instance.state is InstanceState.STARTING:

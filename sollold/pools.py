@@ -12,7 +12,7 @@ from typing import Protocol
 
 import structlog
 from sollol.errors import Reason, Refusal, SollolError, refuse
-from sollol.report import InstanceState, NodeStatus, PlacementWish, Pool, Progress
+from sollol.report import InstanceKind, InstanceState, NodeStatus, PlacementWish, Pool, Progress
 
 from sollold.pool_index import PoolIndex, PoolSlots
 
@@ -219,6 +219,7 @@ class Pools:
             Pool(node_id=status.report.node_id, instance=instance)
             for status in self._nodes.statuses()
             for instance in status.report.instances
+            if instance.kind is InstanceKind.COORDINATOR
         )
 
     def on_node_changed(self, node_id: str) -> None:

@@ -1,0 +1,134 @@
+"""One pool's parts on the nodes it spans: what each reserves and lends, started together and let go together."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Protocol, TypeVar
+
+from msgspec.structs import replace
+from sollol.errors import Reason, Refusal, SollolError
+from sollol.report import BackendEndpoint, CoordinatorPlan, Instance, InstanceKind, InstanceState, NodeStatus
+
+T = TypeVar("T")
+
+ATTACH_WITHIN_S = 60.0
+_OVER = frozenset({InstanceState.FAILED, InstanceState.STOPPED, InstanceState.BACKOFF})
+# What a coordinator says when a backend of it went away under it.
+_LOST_BACKEND = frozenset({Reason.ENGINE_DIED, Reason.ENGINE_STALLED, Reason.ENGINE_START_FAILED})
+
+
+class Agent(Protocol):
+    """The part of `AgentLink` that a group takes."""
+
+    async def reserve(self, pool_id: str, bytes_by_device: Mapping[str, int], ttl: timedelta) -> None: ...
+    async def start_backend(
+        self, pool_id: str, device_ids: Sequence[str], *, allowed_hosts: Sequence[str], attach_within_s: float
+    ) -> BackendEndpoint: ...
+
+
+class NodeRefusedError(SollolError):
+    """Raised when one node of a group said no: it is the one to leave out of the next plan."""
+
+    def __init__(self, node_id: str, refusal: Refusal) -> None:
+        super().__init__(refusal)
+        self.node_id = node_id
+
+
+@dataclass
+class Part:
+    """One node's part of a plan: bytes by device, the coordinator's own included, and the devices it lends."""
+
+    node_id: str
+    bytes: dict[str, int] = field(default_factory=dict)
+    lent: list[str] = field(default_factory=list)
+
+
+def parts_of(plan: CoordinatorPlan, coordinator: str) -> tuple[Part, ...]:
+    """The coordinator's part first, then the lenders' in the order of the layers."""
+    parts = {coordinator: Part(coordinator)}
+    for share in plan.shares:
+        node_id = share.node_id or coordinator
+        part = parts.setdefault(node_id, Part(node_id))
+        part.bytes[share.device_id] = part.bytes.get(share.device_id, 0) + share.total_bytes
+        if share.node_id and share.layers:
+            part.lent.append(share.device_id)
+    return tuple(parts.values())
+
+
+async def reserve(parts: Iterable[Part], pool_id: str, ttl: timedelta, link: Callable[[str], Agent]) -> None:
+    """Reserve every part. All or nothing is the caller's: on any refusal it releases the whole group.
+
+    Raises:
+        NodeRefusedError: the first refusal, once every agent has answered.
+    """
+    await _on_all([(part.node_id, link(part.node_id).reserve(pool_id, part.bytes, ttl)) for part in parts])
+
+
+async def start_backends(
+    parts: Iterable[Part], pool_id: str, coordinator_host: str, link: Callable[[str], Agent]
+) -> tuple[BackendEndpoint, ...]:
+    """Start a backend on every node that lends; each admits the coordinator's host and nobody else.
+
+    Raises:
+        NodeRefusedError: as `reserve`.
+    """
+    lenders = [part for part in parts if part.lent]
+    starts = (
+        link(part.node_id).start_backend(
+            pool_id, part.lent, allowed_hosts=(coordinator_host,), attach_within_s=ATTACH_WITHIN_S
+        )
+        for part in lenders
+    )
+    endpoints = await _on_all([(part.node_id, start) for part, start in zip(lenders, starts, strict=True)])
+    return tuple(replace(endpoint, node_id=part.node_id) for part, endpoint in zip(lenders, endpoints, strict=True))
+
+
+async def _on_all(calls: Sequence[tuple[str, Awaitable[T]]]) -> list[T]:
+    results = await asyncio.gather(*(call for _, call in calls), return_exceptions=True)
+    done: list[T] = []
+    for (node_id, _), result in zip(calls, results, strict=True):
+        if isinstance(result, SollolError):
+            raise NodeRefusedError(node_id, result.refusal) from result
+        if isinstance(result, BaseException):
+            raise result
+        done.append(result)
+    return done
+
+
+def at_fault(refusal: Refusal, pool_id: str, parts: Sequence[Part], statuses: Iterable[NodeStatus]) -> str:
+    """The node to leave out after a group's coordinator failed: a lender that is gone, else the coordinator's own."""
+    if refusal.reason in _LOST_BACKEND:
+        seen = {status.report.node_id: status for status in statuses}
+        for part in parts[1:]:
+            status = seen.get(part.node_id)
+            if status is None or not status.connected or not _lends(status.report.instances, pool_id):
+                return part.node_id
+    return parts[0].node_id
+
+
+def _lends(instances: Iterable[Instance], pool_id: str) -> bool:
+    return any(
+        instance.pool_id == pool_id and instance.kind is InstanceKind.BACKEND and instance.state not in _OVER
+        for instance in instances
+    )
+
+
+def remains(statuses: Sequence[NodeStatus]) -> tuple[tuple[str, str], ...]:
+    """(node id, pool id) of backends whose coordinator is known to be over: they hold memory until they notice.
+
+    A pool without any coordinator in the reports may be one that another head is just starting.
+    """
+    over = {
+        instance.pool_id
+        for status in statuses
+        for instance in status.report.instances
+        if instance.kind is InstanceKind.COORDINATOR and instance.state in _OVER
+    }
+    return tuple(
+        (status.report.node_id, instance.pool_id)
+        for status in statuses
+        if status.connected
+        for instance in status.report.instances
+        if instance.kind is InstanceKind.BACKEND and instance.state not in _OVER and instance.pool_id in over
+    )
