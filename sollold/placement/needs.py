@@ -52,9 +52,10 @@ class Needs:
         self._between, self._last = front[1], back[2]
         self.coordinator_bytes = front[0]
         self.coordinator_bytes_alone, self._alone = self._compute(self.every)
-        # A backend receives one tensor at a time into memory of its own; the embeddings' half layer is the bound that
-        # the memory model uses too.
+        # A backend receives one tensor at a time into memory of its own. Half a layer bounds it: the memory model
+        # assumes that too.
         self._message = max(shape.layer_bytes) // 2
+        self._last_message = max(self._message, shape.output_bytes)
         # What a lent GPU takes of its node's RAM: the process, and what it receives.
         self.host_bytes = CPU_MARGIN_BYTES + self._received(last=True)
         self.crossing_bytes = F32 * shape.embedding_length
@@ -68,11 +69,11 @@ class Needs:
     def first_that_fits(self, stop: int, free: int, kind: DeviceKind) -> int:
         """The smallest `first` for which the layers from `first` to `stop` fit into `free` bytes, beside others."""
         last = stop == self.every
-        room = free - (self._last if last else self._between) - margin(kind)
-        first = bisect_left(self.held, self.held[stop] - room, 0, stop)
+        fixed = (self._last if last else self._between) + margin(kind)
+        first = bisect_left(self.held, self.held[stop] - free + fixed, 0, stop)
         if kind is DeviceKind.CPU:
-            room = free - self._received(last=last) - CPU_MARGIN_BYTES
-            first = max(first, bisect_left(self.weights, self.weights[stop] - room, 0, stop))
+            fixed = self._received(last=last) + CPU_MARGIN_BYTES
+            first = max(first, bisect_left(self.weights, self.weights[stop] - free + fixed, 0, stop))
         return first
 
     def range_bytes(self, first: int, stop: int, kind: DeviceKind) -> int:
@@ -111,7 +112,7 @@ class Needs:
         return replace(share, node_id=node_id, margin_bytes=extra, total_bytes=taken + extra)
 
     def _received(self, *, last: bool) -> int:
-        return max(self._message, self.shape.output_bytes) if last else self._message
+        return self._last_message if last else self._message
 
     def _compute(self, *counts: int) -> list[int]:
         """The coordinator's bytes, then the compute buffer of each of two devices."""
