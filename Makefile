@@ -1,9 +1,11 @@
 PY := .venv/bin/python
 
-.PHONY: demo test check proto bench setup setup-demo
+.PHONY: demo cluster-demo test check proto bench setup setup-demo
 
 demo: setup-demo            ## set up, make a tiny model, run a head and two agents, stream an answer
 	$(PY) -m tests.demo
+cluster-demo: setup         ## as root: four hosts in network namespaces, one model over all of them
+	$(PY) -m tests.cluster_demo
 test: setup                 ## set up everything and run the whole suite
 	$(PY) -m pytest
 check: setup                ## ruff, mypy strict, architecture test

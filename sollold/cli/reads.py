@@ -7,11 +7,11 @@ from typing import Any
 
 import msgspec
 from sollol.inference import AvailableModel
-from sollol.report import Device, NodeStatus, Pool
+from sollol.report import Device, DeviceShare, NodeStatus, Pool
 
 from sollold.cli.connection import ask
 from sollold.cli.output import print_json, print_table
-from sollold.placement.explain import bytes_text
+from sollold.placement.explain import bytes_text, layers_text
 
 
 def nodes(options: argparse.Namespace) -> int:
@@ -30,7 +30,7 @@ def models(options: argparse.Namespace) -> int:
 def pools(options: argparse.Namespace) -> int:
     found = ask(options, lambda client: client.pools())
     ordered = sorted(found, key=lambda pool: (pool.instance.model, pool.instance.instance_id))
-    _print(options, "pools", ordered, _POOL_HEAD, [_pool_row(pool) for pool in ordered])
+    _print(options, "pools", ordered, _POOL_HEAD, [row for pool in ordered for row in _pool_rows(pool)])
     return 0
 
 
@@ -88,16 +88,27 @@ def _model_row(model: AvailableModel) -> tuple[str, ...]:
     )
 
 
-def _pool_row(pool: Pool) -> tuple[str, ...]:
+def _pool_rows(pool: Pool) -> list[tuple[str, ...]]:
+    """The coordinator's node first; then a row for each node that lends to it."""
     instance = pool.instance
     percent = f" {instance.percent:.0f} %" if instance.state == "STARTING" else ""
     why = f" ({instance.refusal.reason})" if instance.refusal is not None else ""
-    return (
+    by_node: dict[str, list[str]] = {pool.node_id: []}
+    for share in instance.shares:
+        by_node.setdefault(share.node_id or pool.node_id, []).append(_share_text(share))
+    own, *lenders = by_node.items()
+    first = (
         instance.instance_id,
         instance.model,
         pool.node_id,
         f"{instance.state}{percent}{why}",
         f"{instance.active_streams} / {instance.parallel}",
         str(instance.context_per_slot),
-        ", ".join(f"{share.device_id} {bytes_text(share.total_bytes)}" for share in instance.shares),
+        ", ".join(own[1]),
     )
+    return [first, *(("", "", node_id, "lends", "", "", ", ".join(texts)) for node_id, texts in lenders)]
+
+
+def _share_text(share: DeviceShare) -> str:
+    layers = layers_text(share)
+    return f"{share.device_id} {bytes_text(share.total_bytes)}{f' layers {layers}' if share.layers else ''}"
