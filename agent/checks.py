@@ -8,6 +8,8 @@ from sollol.memory import KV_TYPES
 from sollol.names import check_model_name
 from sollol.report import BackendEndpoint, CoordinatorPlan, DeviceShare
 
+from agent.supervisor.lending import SUFFIX
+
 MAX_TTL_S = 600.0
 MAX_BYTES = 1 << 50
 _ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
@@ -24,7 +26,6 @@ _MAX_SHARES = 64
 _MAX_BACKENDS = 15  # the engine's own limit of devices over RPC
 _MAX_HOSTS = 16
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")  # a name or an IPv4 address
-_BACKEND_SUFFIX = ".backend"
 _MAX_LAYERS = 4096
 
 
@@ -45,8 +46,14 @@ def check_pool_id(found: str) -> str:
     Raises:
         SollolError: INVALID_REQUEST.
     """
-    if check_id(found, "pool id").endswith(_BACKEND_SUFFIX):
-        raise _invalid(f"pool id {found[:40]!r} ends with {_BACKEND_SUFFIX}, as the ids of backends do")
+    if check_id(found, "pool id").endswith(SUFFIX):
+        raise _invalid(f"pool id {found[:40]!r} ends with {SUFFIX}, as the ids of backends do")
+    return found
+
+
+def check_instance_id(found: str) -> str:
+    """Return `found` when it can be a coordinator's id, which is its pool's, or a backend's."""
+    check_id(found.removesuffix(SUFFIX), "instance id")
     return found
 
 
@@ -134,6 +141,20 @@ def check_covered(plan: CoordinatorPlan, reserved: Mapping[str, int], node_id: s
                 "reserve what the plan says",
                 numbers={"needed_bytes": size, "reserved_bytes": have},
             )
+
+
+def check_reserved(device_ids: Sequence[str], reserved: Mapping[str, int], pool_id: str) -> None:
+    """Accept devices on each of which the pool has reserved something.
+
+    Raises:
+        SollolError: RESERVATION_MISSING.
+    """
+    missing = [device_id for device_id in device_ids if not reserved.get(device_id)]
+    if missing:
+        message = (
+            f"pool {pool_id!r} has no (or no longer a) reservation on {', '.join(missing)}: reserve what it lends"
+        )
+        raise refuse(Reason.RESERVATION_MISSING, message, retryable=True)
 
 
 def _check_endpoint(backend: BackendEndpoint) -> None:

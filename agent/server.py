@@ -27,7 +27,17 @@ from sollol.v1 import agent_pb2, agent_pb2_grpc
 
 from agent import log_tail
 from agent.asked import Ledger, Relaying, Reporter, Supervisor
-from agent.checks import check_backend, check_bytes, check_covered, check_id, check_plan, check_pool_id, check_ttl
+from agent.checks import (
+    check_backend,
+    check_bytes,
+    check_covered,
+    check_id,
+    check_instance_id,
+    check_plan,
+    check_pool_id,
+    check_reserved,
+    check_ttl,
+)
 from agent.supervisor.lending import BackendWish, backend_id
 
 _LIVE = frozenset({InstanceState.STARTING, InstanceState.READY, InstanceState.STOPPING})
@@ -150,18 +160,16 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         instance_id = backend_id(pool_id)
         if not self._starts_or_serves(instance_id):
             self._check_open()
-        with self._bound(pool_id, instance_id) as reserved:
-            unreserved = [device_id for device_id in devices if not reserved.get(device_id)]
-            if unreserved:
-                message = f"pool {pool_id!r} reserved nothing on {', '.join(unreserved)}: reserve what it shall lend"
-                raise refuse(Reason.RESERVATION_MISSING, message)
-            wish = BackendWish(
-                pool_id=pool_id,
-                bytes={device_id: reserved[device_id] for device_id in devices},
-                threads=request.threads,
-                allowed_hosts=hosts,
-                attach_within_s=request.attach_within_s,
-            )
+        reserved = self._reserved(pool_id)
+        check_reserved(devices, reserved, pool_id)
+        wish = BackendWish(
+            pool_id=pool_id,
+            bytes={device_id: reserved[device_id] for device_id in devices},
+            threads=request.threads,
+            allowed_hosts=hosts,
+            attach_within_s=request.attach_within_s,
+        )
+        with self._bound(pool_id, instance_id):
             return await self._supervisor.start_backend(wish)
 
     @_guarded
@@ -186,23 +194,27 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         if running is not None:
             return running
         self._check_open()
-        held = next((item for item in self._ledger.reservations() if item.pool_id == pool_id), None)
-        if held is not None:  # else bind says so
-            check_covered(plan, held.bytes, self._reporter.current().node_id)
+        if reserved := self._reserved(pool_id):  # else bind says so
+            check_covered(plan, reserved, self._reporter.current().node_id)
         with self._bound(pool_id, pool_id):
             return await self._supervisor.start(pool_id, plan)
 
     @contextmanager
-    def _bound(self, pool_id: str, instance_id: str) -> Iterator[dict[str, int]]:
+    def _bound(self, pool_id: str, instance_id: str) -> Iterator[None]:
         """Bind the pool's reservation to an instance that is started here; undone when that fails."""
+        self._ledger.bind(pool_id, instance_id)
         try:
-            yield self._ledger.bind(pool_id, instance_id)
+            yield
         except BaseException:
             if not self._is_live(instance_id):
                 self._ledger.freed(pool_id, instance_id)
             raise
         finally:
             self._reporter.changed()
+
+    def _reserved(self, pool_id: str) -> dict[str, int]:
+        held = (item.bytes for item in self._ledger.reservations() if item.pool_id == pool_id)
+        return next(held, {})
 
     def _starts_or_serves(self, instance_id: str) -> Instance | None:
         useful = (InstanceState.STARTING, InstanceState.READY)
@@ -211,14 +223,14 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
 
     @_guarded
     async def WatchInstance(self, request: agent_pb2.WatchInstanceRequest, context: Any) -> None:
-        async for instance in self._supervisor.watch(check_id(request.instance_id, "instance id")):
+        async for instance in self._supervisor.watch(check_instance_id(request.instance_id)):
             response = agent_pb2.WatchInstanceResponse()
             wire.fill(response.instance, instance)
             await context.write(response)
 
     @_guarded
     async def Stop(self, request: agent_pb2.StopRequest, context: Any) -> agent_pb2.StopResponse:
-        instance_id = check_id(request.instance_id, "instance id")
+        instance_id = check_instance_id(request.instance_id)
         await self._supervisor.stop(instance_id)
         self._ledger.release(instance_id)  # reserved, and never started
         self._reporter.changed()
@@ -231,7 +243,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
     @_guarded
     async def TailLog(self, request: agent_pb2.TailLogRequest, context: Any) -> None:
         try:
-            instance_id = check_id(request.instance_id, "instance id")
+            instance_id = check_instance_id(request.instance_id)
             path = self._supervisor.log_path(instance_id)
         except SollolError as error:
             response = agent_pb2.TailLogResponse()

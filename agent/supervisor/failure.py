@@ -64,16 +64,16 @@ _AT_START = (
         "its file is damaged or incomplete; fetch it again",
     ),
     _rule(
-        r"error: invalid argument|error while handling argument",
-        Reason.ENGINE_START_FAILED,
-        Retry.RETRYABLE,
-        "the engine does not take our command line; use a newer engine",
-    ),
-    _rule(
         r"RPC not supported in this build",
         Reason.ENGINE_MISSING,
         Retry.RETRYABLE,
         "it cannot use other nodes; use one that is built with GGML_RPC, such as `sollol engine build` makes",
+    ),
+    _rule(
+        r"error: invalid argument|error while handling argument",
+        Reason.ENGINE_START_FAILED,
+        Retry.RETRYABLE,
+        "the engine does not take our command line; use a newer engine",
     ),
 )
 

@@ -114,6 +114,18 @@ def test_a_promise_that_an_engine_runs_on_stays_until_its_process_is_gone(bench:
     assert bench.changes == [("reserved", "p"), ("bound", "p"), ("freed", "p")]
 
 
+def test_a_promise_with_a_coordinator_and_a_backend_stays_until_the_last_of_them_is_gone(bench: Bench, ledger: Ledger):
+    ledger.reserve("p", {"CPU": 800}, 30, NODE)
+    ledger.bind("p", "p.backend")
+    ledger.bind("p", "p")
+    ledger.freed("p", "p.backend")
+    ledger.freed("p", "p.backend")
+    bench.now += 1e6
+    assert ledger.reservations() == (Reservation(pool_id="p", bytes={"CPU": 800}, expires_in_s=None),)
+    ledger.freed("p", "p")
+    assert ledger.reservations() == ()
+
+
 def test_a_bound_pool_keeps_its_bytes_whatever_is_asked_for_it(bench: Bench, ledger: Ledger):
     ledger.reserve("p", {"CPU": 100}, 30, NODE)
     ledger.bind("p", "p")
@@ -212,6 +224,7 @@ def test_cpu_and_unified_gpu_together_must_fit_the_ram(ledger: Ledger):
 
 DEVICES = st.sampled_from(["CPU", "CUDA0", "Vulkan0"])
 POOLS = st.sampled_from(["a", "b", "c", "d"])
+INSTANCES = st.sampled_from(["coordinator", "backend"])
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -227,6 +240,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.bench = Bench()
         self.ledger = self.bench.ledger
         self.promised: dict[str, dict[str, int]] = {}
+        self.running: dict[str, set[str]] = {}
         self.ends: dict[str, float] = {}
 
     @rule(pool=POOLS, wanted=st.dictionaries(DEVICES, st.integers(0, 60), max_size=3), ttl_s=st.integers(1, 20))
@@ -248,14 +262,15 @@ class LedgerMachine(RuleBasedStateMachine):
             if self.ends[pool] != math.inf:
                 self.ends[pool] = self.bench.now + 20
 
-    @rule(pool=POOLS)
-    def bind(self, pool: str) -> None:
+    @rule(pool=POOLS, instance=INSTANCES)
+    def bind(self, pool: str, instance: str) -> None:
         if pool in self.promised:
-            assert self.ledger.bind(pool, pool) == self.promised[pool]
+            assert self.ledger.bind(pool, instance) == self.promised[pool]
             self.ends[pool] = math.inf
+            self.running.setdefault(pool, set()).add(instance)
         else:
             with pytest.raises(SollolError):
-                self.ledger.bind(pool, pool)
+                self.ledger.bind(pool, instance)
 
     @rule(pool=POOLS)
     def release(self, pool: str) -> None:
@@ -263,10 +278,13 @@ class LedgerMachine(RuleBasedStateMachine):
         if self.ends.get(pool, 0) != math.inf:
             self._forget(pool)
 
-    @rule(pool=POOLS)
-    def process_ends(self, pool: str) -> None:
-        self.ledger.freed(pool, pool)
-        self._forget(pool)
+    @rule(pool=POOLS, instance=INSTANCES)
+    def process_ends(self, pool: str, instance: str) -> None:
+        self.ledger.freed(pool, instance)
+        running = self.running.get(pool, set())
+        running.discard(instance)
+        if not running:
+            self._forget(pool)
 
     @rule(seconds=st.integers(1, 15))
     def time_passes(self, seconds: int) -> None:
@@ -276,6 +294,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def _forget(self, pool: str) -> None:
         self.promised.pop(pool, None)
+        self.running.pop(pool, None)
         self.ends.pop(pool, None)
 
     @invariant()

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
+from msgspec.structs import replace
 from sollol.errors import Reason, SollolError
 from sollol.registry import Registry, RegistryUnavailable
 from sollol.report import (
@@ -14,6 +15,7 @@ from sollol.report import (
     Engine,
     EngineSource,
     Instance,
+    InstanceKind,
     InstanceState,
     Model,
     Report,
@@ -263,6 +265,16 @@ def instance(state: InstanceState, pid: int = 7) -> Instance:
 )
 def test_what_an_engine_took_is_its_anonymous_memory_and_once_ready_its_gpu_share(state, anonymous, expected):
     assert materialised([instance(state)], lambda _pid: anonymous) == expected
+
+
+def test_a_coordinator_and_a_backend_of_one_pool_add_up_and_other_nodes_shares_do_not():
+    elsewhere = DeviceShare(device_id="CPU", layers=9, total_bytes=5000, node_id="n2")
+    coordinator = replace(instance(InstanceState.READY), shares=(*instance(InstanceState.READY).shares, elsewhere))
+    backend = replace(
+        instance(InstanceState.READY, pid=8), instance_id="p.backend", pool_id="p", kind=InstanceKind.BACKEND
+    )
+    taken = materialised([coordinator, backend], {7: 40, 8: 60}.__getitem__)
+    assert taken == {"p": {"CPU": 100, "CUDA0": 100}}, "nobody knows when a backend's GPU share is taken"
 
 
 def test_anonymous_memory_is_read_of_a_live_process_and_zero_of_none():

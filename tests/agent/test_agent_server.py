@@ -9,6 +9,7 @@ from sollol import wire
 from sollol.channels import new_server, refusal_of
 from sollol.errors import Reason, Refusal, refuse
 from sollol.report import (
+    BackendEndpoint,
     CoordinatorPlan,
     Device,
     DeviceKind,
@@ -89,7 +90,7 @@ class MemoryLedger:
 
 class MemorySupervisor:
     def __init__(self, log_dir):
-        self.running, self.starts, self.log_dir = {}, [], log_dir
+        self.running, self.starts, self.wishes, self.log_dir = {}, [], [], log_dir
         self.fail_with = None
 
     async def start(self, pool_id, plan):
@@ -98,6 +99,14 @@ class MemorySupervisor:
             raise self.fail_with
         self.running[pool_id] = Instance(instance_id=pool_id, model=plan.model, state=InstanceState.STARTING)
         return self.running[pool_id]
+
+    async def start_backend(self, wish):
+        self.wishes.append(wish)
+        if self.fail_with is not None:
+            raise self.fail_with
+        name = f"{wish.pool_id}.backend"
+        self.running[name] = Instance(instance_id=name, pool_id=wish.pool_id, model="", state=InstanceState.READY)
+        return BackendEndpoint(node_id="n1", host="127.0.0.1", port=7500, device_ids=wish.device_ids)
 
     async def watch(self, instance_id):
         if instance_id not in self.running:
@@ -313,6 +322,107 @@ async def test_model_names_that_are_paths_are_refused(node, stub):
     assert reason(response.refusal) == "INVALID_MODEL_NAME"
 
 
+def lend(stub, **changes):
+    fields = {
+        "pool_id": "p1",
+        "device_ids": ["CPU"],
+        "allowed_hosts": ["10.0.0.1"],
+        "attach_within_s": 30,
+        "threads": 2,
+    }
+    return stub.StartBackend(agent_pb2.StartBackendRequest(**(fields | changes)))
+
+
+async def test_a_backend_lends_what_its_pool_reserved(node, stub):
+    await reserve(stub)
+    response = await lend(stub)
+    assert (response.endpoint.host, response.endpoint.port, list(response.endpoint.device_ids)) == (
+        "127.0.0.1",
+        7500,
+        ["CPU"],
+    )
+    (wish,) = node.supervisor.wishes
+    assert (wish.pool_id, wish.bytes, wish.threads, wish.allowed_hosts) == ("p1", {"CPU": 100}, 2, ("10.0.0.1",))
+    assert node.ledger.bound == {"p1"}
+
+
+@pytest.mark.parametrize("devices", [["CPU"], ["CPU", "CUDA0"]])
+async def test_a_backend_lends_nothing_that_is_not_reserved_and_a_reservation_is_kept(node, stub, devices):
+    held = {} if devices == ["CPU"] else {"p1": {"CPU": 100}}
+    if held:
+        await reserve(stub)
+    assert reason((await lend(stub, device_ids=devices)).refusal) == "RESERVATION_MISSING"
+    assert (node.supervisor.wishes, node.ledger.held) == ([], held)
+
+
+async def test_a_backend_that_does_not_come_up_gives_its_bytes_back(node, stub):
+    node.supervisor.fail_with = refuse(Reason.PORT_TAKEN, "all taken", retryable=True)
+    await reserve(stub)
+    assert reason((await lend(stub)).refusal) == "PORT_TAKEN"
+    assert node.ledger.held == {}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"pool_id": "../p"},
+        {"pool_id": "p1.backend"},
+        {"device_ids": []},
+        {"device_ids": ["CPU", "CPU"]},
+        {"device_ids": ["-H"]},
+        {"device_ids": ["a,b"]},
+        {"threads": 5000},
+        {"allowed_hosts": []},
+        {"allowed_hosts": ["a,b"]},
+        {"allowed_hosts": ["--listen"]},
+        {"allowed_hosts": ["x"] * 17},
+        {"attach_within_s": 0},
+        {"attach_within_s": float("nan")},
+        {"attach_within_s": 601},
+    ],
+)
+async def test_backends_out_of_range_are_refused(node, stub, wrong):
+    await reserve(stub)
+    assert reason((await lend(stub, **wrong)).refusal) == "INVALID_REQUEST"
+    assert node.supervisor.wishes == []
+
+
+async def test_no_pool_may_be_named_like_a_backend(node, stub):
+    assert reason((await reserve(stub, pool_id="p.backend")).refusal) == "INVALID_REQUEST"
+    assert reason((await start(stub, pool_id="p.backend")).refusal) == "INVALID_REQUEST"
+
+
+SPLIT = msgspec.structs.replace(
+    PLAN,
+    shares=(
+        DeviceShare(device_id="CPU", layers=0, margin_bytes=40, total_bytes=40),
+        DeviceShare(device_id="CPU", layers=3, node_id="n1", margin_bytes=60, total_bytes=60),
+        DeviceShare(device_id="CPU", layers=5, node_id="n2", margin_bytes=5000, total_bytes=5000),
+    ),
+    backends=(
+        BackendEndpoint(node_id="n1", host="127.0.0.1", port=7500, device_ids=("CPU",)),
+        BackendEndpoint(node_id="n2", host="10.0.0.2", port=7500, device_ids=("CPU",)),
+    ),
+)
+
+
+async def test_of_a_plan_over_several_nodes_only_this_nodes_part_must_be_reserved(node, stub):
+    await reserve(stub, size=99)
+    response = await start(stub, SPLIT)
+    assert dict(response.refusal.numbers) == {"needed_bytes": 100, "reserved_bytes": 99}
+    await reserve(stub, size=100)
+    assert (await start(stub, SPLIT)).instance.instance_id == "p1"
+    assert node.supervisor.starts == [SPLIT]
+
+
+@pytest.mark.parametrize("wrong", [{"host": "a:1,b"}, {"host": ""}, {"port": 0}, {"port": 70_000}, {"device_ids": ()}])
+async def test_endpoints_that_cannot_be_are_refused(node, stub, wrong):
+    await reserve(stub)
+    endpoint = msgspec.structs.replace(SPLIT.backends[0], **wrong)
+    response = await start(stub, msgspec.structs.replace(SPLIT, backends=(endpoint,)))
+    assert reason(response.refusal) == "INVALID_REQUEST"
+
+
 async def test_watching_an_instance_ends_when_it_settled(stub):
     await reserve(stub)
     await start(stub)
@@ -401,4 +511,5 @@ async def test_a_draining_agent_takes_nothing_new_and_says_so(node, stub, stack,
     assert (await check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.NOT_SERVING
     assert reason((await reserve(stub, "p2")).refusal) == "SHUTTING_DOWN"
     assert reason((await start(stub)).refusal) == "SHUTTING_DOWN"
+    assert reason((await lend(stub)).refusal) == "SHUTTING_DOWN"
     await stub.GetReport(agent_pb2.GetReportRequest())

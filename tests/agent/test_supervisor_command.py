@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sollol.errors import Reason, SollolError
-from sollol.report import CoordinatorPlan, DeviceShare
+from sollol.report import BackendEndpoint, CoordinatorPlan, DeviceShare
 
-from agent.supervisor.command import coordinator_argv, coordinator_environment
+from agent.supervisor.command import backend_argv, coordinator_argv, coordinator_environment
 
 GPUS = ("CUDA0", "CUDA1", "Vulkan0")
 
@@ -22,6 +22,7 @@ def argv_of(gpu_devices: tuple[str, ...] = GPUS, *, node_threads: int = 3, **pla
             socket_path=Path("/run/x.sock"),
             gpu_devices=gpu_devices,
             threads=node_threads,
+            node_id="here",
         )
     )
 
@@ -83,6 +84,61 @@ def test_the_engine_deals_layers_as_planned(cpu: int, gpus: list[int]) -> None:
     assert list(dealt.values()) == gpus
 
 
+def lent(node_id: str, *device_ids: str, port: int = 7500) -> BackendEndpoint:
+    return BackendEndpoint(node_id=node_id, host=f"{node_id}.lan", port=port, device_ids=device_ids)
+
+
+def on(node_id: str, **layers: int) -> tuple[DeviceShare, ...]:
+    return tuple(DeviceShare(device_id=name, layers=count, node_id=node_id) for name, count in layers.items())
+
+
+def test_backends_get_whole_layers_in_the_order_of_the_plan_under_the_engines_names() -> None:
+    """Devices are numbered through over the endpoints, whatever is used of them and in whatever order."""
+    argv = argv_of(
+        shares=(*shares(CPU=0), *on("b", CUDA1=7), *shares(CUDA0=20), *on("a", CPU=6), *on("b", CUDA0=0)),
+        backends=(lent("a", "CPU"), lent("b", "CUDA0", "CUDA1", port=7501)),
+    )
+    assert value(argv, "--rpc") == "a.lan:7500,b.lan:7501"
+    assert (value(argv, "--device"), value(argv, "-ts")) == ("RPC2,CUDA0,RPC0", "7,20,6")
+    assert value(argv, "-ngl") == "33"
+    assert argv.index("--rpc") < argv.index("--device")
+
+
+@pytest.mark.parametrize("named", ["", "here"])
+def test_the_coordinators_own_node_may_lend_its_cpu_too(named: str) -> None:
+    argv = argv_of(
+        shares=(*shares(CPU=0), *on(named, CPU=21), *on("b", CPU=12)), backends=(lent("here", "CPU"), lent("b", "CPU"))
+    )
+    assert (value(argv, "--device"), value(argv, "-ts")) == ("RPC0,RPC1", "21,12")
+
+
+def test_a_single_backend_may_hold_everything() -> None:
+    argv = argv_of(shares=(*shares(CPU=0), *on("b", CPU=127)), backends=(lent("b", "CPU"),))
+    assert (value(argv, "--device"), value(argv, "-ts"), value(argv, "-ngl")) == ("RPC0", "127", "127")
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"shares": (*shares(CPU=3), *on("b", CPU=30))},
+        {"shares": (*shares(CPU=0), *on("c", CPU=33))},
+        {"shares": (*shares(CPU=0), *on("b", CUDA0=33))},
+        {"shares": (*shares(CPU=0), *on("b", CPU=30), *shares(ROCm7=3))},
+        {"shares": on("b", CPU=0)},
+        {"shares": on("b", CPU=33), "backends": (lent("b", "CPU"), lent("b", "CPU", port=7501))},
+    ],
+)
+def test_layers_where_nobody_can_hold_them_are_refused(bad: dict[str, object]) -> None:
+    with pytest.raises(SollolError) as refused:
+        argv_of(**({"backends": (lent("b", "CPU"),)} | bad))
+    assert refused.value.refusal.reason is Reason.INVALID_REQUEST
+
+
+def test_a_backend_listens_where_it_is_told_and_lends_just_the_devices_named() -> None:
+    argv = backend_argv(Path("/opt/rpc"), host="127.0.0.1", port=7500, devices=("CUDA0", "CPU"), threads=3)
+    assert argv == ("/opt/rpc", "-H", "127.0.0.1", "-p", "7500", "-t", "3", "-d", "CUDA0,CPU")
+
+
 def test_the_threads_of_the_plan_win_over_those_of_the_node() -> None:
     assert value(argv_of(node_threads=3), "-t") == "3"
     assert value(argv_of(node_threads=3, threads=8), "-t") == "8"
@@ -121,6 +177,7 @@ def test_the_engine_knows_every_flag(engine_binary: Path) -> None:
     text = subprocess.run([engine_binary, "--help"], capture_output=True, text=True, check=True, timeout=20).stdout
     known = set(text.replace(",", " ").split())
     argv = argv_of(shares=shares(CPU=3, CUDA0=20, CUDA1=10))[2:]
-    flags = [word for word in argv if word.startswith("-")]
+    split = argv_of(shares=on("b", CPU=9), backends=(lent("b", "CPU"),))[2:]
+    flags = [word for word in (*argv, *split) if word.startswith("-")]
     assert len(flags) > 20
     assert [flag for flag in flags if flag not in known] == []

@@ -2,8 +2,9 @@
 
 import pytest
 from sollol.errors import Reason, Retry
+from sollol.report import BackendEndpoint
 
-from agent.supervisor.failure import classify, ended, stalled
+from agent.supervisor.failure import classify, ended, stalled, unreachable
 
 LOADING_FAILED = (
     "0.00.005.212 E llama_model_load: error loading model: llama_model_loader: failed to load model from m.gguf",
@@ -65,6 +66,51 @@ def test_an_allocation_that_failed_long_before_the_death_does_not_explain_it() -
     early, late = "E failed to allocate graph", "terminate called after throwing"
     assert classify(-6, (early, *["I fine"] * 10, late), was_ready=True, model="m").reason is Reason.ENGINE_DIED
     assert classify(-6, ("CUDA error: out of memory",), was_ready=True, model="m").reason is Reason.OUT_OF_MEMORY
+
+
+BACKENDS = (
+    BackendEndpoint(node_id="n1", host="10.0.0.1", port=7500, device_ids=("CPU",)),
+    BackendEndpoint(node_id="n2", host="10.0.0.2", port=7500, device_ids=("CPU",)),
+)
+CRASHED = "/src/ggml-rpc.cpp:566: Remote RPC server crashed or returned malformed response"
+
+
+@pytest.mark.parametrize("was_ready", [True, False])
+def test_a_lost_backend_is_named_with_every_node_that_it_may_have_been(was_ready: bool) -> None:
+    refusal = classify(-6, ("I fine", CRASHED), was_ready=was_ready, model="m", backends=BACKENDS)
+    assert (refusal.reason, refusal.retry) == (Reason.ENGINE_DIED, Retry.RETRYABLE)
+    assert "its backend on n1 or n2 was lost" in refusal.message
+    alone = classify(-6, (CRASHED,), was_ready=was_ready, model="m", backends=BACKENDS[1:])
+    assert "its backend on n2 was lost" in alone.message
+
+
+def test_a_backend_that_cannot_be_reached_is_named_by_its_node() -> None:
+    line = "/src/ggml-rpc.cpp:547: Failed to connect to 10.0.0.2:7500"
+    refusal = classify(-6, (line,), was_ready=False, model="m", backends=BACKENDS)
+    assert refusal.reason is Reason.ENGINE_DIED
+    assert "its backend on n2 was lost" in refusal.message
+
+
+def test_a_backend_of_another_build_failed_to_start() -> None:
+    tail = ("E RPC server version mismatch: 6.0.0", "/src/ggml-rpc.cpp:550: RPC handshake failed for 10.0.0.1:7500")
+    refusal = classify(-6, tail, was_ready=False, model="m", backends=BACKENDS)
+    assert refusal.reason is Reason.ENGINE_START_FAILED
+    assert "backend on n1 speaks another protocol" in refusal.message
+
+
+def test_an_engine_without_rpc_is_the_wrong_engine() -> None:
+    tail = ('error while handling argument "--rpc": RPC not supported in this build',)
+    assert classify(1, tail, was_ready=False, model="m", backends=BACKENDS).reason is Reason.ENGINE_MISSING
+
+
+def test_backends_are_not_blamed_by_an_engine_without_any() -> None:
+    assert "backend" not in classify(-6, (CRASHED,), was_ready=True, model="m").message
+
+
+def test_a_start_that_hangs_before_it_says_a_word_waits_for_its_backends() -> None:
+    refusal = unreachable("m", BACKENDS, 20.3, ())
+    assert refusal.reason is Reason.ENGINE_STALLED
+    assert "20 s for its backend on n1 or n2" in refusal.message
 
 
 def test_only_the_last_twenty_lines_are_kept() -> None:
