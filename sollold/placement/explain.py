@@ -7,6 +7,7 @@ import msgspec
 from sollol.report import CoordinatorPlan, Decision, DeviceShare, NodeVerdict
 
 SCHEMA = "sollol.place/v1"
+SHARE_COLUMNS = ("layers", "weights", "KV", "compute", "margin", "total")
 
 
 def explain(decision: Decision) -> str:
@@ -19,8 +20,11 @@ def explain(decision: Decision) -> str:
     best = next(verdict for verdict in decision.nodes if verdict.best)
     unit = "" if decision.unit == "MB" else f" {decision.unit}"
     lines.append(f"Selected {_classic_name(best)} for coordinator (score={_number(best.score or 0)}{unit})")
+    if decision.reduced_context_from is not None and decision.plan is not None:
+        given = decision.plan.context_per_slot
+        lines.append(f"Context reduced from {decision.reduced_context_from} to {given} tokens: no more fits")
     if decision.plan is not None:
-        lines.append(plan_table(decision.plan))
+        lines.append(split_table(decision.plan, best) if best.shares else plan_table(decision.plan))
     return "\n".join(lines)
 
 
@@ -39,11 +43,31 @@ def node_table(decision: Decision, most: int | None = None) -> str:
 
 
 def plan_table(plan: CoordinatorPlan) -> str:
-    title = (
-        f"Plan: {plan.parallel} x {plan.context_per_slot} tokens of context, KV {plan.kv_type}, ubatch {plan.ubatch}"
+    rows: list[tuple[str, ...]] = [("device", *SHARE_COLUMNS), *map(_share_row, plan.shares)]
+    return f"{_plan_title(plan)}\n{_aligned(rows)}"
+
+
+def split_table(plan: CoordinatorPlan, coordinator: NodeVerdict) -> str:
+    """A plan over several nodes: who holds which layers, and what a token costs where."""
+    cost = {part.name: part.value for part in coordinator.parts}
+    rows: list[tuple[str, ...]] = [("node", "device", *SHARE_COLUMNS, "read ms")]
+    for share in plan.shares:
+        lent = cost.get(f"read_ms.{share.node_id}/{share.device_id}") if share.node_id else None
+        read_ms = cost.get("read_ms." + share.device_id) if lent is None else lent
+        reads = "-" if not share.layers or read_ms is None else f"{read_ms:.3f}"
+        rows.append((share.node_id or coordinator.node_id, *_share_row(share), reads))
+    hops = [(name.partition(".")[2], value) for name, value in cost.items() if name.startswith("hop_ms.")]
+    each = ", ".join(f"{node_id} {value:.3f}" for node_id, value in hops)
+    read = sum(value for name, value in cost.items() if name.startswith("read_ms."))
+    terms = (
+        f"Per token: {read:.3f} ms reading + {sum(value for _, value in hops):.3f} ms for hops ({each}) "
+        f"+ {cost.get('busy_ms', 0.0):.3f} ms for other pools = {coordinator.score or 0.0:.3f} ms"
     )
-    rows = [("device", "layers", "weights", "KV", "compute", "margin", "total"), *map(_share_row, plan.shares)]
-    return f"{title}\n{_aligned(rows)}"
+    return f"{_plan_title(plan)}\n{_aligned(rows)}\n{terms}"
+
+
+def _plan_title(plan: CoordinatorPlan) -> str:
+    return f"Plan: {plan.parallel} x {plan.context_per_slot} tokens of context, KV {plan.kv_type}, ubatch {plan.ubatch}"
 
 
 def as_json(decision: Decision) -> dict[str, Any]:
@@ -59,6 +83,7 @@ def as_json(decision: Decision) -> dict[str, Any]:
         "coordinator": decision.coordinator or None,
         "coordinator_host": decision.coordinator_host or None,
         "plan": msgspec.to_builtins(decision.plan),
+        "reduced_context_from": decision.reduced_context_from,
         "refusal": msgspec.to_builtins(decision.refusal),
     }
 
@@ -75,6 +100,7 @@ def _verdict_json(verdict: NodeVerdict, *, megabytes: bool) -> dict[str, Any]:
         "needed_bytes": verdict.needed_bytes,
         "free_bytes": verdict.free_bytes,
         "best": verdict.best,
+        "shares": msgspec.to_builtins(verdict.shares),
     }
 
 
@@ -104,17 +130,36 @@ def _classic_line(verdict: NodeVerdict) -> str:
 def _part_names(verdicts: Sequence[NodeVerdict]) -> list[str]:
     names: dict[str, None] = {}
     for verdict in verdicts:
-        names.update(dict.fromkeys(part.name for part in verdict.parts))
-    return sorted(names, key=lambda name: (name == "busy_ms", name))
+        names.update(dict.fromkeys(_column(part.name) for part in verdict.parts))
+    return sorted(names, key=lambda name: (name == "busy_ms", name == "hop_ms", name))
+
+
+def _column(part: str) -> str:
+    """Where a part stands in the table of nodes: those of the nodes that lend to a plan stand together."""
+    if part.startswith("hop_ms."):
+        return "hop_ms"
+    return "read_ms.lent" if "/" in part else part
 
 
 def _fit_row(verdict: NodeVerdict, names: list[str]) -> tuple[str, ...]:
-    part = {item.name: item.value for item in verdict.parts}
+    part: dict[str, float] = {}
+    for item in verdict.parts:
+        column = _column(item.name)
+        part[column] = part.get(column, 0.0) + item.value
     values = [f"{part[name]:.3f}" if name in part else "-" for name in names]
     score = "-" if verdict.score is None else f"{verdict.score:.3f}"
-    outcome = "BEST" if verdict.best else "ok" if verdict.refusal is None else _why(verdict)
     needed = f"{verdict.needed_bytes:,}" if verdict.needed_bytes else "-"
-    return (verdict.node_id, needed, f"{verdict.free_bytes:,}", *values, score, outcome)
+    return (verdict.node_id, needed, f"{verdict.free_bytes:,}", *values, score, _outcome(verdict))
+
+
+def _outcome(verdict: NodeVerdict) -> str:
+    if verdict.best:
+        return "BEST"
+    if verdict.shares:
+        count = sum(share.layers for share in verdict.shares)
+        ranges = ", ".join(layers_text(share) for share in verdict.shares)
+        return f"lends {count} layer{'s' * (count != 1)}: {ranges}"
+    return "ok" if verdict.refusal is None else _why(verdict)
 
 
 def _why(verdict: NodeVerdict) -> str:
@@ -122,12 +167,17 @@ def _why(verdict: NodeVerdict) -> str:
 
 
 def _share_row(share: DeviceShare) -> tuple[str, ...]:
+    sizes = (share.weight_bytes, share.kv_bytes, share.compute_bytes, share.margin_bytes, share.total_bytes)
+    return (share.device_id, layers_text(share), *(f"{size:,}" for size in sizes))
+
+
+def layers_text(share: DeviceShare) -> str:
+    """Which layers a share holds: `0-15`, `16-31 + output`, `none`."""
     layers = "none" if share.first_layer is None else f"{share.first_layer}-{share.last_layer}"
     held = 0 if share.first_layer is None or share.last_layer is None else share.last_layer - share.first_layer + 1
     if share.layers > held:
         layers = "output" if share.first_layer is None else f"{layers} + output"
-    sizes = (share.weight_bytes, share.kv_bytes, share.compute_bytes, share.margin_bytes, share.total_bytes)
-    return (share.device_id, layers, *(f"{size:,}" for size in sizes))
+    return layers
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> str:

@@ -15,12 +15,13 @@ from msgspec import Struct
 from sollol.memory import bytes_read_per_token
 from sollol.report import CoordinatorPlan, DeviceShare, Model, NodeStatus, NodeVerdict, ScorePart
 
-from sollold.placement.fit import generating
+from sollold.placement.fit import EQUAL_WITHIN, generating
+from sollold.placement.found import Found, Limits, Origin, Record
 from sollold.placement.job import Job
 from sollold.placement.layout import Load, bandwidth
 from sollold.placement.lenders import Place, Unit, coordinators, lenders, units_for
 from sollold.placement.needs import Holding, Needs, needs_for
-from sollold.placement.search import EQUAL_WITHIN, MOST_TRIED, Found, Limits, Origin, Record, Search
+from sollold.placement.search import MOST_TRIED, Search
 
 MOST_CHECKED = 8  # plans that the search found and the memory model may refuse
 

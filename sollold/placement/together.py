@@ -42,7 +42,11 @@ def with_split(decision: Decision, split: Split) -> Decision:
 
 
 def free_together(job: Job, nodes: Sequence[NodeStatus], verdicts: Sequence[NodeVerdict]) -> tuple[int, int]:
-    """How many nodes could hold a part of the model, and what their usable devices have free."""
+    """How many nodes could hold a part of the model, and what their usable devices have free; none for a job that must
+    not be split.
+    """
+    if job.max_nodes == 1:
+        return 0, 0
     usable = [
         node
         for node, verdict in zip(nodes, verdicts, strict=True)

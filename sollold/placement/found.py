@@ -1,0 +1,63 @@
+"""Plans over several nodes that a search has in hand."""
+
+from math import inf
+
+from msgspec import Struct
+
+from sollold.placement.fit import EQUAL_WITHIN
+from sollold.placement.lenders import Unit
+
+
+class Origin(Struct, frozen=True):
+    """The coordinator's node: its place in the list of nodes, and in the order that ties are broken in."""
+
+    at: int
+    order: int
+
+
+class Found(Struct, frozen=True):
+    """One whole plan: units with their layers, from the last layer to the first."""
+
+    cost_ms: float
+    nodes: int
+    origin: Origin
+    path: tuple[tuple[Unit, int], ...]
+
+
+class Limits(Struct, frozen=True, kw_only=True):
+    max_nodes: int
+    backends: int | None  # exactly so many
+
+
+class Record:
+    """The plans in hand, over all coordinators; `solo_ms` is what the best single node takes."""
+
+    def __init__(self, limits: Limits, solo_ms: float | None) -> None:
+        self.limits = limits
+        limit = inf if solo_ms is None else solo_ms / EQUAL_WITHIN
+        self._at_most = [limit] * (limits.max_nodes + 1)  # the least cost with so many nodes or fewer
+        self._found: list[Found] = []
+        self.tried = 0
+
+    def promising(self, bound_ms: float, nodes: int) -> bool:
+        at_most = self._at_most
+        return bound_ms < at_most[min(nodes, len(at_most) - 1)] and bound_ms <= at_most[-1] * EQUAL_WITHIN
+
+    def add(self, found: Found) -> None:
+        if not self.promising(found.cost_ms, found.nodes):
+            return
+        self._found.append(found)
+        for nodes in range(found.nodes, len(self._at_most)):
+            self._at_most[nodes] = min(self._at_most[nodes], found.cost_ms)
+
+    def ranked(self) -> list[Found]:
+        """The best first: of those within 5 % of the least cost the fewest nodes, then the coordinator that wins ties.
+
+        The rest follows by cost, for when what comes first turns out not to fit.
+        """
+        least = min((found.cost_ms for found in self._found), default=0.0)
+        equal = [found for found in self._found if found.cost_ms <= least * EQUAL_WITHIN]
+        rest = [found for found in self._found if found.cost_ms > least * EQUAL_WITHIN]
+        equal.sort(key=lambda found: (found.nodes, found.origin.order, found.cost_ms))
+        rest.sort(key=lambda found: (found.cost_ms, found.nodes, found.origin.order))
+        return equal + rest
