@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from sollol import wire
 from sollol.channels import new_server, refusal_abort
 from sollol.errors import Reason, Refusal, refuse
-from sollol.report import Instance, InstanceState, Report
+from sollol.report import BackendEndpoint, CoordinatorPlan, Instance, InstanceState, Report
 from sollol.v1 import agent_pb2 as pb
 from sollol.v1 import agent_pb2_grpc
 
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 class FakeAgent(agent_pb2_grpc.AgentServiceServicer):
     """`report` is what watchers get, `tell` sends a new one. `refusals` and `hooks` change what a call does, by name.
 
-    A hook is awaited before the call is answered. An instance becomes READY at once unless `states` says otherwise.
+    A hook is awaited before the call is answered. `admitted` has the backends that run: pool id to admitted hosts. An instance becomes READY at once unless `states` says otherwise.
     """
+
+    LENDING_PORT = 7500
 
     def __init__(self, node_id: str, port: int, *, boot_id: str = "boot") -> None:
         self.address = f"127.0.0.1:{port}"
@@ -34,6 +36,8 @@ class FakeAgent(agent_pb2_grpc.AgentServiceServicer):
         self.states: list[InstanceState] = [InstanceState.STARTING, InstanceState.READY]
         self.failure: Refusal | None = None
         self.reserved: set[str] = set()
+        self.plans: list[CoordinatorPlan] = []
+        self.admitted: dict[str, tuple[str, ...]] = {}
         self.watchers = 0
         self._news = asyncio.Event()
         self._models: dict[str, str] = {}
@@ -98,6 +102,18 @@ class FakeAgent(agent_pb2_grpc.AgentServiceServicer):
         self.reserved.discard(request.pool_id)
         return pb.ReleaseResponse()
 
+    async def StartBackend(self, request, context):  # noqa: N802 - gRPC's name
+        await self._called("StartBackend", request.pool_id, context)
+        response = pb.StartBackendResponse()
+        if "StartBackend" in self.refusals:
+            wire.fill(response.refusal, self.refusals["StartBackend"])
+        else:
+            self.admitted[request.pool_id] = tuple(request.allowed_hosts)
+            devices = tuple(request.device_ids)
+            endpoint = BackendEndpoint(node_id="", host=self.report.host, port=self.LENDING_PORT, device_ids=devices)
+            wire.fill(response.endpoint, endpoint)
+        return response
+
     async def StartCoordinator(self, request, context):  # noqa: N802 - gRPC's name
         await self._called("StartCoordinator", request.pool_id, context)
         response = pb.StartCoordinatorResponse()
@@ -105,6 +121,7 @@ class FakeAgent(agent_pb2_grpc.AgentServiceServicer):
             wire.fill(response.refusal, self.refusals["StartCoordinator"])
         else:
             self._models[request.pool_id] = request.plan.model
+            self.plans.append(wire.value(CoordinatorPlan, request.plan))
             wire.fill(response.instance, self._instance(request.pool_id, InstanceState.STARTING))
         return response
 
@@ -121,6 +138,7 @@ class FakeAgent(agent_pb2_grpc.AgentServiceServicer):
 
     async def Stop(self, request, context):  # noqa: N802 - gRPC's name
         await self._called("Stop", request.instance_id, context)
+        self.admitted.pop(request.instance_id, None)
         return pb.StopResponse()
 
     async def TailLog(self, request, context):  # noqa: N802 - gRPC's name

@@ -1,76 +1,25 @@
 """Starting a pool on agents behind real gRPC: elsewhere when one cannot, and nothing left behind when it ends early."""
 
 import asyncio
-import contextlib
-from datetime import timedelta
 
 import pytest
 from msgspec.structs import replace
-from sollol.errors import Reason, Retry, SollolError, refuse
-from sollol.report import Decision, InstanceState, NodeStatus, PlacementWish
+from sollol.errors import Reason, Retry, refuse
+from sollol.report import InstanceState
 
 from sollold import loading
-from sollold.agent_link import AgentLink
-from sollold.loading import Loader, new_pool_id
-from sollold.placement import PlacementDefaults, decide
-from tests.fakes.fake_agent import FakeAgent
+from sollold.loading import new_pool_id
+from tests.loader import M, setups
 from tests.placement_cases import model
 from tests.waiting import wait_until
 
-M = "tiny:8b"
-WISH = PlacementWish(model=M)
-DEFAULTS = PlacementDefaults(
-    policy="fit", strategy="pack", context_per_slot=512, parallel=2, kv_type="f16", stale_after_s=8.0
-)
 STARTING, READY, FAILED = InstanceState.STARTING, InstanceState.READY, InstanceState.FAILED
-
-
-class Setup:
-    def __init__(self, agents, load_timeout_s):
-        self.agents = agents
-        self.links = {agent.report.node_id: AgentLink(agent.address) for agent in agents}
-        self.decisions: list[Decision] = []
-        self.progress = []
-        self.loader = Loader(
-            self,
-            decide=lambda wish, nodes: decide(wish, nodes, DEFAULTS),
-            record=self.decisions.append,
-            reservation_ttl=timedelta(seconds=5),
-            load_timeout_s=load_timeout_s,
-        )
-
-    def statuses(self):
-        return tuple(NodeStatus(report=agent.report, report_age_s=0.0, connected=True) for agent in self.agents)
-
-    def link(self, node_id):
-        return self.links[node_id]
-
-    async def load(self, wish=WISH):
-        return await self.loader.load(wish, self.progress.append)
-
-    def begin(self):
-        return asyncio.create_task(self.load())
 
 
 @pytest.fixture
 async def setup(ports):
-    async with contextlib.AsyncExitStack() as stack:
-
-        async def made(*names, load_timeout_s=10.0):
-            agents = [await stack.enter_async_context(FakeAgent(name, ports()).running()) for name in names]
-            setup = Setup(agents, load_timeout_s)
-            for link in setup.links.values():
-                stack.push_async_callback(link.close)
-            stack.push_async_callback(setup.loader.close)
-            return setup
-
+    async with setups(ports) as made:
         yield made
-
-
-async def failure(setup):
-    with pytest.raises(SollolError) as caught:
-        await setup.load()
-    return caught.value.refusal
 
 
 async def test_a_ready_pool_has_been_placed_reserved_started_and_watched(setup):
@@ -125,7 +74,7 @@ async def test_when_no_node_is_left_the_last_one_has_the_word_and_the_others_are
     it.agents[0].refusals["Reserve"] = refuse(Reason.MEMORY_SHORT, "short").refusal
     it.agents[1].refusals["Reserve"] = refuse(Reason.BACKING_OFF, "it keeps dying", retryable=True).refusal
 
-    refusal = await failure(it)
+    refusal = await it.failure()
 
     assert refusal.reason is Reason.BACKING_OFF
     assert refusal.retry is Retry.RETRYABLE
@@ -137,7 +86,7 @@ async def test_what_would_fail_everywhere_is_not_tried_again(setup):
     it = await setup("a", "b")
     it.agents[0].refusals["StartCoordinator"] = refuse(Reason.INVALID_REQUEST, "no").refusal
 
-    assert (await failure(it)).reason is Reason.INVALID_REQUEST
+    assert (await it.failure()).reason is Reason.INVALID_REQUEST
     assert not it.agents[1].calls
     assert not it.agents[0].reserved
 
@@ -147,7 +96,7 @@ async def test_attempts_are_bounded(setup):
     for agent in it.agents:
         agent.refusals["Reserve"] = refuse(Reason.MEMORY_SHORT, "short").refusal
 
-    await failure(it)
+    await it.failure()
 
     assert len(it.decisions) == loading.MAX_ATTEMPTS
 
@@ -179,7 +128,7 @@ async def test_an_agent_out_of_reach_for_a_moment_is_still_asked_to_clean_up(set
         await asyncio.Event().wait()
 
     agent.hooks["WatchInstance"] = vanish
-    assert (await failure(it)).reason is Reason.AGENT_UNREACHABLE
+    assert (await it.failure()).reason is Reason.AGENT_UNREACHABLE
 
     await agent.start()
 
@@ -240,7 +189,7 @@ async def test_a_load_that_takes_too_long_is_stopped_and_says_so(setup):
     it = await setup("a", load_timeout_s=0.3)
     it.agents[0].states = [STARTING]
 
-    refusal = await failure(it)
+    refusal = await it.failure()
 
     assert refusal.reason is Reason.LOAD_TIMEOUT
     assert it.agents[0].pools("Stop")
@@ -251,7 +200,7 @@ async def test_a_pool_stopped_by_somebody_while_it_loads_is_not_started_elsewher
     it = await setup("a", "b")
     it.agents[0].states = [STARTING, InstanceState.STOPPED]
 
-    assert (await failure(it)).reason is Reason.STOPPED
+    assert (await it.failure()).reason is Reason.STOPPED
     assert not it.agents[1].calls
 
 
@@ -264,7 +213,7 @@ async def test_an_agent_that_starts_another_model_is_told_to_stop_it(setup):
 
     it.agents[0].hooks["WatchInstance"] = confuse
 
-    assert (await failure(it)).reason is Reason.INTERNAL
+    assert (await it.failure()).reason is Reason.INTERNAL
     assert it.agents[0].pools("Stop")
 
 

@@ -1,0 +1,212 @@
+"""A pool's parts on its nodes: what each reserves and lends, who is to blame for a failure, and what dead pools leave."""
+
+import asyncio
+from datetime import timedelta
+
+import pytest
+from msgspec.structs import replace
+from sollol.errors import Reason, Refusal, SollolError, refuse
+from sollol.report import (
+    BackendEndpoint,
+    CoordinatorPlan,
+    DeviceShare,
+    Instance,
+    InstanceKind,
+    InstanceState,
+)
+
+from sollold import group
+from sollold.group import NodeRefusedError, Part, at_fault, parts_of, remains
+from tests.placement_cases import node
+
+POOL = "pool-1"
+TTL = timedelta(seconds=5)
+
+
+def plan_of(*shares: DeviceShare) -> CoordinatorPlan:
+    return CoordinatorPlan(model="m", parallel=1, context_per_slot=512, shares=shares)
+
+
+def share(node_id: str, device_id: str, layers: int, total_bytes: int) -> DeviceShare:
+    return DeviceShare(node_id=node_id, device_id=device_id, layers=layers, total_bytes=total_bytes)
+
+
+def instance(state: InstanceState, *, pool: str = POOL, lends: bool = True) -> Instance:
+    kind = InstanceKind.BACKEND if lends else InstanceKind.COORDINATOR
+    instance_id = f"{pool}.backend" if lends else pool
+    return Instance(instance_id=instance_id, pool_id=pool, model="", state=state, kind=kind)
+
+
+class Scripted:
+    """An agent that answers at once, or with a refusal, or never."""
+
+    def __init__(self, refusal: Refusal | None = None, *, answers: asyncio.Event | None = None) -> None:
+        self.refusal, self.answers = refusal, answers
+        self.reserved: dict[str, dict[str, int]] = {}
+        self.lent: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
+
+    async def _answer(self):
+        if self.answers is not None:
+            await self.answers.wait()
+        if self.refusal is not None:
+            raise SollolError(self.refusal)
+
+    async def reserve(self, pool_id, bytes_by_device, ttl):
+        await self._answer()
+        self.reserved[pool_id] = dict(bytes_by_device)
+
+    async def start_backend(self, pool_id, device_ids, *, allowed_hosts, attach_within_s):
+        await self._answer()
+        self.lent[pool_id] = (tuple(device_ids), tuple(allowed_hosts))
+        return BackendEndpoint(node_id="", host="10.0.0.9", port=7500, device_ids=tuple(device_ids))
+
+
+class TestParts:
+    def test_the_coordinators_part_comes_first_and_the_lenders_in_the_order_of_the_layers(self):
+        plan = plan_of(share("", "CPU", 0, 10), share("c", "CPU", 3, 20), share("b", "CUDA0", 5, 30))
+
+        parts = parts_of(plan, "a")
+
+        assert [part.node_id for part in parts] == ["a", "c", "b"]
+        assert [part.bytes for part in parts] == [{"CPU": 10}, {"CPU": 20}, {"CUDA0": 30}]
+        assert [part.lent for part in parts] == [[], ["CPU"], ["CUDA0"]]
+
+    def test_what_the_coordinators_cpu_hosts_and_what_it_lends_is_reserved_as_one_sum(self):
+        """Its ledger knows one reservation per pool, and two promises on one device must both be kept."""
+        plan = plan_of(share("", "CPU", 0, 100), share("b", "CPU", 4, 20), share("a", "CPU", 5, 300))
+
+        own, _ = parts_of(plan, "a")
+
+        assert own.bytes == {"CPU": 400}
+        assert own.lent == ["CPU"]
+
+    def test_a_lender_with_a_host_share_reserves_it_and_lends_only_what_holds_layers(self):
+        plan = plan_of(share("", "CPU", 0, 1), share("b", "CPU", 0, 2), share("b", "CUDA0", 9, 50))
+
+        (_, lender) = parts_of(plan, "a")
+
+        assert lender.bytes == {"CPU": 2, "CUDA0": 50}
+        assert lender.lent == ["CUDA0"]
+
+    def test_a_plan_on_one_node_lends_nothing(self):
+        (own,) = parts_of(plan_of(share("", "CPU", 4, 10), share("", "CUDA0", 5, 20)), "a")
+
+        assert own == Part("a", {"CPU": 10, "CUDA0": 20}, [])
+
+
+class TestReserveAndStart:
+    PARTS = (Part("a", {"CPU": 10}), Part("b", {"CPU": 20}, ["CPU"]), Part("c", {"CPU": 30}, ["CPU"]))
+
+    async def test_every_node_reserves_its_own_part(self):
+        agents = {name: Scripted() for name in "abc"}
+
+        await group.reserve(self.PARTS, POOL, TTL, agents.__getitem__)
+
+        assert [agents[name].reserved[POOL] for name in "abc"] == [{"CPU": 10}, {"CPU": 20}, {"CPU": 30}]
+
+    async def test_a_refusal_names_its_node_and_comes_only_when_every_agent_has_answered(self):
+        """Released before it is made, a reservation would outlive its load by its whole time to live."""
+        late = asyncio.Event()
+        no = refuse(Reason.MEMORY_SHORT, "short", numbers={"needed_bytes": 20, "free_bytes": 1}).refusal
+        agents = {"a": Scripted(), "b": Scripted(no), "c": Scripted(answers=late)}
+        task = asyncio.create_task(group.reserve(self.PARTS, POOL, TTL, agents.__getitem__))
+        await asyncio.sleep(0)
+        assert not task.done()
+
+        late.set()
+        with pytest.raises(NodeRefusedError) as caught:
+            await task
+
+        assert (caught.value.node_id, caught.value.refusal) == ("b", no)
+        assert POOL in agents["c"].reserved
+
+    async def test_only_lenders_start_a_backend_and_each_admits_the_coordinators_host_alone(self):
+        agents = {name: Scripted() for name in "abc"}
+
+        endpoints = await group.start_backends(self.PARTS, POOL, "10.0.0.1", agents.__getitem__)
+
+        assert [endpoint.node_id for endpoint in endpoints] == ["b", "c"]
+        assert not agents["a"].lent
+        assert agents["b"].lent[POOL] == (("CPU",), ("10.0.0.1",))
+
+    async def test_a_backend_that_does_not_start_is_its_nodes_refusal(self):
+        agents = {"a": Scripted(), "b": Scripted(), "c": Scripted(refuse(Reason.PORT_TAKEN, "all taken").refusal)}
+
+        with pytest.raises(NodeRefusedError) as caught:
+            await group.start_backends(self.PARTS, POOL, "10.0.0.1", agents.__getitem__)
+
+        assert (caught.value.node_id, caught.value.refusal.reason) == ("c", Reason.PORT_TAKEN)
+
+    async def test_a_bug_in_one_call_is_not_taken_for_a_refusal(self):
+        class Broken(Scripted):
+            async def reserve(self, *_args):
+                raise ZeroDivisionError
+
+        agents = {"a": Scripted(), "b": Broken(), "c": Scripted()}
+
+        with pytest.raises(ZeroDivisionError):
+            await group.reserve(self.PARTS, POOL, TTL, agents.__getitem__)
+
+
+class TestAtFault:
+    PARTS = (Part("a", {"CPU": 1}), Part("b", {"CPU": 1}, ["CPU"]), Part("c", {"CPU": 1}, ["CPU"]))
+    DIED = refuse(Reason.ENGINE_DIED, "it aborted").refusal
+    LENDS = instance(InstanceState.READY)
+
+    @pytest.mark.parametrize("reason", [Reason.ENGINE_DIED, Reason.ENGINE_STALLED, Reason.ENGINE_START_FAILED])
+    @pytest.mark.parametrize("state", [InstanceState.FAILED, InstanceState.STOPPED, InstanceState.BACKOFF])
+    def test_a_lender_whose_backend_is_over_is_the_one_to_leave_out(self, reason, state):
+        statuses = [node("a"), node("b", instances=(self.LENDS,)), node("c", instances=(instance(state),))]
+
+        assert at_fault(refuse(reason, "x").refusal, POOL, self.PARTS, statuses) == "c"
+
+    def test_so_is_one_that_reports_no_backend_one_that_is_disconnected_and_one_that_is_forgotten(self):
+        well = node("c", instances=(self.LENDS,))
+        cut_off = replace(node("b", instances=(self.LENDS,)), connected=False)
+
+        for statuses in ([node("a"), node("b"), well], [node("a"), cut_off, well], [node("a"), well]):
+            assert at_fault(self.DIED, POOL, self.PARTS, statuses) == "b"
+
+    def test_another_pools_backend_on_the_node_does_not_speak_for_it(self):
+        other = instance(InstanceState.READY, pool="pool-2")
+        statuses = [node("a"), node("b", instances=(other,)), node("c", instances=(self.LENDS,))]
+
+        assert at_fault(self.DIED, POOL, self.PARTS, statuses) == "b"
+
+    def test_the_coordinators_node_is_when_all_backends_live(self):
+        statuses = [node("a"), *(node(name, instances=(self.LENDS,)) for name in "bc")]
+
+        assert at_fault(self.DIED, POOL, self.PARTS, statuses) == "a"
+
+    def test_a_refusal_that_says_nothing_of_backends_is_the_coordinators_own(self):
+        statuses = [node("a"), node("b"), node("c")]
+
+        assert at_fault(refuse(Reason.MODEL_CORRUPT, "x").refusal, POOL, self.PARTS, statuses) == "a"
+
+
+class TestRemains:
+    OVER = instance(InstanceState.FAILED, lends=False)
+    LENDS = instance(InstanceState.READY)
+
+    def test_backends_of_a_dead_coordinator_remain(self):
+        statuses = [node("a", instances=(self.OVER, self.LENDS)), node("b", instances=(self.LENDS,))]
+
+        assert remains(statuses) == (("a", POOL), ("b", POOL))
+
+    @pytest.mark.parametrize("state", [InstanceState.STARTING, InstanceState.READY, InstanceState.STOPPING])
+    def test_those_of_a_living_coordinator_do_not(self, state):
+        statuses = [node("a", instances=(instance(state, lends=False),)), node("b", instances=(self.LENDS,))]
+
+        assert remains(statuses) == ()
+
+    def test_nor_those_whose_coordinator_nobody_reports_yet(self):
+        assert remains([node("a"), node("b", instances=(self.LENDS,))]) == ()
+
+    def test_backends_that_are_over_and_nodes_out_of_reach_are_left_alone(self):
+        statuses = [
+            node("a", instances=(self.OVER,)),
+            node("b", instances=(instance(InstanceState.FAILED),)),
+            replace(node("c", instances=(self.LENDS,)), connected=False),
+        ]
+
+        assert remains(statuses) == ()
