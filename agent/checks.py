@@ -151,9 +151,7 @@ def check_reserved(device_ids: Sequence[str], reserved: Mapping[str, int], pool_
     """
     missing = [device_id for device_id in device_ids if not reserved.get(device_id)]
     if missing:
-        message = (
-            f"pool {pool_id!r} has no (or no longer a) reservation on {', '.join(missing)}: reserve what it lends"
-        )
+        message = f"pool {pool_id!r} has no (or no longer a) reservation on {', '.join(missing)}: reserve what it lends"
         raise refuse(Reason.RESERVATION_MISSING, message, retryable=True)
 
 

@@ -131,6 +131,12 @@ def _nodes(backends: tuple[BackendEndpoint, ...], endpoint: str | None = None) -
     return " or ".join(dict.fromkeys(named or [backend.node_id for backend in backends]))
 
 
+def backend_lost(model: str, backend: BackendEndpoint, log_tail: tuple[str, ...]) -> Refusal:
+    """Say that a served coordinator was ended because its connection to a backend is gone."""
+    message = f"the engine of {model} lost its backend on {backend.node_id}; place the model again"
+    return Refusal(reason=Reason.ENGINE_DIED, message=message, retry=Retry.RETRYABLE, log_lines=log_tail[-KEPT_LINES:])
+
+
 def unreachable(
     model: str, backends: tuple[BackendEndpoint, ...], waited_s: float, log_tail: tuple[str, ...]
 ) -> Refusal:

@@ -11,9 +11,10 @@ from sollol.errors import Refusal
 from sollol.report import CoordinatorPlan, Instance, InstanceState
 
 from agent.supervisor import leftovers
-from agent.supervisor.failure import KEPT_LINES, classify, stalled, unreachable
+from agent.supervisor.failure import KEPT_LINES, backend_lost, classify, stalled, unreachable
 from agent.supervisor.files import InstanceFiles, last_lines
 from agent.supervisor.health import health
+from agent.supervisor.links import backend_links
 from agent.supervisor.owner import Limits, Owner, cannot_run
 from agent.supervisor.process import EngineProcess, bytes_read, spawn_coordinator
 from agent.supervisor.progress import newest_percent
@@ -70,7 +71,7 @@ class Coordinator(Owner):
                 self._announce(pid=process.pid)
                 refusal = await self._until_ready(process, exited)
                 if refusal is None:
-                    await self._next_event(exited)
+                    refusal = await self._until_ended(process.pid, exited)
                 if self._asked_to_stop.done():
                     self._announce(state=after(self.view.state, Event.STOP))
                 if not exited.done():
@@ -101,6 +102,18 @@ class Coordinator(Owner):
                 self._announce(state=after(self.view.state, Event.UNHEALTHY))
                 return refusal
             await self._next_event(exited, timeout_s=self._limits.poll_s)
+        return None
+
+    async def _until_ended(self, pid: int, exited: asyncio.Task[int]) -> Refusal | None:
+        """Return None when it has ended or shall stop; a refusal when it has lost a backend and does not know yet."""
+        plan = self._launch.plan
+        links = await backend_links(pid, plan) if plan.backends else None
+        while not exited.done() and not self._asked_to_stop.done():
+            lost = links.lost() if links is not None else None
+            if lost is not None:
+                self._announce(state=after(self.view.state, Event.UNHEALTHY))
+                return backend_lost(plan.model, lost, last_lines(self.files.log, KEPT_LINES))
+            await self._next_event(exited, timeout_s=None if links is None else self._limits.freeze_poll_s)
         return None
 
     def _overdue(self, waited_s: float, *, connected: bool) -> Refusal | None:

@@ -52,7 +52,10 @@ async def test_at_its_end_engines_are_stopped_and_the_registry_knows_it(ports, h
         await agent.says("agent_ready")
         assert (await start_engine(port)).pid
         await wait_until(
-            lambda: keys(clean_redis) == {"sollol:nodes", "sollol:node:a", f"sollol:rpc:node:127.0.0.1:{port}"},
+            lambda: (
+                keys(clean_redis)
+                == {"sollol:nodes", "sollol:node:a", "sollol:agent:a", f"sollol:rpc:node:127.0.0.1:{port}"}
+            ),
             what="published",
         )
 

@@ -153,6 +153,17 @@ async def test_a_killed_backend_ends_its_coordinator_and_leaves_nothing(
     assert view(supervisor, backend_id("b2")) is None
 
 
+async def test_a_backend_that_dies_while_nobody_asks_anything_ends_its_coordinator_too(supervisor: Supervisor) -> None:
+    """The engine itself would notice at the next request, and its health would look fine until then."""
+    await start_split(supervisor)
+    lending = view(supervisor, backend_id("b2"))
+    assert lending is not None
+    os.kill(lending.pid, signal.SIGKILL)
+    refusal = await wait_until(lambda: supervisor.failure_of("p"), within_s=2, what="the coordinator has failed")
+    assert refusal.reason is Reason.ENGINE_DIED
+    assert "lost its backend on b2" in refusal.message
+
+
 async def test_backends_end_by_themselves_when_their_coordinator_is_killed(
     supervisor: Supervisor, gone: list[str]
 ) -> None:
