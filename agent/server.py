@@ -231,7 +231,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
     @_guarded
     async def Stop(self, request: agent_pb2.StopRequest, context: Any) -> agent_pb2.StopResponse:
         instance_id = check_instance_id(request.instance_id)
-        await self._supervisor.stop(instance_id)
+        await self._supervisor.stop(instance_id, at_once=request.at_once)
         self._ledger.release(instance_id)  # reserved, and never started
         self._reporter.changed()
         return agent_pb2.StopResponse()

@@ -90,10 +90,11 @@ class AgentLink:
             async for response in self._stub.WatchInstance(pb.WatchInstanceRequest(instance_id=instance_id)):
                 yield wire.value(Instance, response.instance)
 
-    async def stop(self, instance_id: str) -> None:
-        """Return when the engine's process is gone and its reservation is released."""
+    async def stop(self, instance_id: str, *, at_once: bool = False) -> None:
+        """Return when the engine's process is gone and its reservation is released; `at_once` for one that hangs."""
         with self._calling():
-            await self._stub.Stop(pb.StopRequest(instance_id=instance_id), timeout=STOP_TIMEOUT_S)
+            request = pb.StopRequest(instance_id=instance_id, at_once=at_once)
+            await self._stub.Stop(request, timeout=STOP_TIMEOUT_S)
 
     async def tail_log(self, instance_id: str, *, lines: int, follow: bool) -> AsyncGenerator[tuple[str, ...]]:
         request = pb.TailLogRequest(instance_id=instance_id, lines=lines, follow=follow)

@@ -6,7 +6,7 @@ can reach it, and never again; what it does afterwards is seen by the process an
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import structlog
 from sollol.errors import Reason, Refusal, Retry, SollolError
@@ -14,14 +14,15 @@ from sollol.report import BackendEndpoint, DeviceShare, Instance, InstanceKind, 
 
 from agent.forwarder.status import NO_FREE_PORT, Status, read_status
 from agent.supervisor import leftovers
-from agent.supervisor.command import backend_argv
+from agent.supervisor.command import CPU, backend_argv
 from agent.supervisor.failure import KEPT_LINES, ended
 from agent.supervisor.files import last_lines
+from agent.supervisor.freeze import FreezeWatch, look_at
 from agent.supervisor.handshake import HandshakeFailedError, greet, listens
 from agent.supervisor.lending import BackendLaunch, backend_id, forwarder_argv, forwarder_id
 from agent.supervisor.owner import Limits, Owner, cannot_run
 from agent.supervisor.ports import LOOPBACK, Ports
-from agent.supervisor.process import EngineProcess, is_stopped, spawn_server
+from agent.supervisor.process import EngineProcess, spawn_server
 from agent.supervisor.state import Event, after
 
 log = structlog.get_logger(__name__)
@@ -118,7 +119,7 @@ class Backend(Owner):
             if self._asked_to_stop.done():
                 self._announce(state=after(self.view.state, Event.STOP))
             if not exited.done() and refusal is None:  # a failed one is killed
-                await process.stop(exited, self._limits.stop_grace_s)
+                await process.stop(exited, self._grace_s)
             return None if self.view.state is InstanceState.STOPPING else refusal
 
     async def _until_answers(self, process: EngineProcess, exited: asyncio.Task[int], port: int) -> Refusal | None:
@@ -166,9 +167,10 @@ class Backend(Owner):
             leftovers.remember(forwarder_id(launch.wish.pool_id), forwarder.pid, launch.forwarder_files)
             refusal = await self._until_forwarded(exited, forwarder_exited)
             if refusal is None:
-                refusal = await self._until_ended(process, exited, forwarder_exited)
-            if not forwarder_exited.done():
-                await forwarder.stop(forwarder_exited, self._limits.stop_grace_s)
+                looks = self._frozen(process.pid, port, forwarder.pid)
+                refusal = await self._until_ended(looks, exited, forwarder_exited)
+            if not forwarder_exited.done() and refusal is None:  # a frozen one would use up the grace
+                await forwarder.stop(forwarder_exited, self._grace_s)
             return refusal
 
     async def _until_forwarded(self, exited: asyncio.Task[int], forwarder_exited: asyncio.Task[int]) -> Refusal | None:
@@ -198,18 +200,24 @@ class Backend(Owner):
         self._announce(state=after(self.view.state, Event.HEALTHY), percent=100.0)
         log.info("backend_ready", pool=wish.pool_id, port=status.port, devices=wish.device_ids)
 
+    def _frozen(self, pid: int, port: int, forwarder_pid: int) -> Iterator[str]:
+        """Yield, at every look, what is wrong with the backend or its forwarder; empty when nothing is."""
+        clock = asyncio.get_running_loop().time
+        backend = FreezeWatch(computes_here=self._launch.wish.device_ids == (CPU,))
+        forwarder = FreezeWatch(computes_here=False)
+        while True:
+            wrong = backend.sees(look_at(pid, port), clock())
+            stopped = forwarder.sees(look_at(forwarder_pid), clock())
+            yield wrong or (stopped and f"has a forwarder that {stopped}")
+
     async def _until_ended(
-        self, process: EngineProcess, exited: asyncio.Task[int], forwarder_exited: asyncio.Task[int]
+        self, looks: Iterator[str], exited: asyncio.Task[int], forwarder_exited: asyncio.Task[int]
     ) -> Refusal | None:
         """Return None when it shall stop, or its forwarder had nobody left to serve."""
-        stopped_before = False
         while not (exited.done() or forwarder_exited.done() or self._asked_to_stop.done()):
             await self._next_event(exited, forwarder_exited, timeout_s=self._limits.freeze_poll_s)
-            stopped = is_stopped(process.pid)
-            if stopped and stopped_before:
-                # Its coordinator would hang for ever, with a health that looks fine.
-                return self._failed(Reason.ENGINE_STALLED, "was stopped by a signal and does not go on")
-            stopped_before = stopped
+            if wrong := next(looks):
+                return self._failed(Reason.ENGINE_STALLED, wrong)
         if self._asked_to_stop.done():
             return None
         if exited.done():

@@ -75,7 +75,7 @@ class Coordinator(Owner):
                 if self._asked_to_stop.done():
                     self._announce(state=after(self.view.state, Event.STOP))
                 if not exited.done():
-                    await process.stop(exited, self._limits.stop_grace_s)
+                    await process.stop(exited, self._grace_s)
                 return self._why(exited.result(), refusal)
         finally:
             self.files.remove_run_files()

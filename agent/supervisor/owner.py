@@ -22,8 +22,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """`start_timeout_s` is without any load progress, `stop_grace_s` from TERM to KILL.
 
     `connect_timeout_s` bounds the first sign of life of what can hang without a word: a backend, and a coordinator that
-    connects to backends. `gone_after_s` is how long a backend outlives its coordinator, `freeze_poll_s` how often it is
-    looked at for being stopped.
+    connects to backends. `gone_after_s` is how long a backend outlives its coordinator, `freeze_poll_s` how often what
+    no exit tells is looked for: a backend that is stopped, a coordinator that has lost one.
     """
 
     start_timeout_s: float = 600.0
@@ -56,7 +56,7 @@ class Owner(abc.ABC):
         self.files = files
         self.ended_s: float | None = None
         self.view = view
-        self._limits = limits
+        self._limits, self._grace_s = limits, limits.stop_grace_s
         self._on_change, self._on_gone, self._wait_after = on_change, on_gone, wait_after
         self._asked_to_stop: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._gone = asyncio.Event()
@@ -67,8 +67,14 @@ class Owner(abc.ABC):
     async def _serve_until_gone(self) -> Refusal | None:
         """Run the instance through its whole life. Returns why it ended, None when that was as it should be."""
 
-    async def stop(self) -> None:
-        """Return when no process is left: at once when none is, and together with any other stop."""
+    async def stop(self, *, at_once: bool = False) -> None:
+        """Return when no process is left: at once when none is, and together with any other stop.
+
+        Args:
+            at_once: It is known to hang: do not wait for it to end by itself.
+        """
+        if at_once:
+            self._grace_s = 0.0
         if not self._asked_to_stop.done():
             self._asked_to_stop.set_result(None)
         await self._gone.wait()

@@ -145,14 +145,6 @@ def bytes_read(pid: int) -> int:
     return int(counts.get("rchar", 0)) + int(counts.get("read_bytes", 0))
 
 
-def is_stopped(pid: int) -> bool:
-    """Whether somebody has sent it SIGSTOP; a debugger's stop does not count."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1] == "T"
-    except OSError:
-        return False  # it is gone: whoever waits for it will say so
-
-
 def _signal_group(group: int, number: signal.Signals) -> bool:
     """Return whether there was a process to send it to."""
     try:

@@ -194,15 +194,15 @@ class Supervisor:
             if not watchers and self._watchers.get(instance_id) is watchers:
                 del self._watchers[instance_id]
 
-    async def stop(self, instance_id: str) -> None:
+    async def stop(self, instance_id: str, *, at_once: bool = False) -> None:
         """Return when the process is gone and its reservation given back. Unknown and ended ones are a success.
 
-        A pool's id stops its coordinator and then its backend on this node.
+        A pool's id stops its coordinator and then its backend on this node; `at_once` by force.
         """
         for name in (instance_id, backend_id(instance_id)):
             owner = self._owners.get(name)
             if owner is not None and owner.is_live:
-                await owner.stop()
+                await owner.stop(at_once=at_once)
 
     async def close(self) -> None:
         """Stop every engine, all at once; takes little more than the grace of one."""

@@ -114,7 +114,7 @@ class MemorySupervisor:
         for percent, state in ((0.0, InstanceState.STARTING), (50.0, InstanceState.STARTING), (100.0, "READY")):
             yield msgspec.structs.replace(self.running[instance_id], percent=percent, state=InstanceState(state))
 
-    async def stop(self, instance_id):
+    async def stop(self, instance_id, *, at_once=False):
         self.running.pop(instance_id, None)
 
     def instances(self):

@@ -66,7 +66,7 @@ class Head:
     def link(self, node_id):
         return self
 
-    async def stop(self, instance_id):
+    async def stop(self, instance_id, *, at_once=False):
         self.stopped.append(instance_id)
         if self.stop_fails is not None:
             raise self.stop_fails

@@ -336,13 +336,17 @@ class StopRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     INSTANCE_ID_FIELD_NUMBER: builtins.int
+    AT_ONCE_FIELD_NUMBER: builtins.int
     instance_id: builtins.str
+    at_once: builtins.bool
+    """By force, for one that is known to hang: it gets no time to end by itself."""
     def __init__(
         self,
         *,
         instance_id: builtins.str = ...,
+        at_once: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["instance_id", b"instance_id"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["at_once", b"at_once", "instance_id", b"instance_id"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___StopRequest: typing_extensions.TypeAlias = StopRequest
