@@ -53,6 +53,8 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
 _UNREACHABLE = frozenset(
     {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED},
 )
+# The details of the INTERNAL that grpc.aio itself makes of a write on a call whose connection has just been lost.
+_LOST_WHILE_WRITING = "Internal error from Core"
 
 
 def open_channel(address: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
@@ -102,7 +104,7 @@ def refusal_of(error: grpc.aio.AioRpcError, peer: str = "the agent") -> Refusal:
         except (DecodeError, msgspec.ValidationError):
             pass  # A newer peer's reason: the status still says enough.
     code, details = error.code(), error.details() or "no details"
-    if code in _UNREACHABLE:
+    if code in _UNREACHABLE or details == _LOST_WHILE_WRITING:
         return unreachable(f"{peer} cannot be reached ({code.name}: {details})")
     return Refusal(reason=Reason.INTERNAL, message=f"{peer} failed ({code.name}: {details}); see its log")
 

@@ -1,8 +1,8 @@
 """How many bytes a model needs on each device: one pure model that heads choose by and agents admit by.
 
-The formulas are those of llama.cpp's own allocations with flash attention (its default), checked against the sizes that
-it logs: weights and KV cache to the byte, compute buffers between 0 and 11 % too large, never too small. Sliding
-windows, MLA, recurrent states and the terms for GPUs are read from its source and have not been measured.
+The formulas are those of llama.cpp's own allocations, with flash attention (its default). docs/memory-model.md compares
+them with the sizes that the engine logs, for models of a dozen architectures; what no machine here could measure (GPUs,
+other recurrences) is named there.
 """
 
 from bisect import bisect_right
@@ -11,6 +11,8 @@ from itertools import accumulate
 
 from msgspec import Struct
 
+from sollol.compute.device import Part, compute_bytes
+from sollol.compute.scene import Batch
 from sollol.errors import Reason, refuse
 from sollol.report import DeviceKind, DeviceShare, ModelShape
 
@@ -28,7 +30,6 @@ KV_TYPES: dict[str, tuple[int, int]] = {
 }
 CELLS = 256  # the engine rounds the KV cells of a slot up to this
 F32 = 4
-MASK = 2  # the attention mask is f16
 # With two or more GPUs and nothing left on the CPU the engine overlaps batches, and keeps this many copies of the
 # tensors that cross from one device to the next.
 PIPELINE_COPIES = 4
@@ -40,14 +41,27 @@ GPU_MARGIN_BYTES = 512 * 1024**2
 
 
 class _Load(Struct, frozen=True):
-    """What a coordinator shall hold at the same time, and how it is split."""
+    """What a coordinator shall hold at the same time."""
 
     context: int
     parallel: int
     kv_type: str
     ubatch: int
-    copies: int = 1
-    offload_bytes: int = 0
+
+
+class _Place(Struct, frozen=True):
+    """Where layers are, `first` to `stop`, of which the number `shape.layers` stands for the output layer.
+
+    `host`: the coordinator's own memory. `overlapped`: see PIPELINE_COPIES. `on_host`: how many layers are there.
+    """
+
+    device_id: str
+    kind: DeviceKind
+    first: int
+    stop: int
+    host: bool
+    overlapped: bool
+    on_host: int
 
 
 def device_shares(
@@ -61,31 +75,24 @@ def device_shares(
 ) -> tuple[DeviceShare, ...]:
     """What each device holds when whole layers are dealt out in order, the output layer being the last one.
 
-    `layers_per_device`: device id, kind, number of layers. The CPU comes first, even with no layers: the token
-    embeddings and the buffer that answers are read from are always there.
+    `layers_per_device`: device id, kind, number of layers. The coordinator's own CPU comes first, even with no layers:
+    the token embeddings and the buffer that answers are read from are always there. A CPU further on is one that a
+    backend lends.
 
     Raises:
         SollolError: INVALID_REQUEST for an unknown `kv_type` or figures below 1.
         ValueError: the split is not one of this model.
     """
     counts = [count for _, _, count in layers_per_device]
-    kinds = [kind for _, kind, _ in layers_per_device]
     if sum(counts) != shape.layers + 1 or min(counts) < 0:
         raise ValueError(f"{counts} is no split of {shape.layers} layers and the output layer")
-    if kinds[0] is not DeviceKind.CPU or DeviceKind.CPU in kinds[1:]:
-        raise ValueError(f"the CPU, and only one, comes first: {kinds}")
+    if layers_per_device[0][1] is not DeviceKind.CPU:
+        raise ValueError(f"the coordinator's CPU comes first, not {layers_per_device[0][0]}")
     overlapped = counts[0] == 0 and len(counts) - counts.count(0) > 1
-    load = _checked_load(
-        context_per_slot,
-        parallel,
-        kv_type,
-        ubatch,
-        copies=PIPELINE_COPIES if overlapped else 1,
-        offload_bytes=_offload_bytes(shape, range(counts[0])),
-    )
+    load = _checked_load(context_per_slot, parallel, kv_type, ubatch)
     return tuple(
-        _share(shape, load, device_id, kind, range(end - count, end))
-        for (device_id, kind, count), end in zip(layers_per_device, accumulate(counts), strict=True)
+        _share(shape, load, _Place(device_id, kind, end - count, end, at == 0, overlapped, counts[0]))
+        for at, ((device_id, kind, count), end) in enumerate(zip(layers_per_device, accumulate(counts), strict=True))
     )
 
 
@@ -108,12 +115,13 @@ def layers_that_fit(
         SollolError: as `device_shares`.
     """
     every = shape.layers + 1
-    offload = _offload_bytes(shape, range(shape.layers)) if kind is DeviceKind.GPU else 0
-    load = _checked_load(context_per_slot, parallel, kv_type, ubatch, offload_bytes=offload)
+    load = _checked_load(context_per_slot, parallel, kv_type, ubatch)
+    host = kind is DeviceKind.CPU
 
     def needed(count: int) -> int:
-        layers = range(every - count, every) if with_output else range(count)
-        return _share(shape, load, "", kind, layers).total_bytes
+        first, stop = (every - count, every) if with_output else (0, count)
+        on_host = count if host else first
+        return _share(shape, load, _Place("", kind, first, stop, host, overlapped=False, on_host=on_host)).total_bytes
 
     return bisect_right(range(1, (every if with_output else shape.layers) + 1), free_bytes, key=needed)
 
@@ -135,7 +143,7 @@ def kv_bytes(shape: ModelShape, layer: int, *, context_per_slot: int, parallel: 
     """What one layer remembers of `parallel` conversations of `context_per_slot` tokens each."""
     cells = _padded(context_per_slot)
     if shape.sliding_window and shape.sliding_layers[layer]:
-        cells = min(cells, _padded(shape.sliding_window + ubatch))
+        cells = _sliding_cells(shape, cells, ubatch)
     size, block = KV_TYPES[kv_type]
     heads = shape.kv_heads[layer]
     # One row holds the keys, another the values, of all heads; quantized rows are made of whole blocks.
@@ -144,26 +152,21 @@ def kv_bytes(shape: ModelShape, layer: int, *, context_per_slot: int, parallel: 
     return parallel * (cells * row + recurrent)
 
 
-def _checked_load(
-    context: int, parallel: int, kv_type: str, ubatch: int, *, copies: int = 1, offload_bytes: int = 0
-) -> _Load:
+def _checked_load(context: int, parallel: int, kv_type: str, ubatch: int) -> _Load:
     if kv_type not in KV_TYPES:
         raise refuse(Reason.INVALID_REQUEST, f"kv_type {kv_type[:20]!a} is none of {', '.join(KV_TYPES)}")
     for name, figure in (("context_per_slot", context), ("parallel", parallel), ("ubatch", ubatch)):
         if figure < 1:
             raise refuse(Reason.INVALID_REQUEST, f"{name} is {figure}, must be at least 1")
-    return _Load(context, parallel, kv_type, ubatch, copies, offload_bytes)
+    return _Load(context, parallel, kv_type, ubatch)
 
 
-def _share(shape: ModelShape, load: _Load, device_id: str, kind: DeviceKind, layers: range) -> DeviceShare:
-    """`layers`: those held; the number `shape.layers` stands for the output layer."""
-    if kind is DeviceKind.GPU and not layers:
-        return DeviceShare(device_id=device_id, layers=0)
-    repeating = range(layers.start, min(layers.stop, shape.layers))
-    has_output = layers.stop > shape.layers and len(layers) > 0
-    weights = sum(shape.layer_bytes[at] for at in repeating) + (shape.output_bytes if has_output else 0)
-    if kind is DeviceKind.CPU:
-        weights += shape.embedding_bytes
+def _share(shape: ModelShape, load: _Load, place: _Place) -> DeviceShare:
+    count = place.stop - place.first
+    if not count and not place.host:
+        return DeviceShare(device_id=place.device_id, layers=0)
+    repeating = range(place.first, min(place.stop, shape.layers))
+    weights = _weight_bytes(shape, place, repeating)
     kv = sum(
         kv_bytes(
             shape,
@@ -175,11 +178,13 @@ def _share(shape: ModelShape, load: _Load, device_id: str, kind: DeviceKind, lay
         )
         for at in repeating
     )
-    compute = _compute_bytes(shape, load, kind, holds_layers=bool(layers), has_output=has_output)
-    margin = CPU_MARGIN_BYTES if kind is DeviceKind.CPU else GPU_MARGIN_BYTES
+    compute = _compute_bytes(shape, load, place)
+    margin = CPU_MARGIN_BYTES if place.kind is DeviceKind.CPU else GPU_MARGIN_BYTES
+    if place.kind is DeviceKind.CPU and not place.host:
+        margin += max(0, _arriving_bytes(shape, place, repeating) - kv - compute)
     return DeviceShare(
-        device_id=device_id,
-        layers=len(layers),
+        device_id=place.device_id,
+        layers=count,
         first_layer=repeating.start if repeating else None,
         last_layer=repeating.stop - 1 if repeating else None,
         weight_bytes=weights,
@@ -190,21 +195,55 @@ def _share(shape: ModelShape, load: _Load, device_id: str, kind: DeviceKind, lay
     )
 
 
-def _compute_bytes(shape: ModelShape, load: _Load, kind: DeviceKind, *, holds_layers: bool, has_output: bool) -> int:
-    """Buffers for one micro-batch: the widest moment of a layer, the attention mask, copies, and what the kind adds."""
-    embedding = max(shape.embedding_length, shape.heads * shape.key_length)
-    logits = F32 * load.parallel * shape.vocabulary
-    widest = F32 * load.ubatch * shape.embedding_length  # the embedded tokens
-    if holds_layers:
-        widest = F32 * load.ubatch * (4 * embedding + 3 * shape.feed_forward_length)
-        if shape.experts_used:  # every chosen expert answers in full width before the answers are added up
-            widest += F32 * load.ubatch * shape.experts_used * shape.embedding_length
+def _weight_bytes(shape: ModelShape, place: _Place, repeating: range) -> int:
+    weights = sum(shape.layer_bytes[at] for at in repeating)
+    has_output = place.stop > place.first and place.stop > shape.layers
     if has_output:
-        widest = max(widest, logits)  # in memory that the layers are done with
-    total = widest + load.copies * load.ubatch * MASK * _padded(load.context)
-    if load.copies > 1:
-        total += load.copies * load.ubatch * F32 * shape.embedding_length
-    return total + (logits if kind is DeviceKind.CPU else load.offload_bytes)
+        weights += shape.output_bytes
+    if place.host:
+        weights += shape.embedding_bytes
+        if has_output:
+            weights -= shape.tied_bytes  # one and the same tensor
+    return weights
+
+
+def _arriving_bytes(shape: ModelShape, place: _Place, repeating: range) -> int:
+    """A backend receives each tensor in a buffer of its own, before there are KV cache and compute buffer.
+
+    The largest of a layer has under half of it.
+    """
+    output = shape.output_bytes if place.stop > shape.layers else 0
+    return max(output, *(shape.layer_bytes[at] // 2 for at in repeating), 0)
+
+
+def _compute_bytes(shape: ModelShape, load: _Load, place: _Place) -> int:
+    """The buffer for one micro-batch, on the host also the one that answers are read from."""
+    cells = _padded(load.context)
+    tokens = min(cells * load.parallel, load.ubatch)
+    batch = Batch(
+        tokens=-(-tokens // load.parallel) * load.parallel,  # the same number from every sequence
+        sequences=load.parallel,
+        cells=cells,
+        sliding_cells=_sliding_cells(shape, cells, load.ubatch),
+        quantized_kv=KV_TYPES[load.kv_type][1] > 1,
+        f32_kv=load.kv_type == "f32",
+    )
+    part = Part(
+        first=place.first,
+        stop=place.stop,
+        on_cpu=place.host,
+        after_cpu=place.first == place.on_host,
+        all_offloaded=not place.on_host,
+        copies=PIPELINE_COPIES if place.overlapped else 1,
+    )
+    compute = compute_bytes(shape, batch, part)
+    if place.host:
+        return compute + F32 * load.parallel * shape.vocabulary
+    return compute + (_offload_bytes(shape, range(place.on_host)) if place.kind is DeviceKind.GPU else 0)
+
+
+def _sliding_cells(shape: ModelShape, cells: int, ubatch: int) -> int:
+    return min(cells, _padded(shape.sliding_window + ubatch)) if shape.sliding_window else cells
 
 
 def _offload_bytes(shape: ModelShape, on_cpu: range) -> int:

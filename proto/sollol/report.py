@@ -86,6 +86,12 @@ class ModelShape(Struct, frozen=True, kw_only=True):
     experts_used: int = 0
     expert_bytes: tuple[int, ...] = ()
     recurrent_bytes: tuple[int, ...] = ()
+    tied_bytes: int = 0
+    expert_feed_forward_length: int = 0
+    inner_length: int = 0
+    state_length: int = 0
+    group_count: int = 0
+    step_rank: int = 0
 
 
 class Model(Struct, frozen=True, kw_only=True):

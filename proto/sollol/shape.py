@@ -7,8 +7,21 @@ decides by architecture (which layers slide, which are recurrent) is in the tabl
 import re
 from collections.abc import Iterable, Sequence
 
+from sollol.architectures import (
+    BOTH_IN_EVERY_LAYER,
+    DEFAULT_WINDOWS,
+    FULL_ATTENTION_INTERVALS,
+    IGNORED_WINDOWS,
+    KV_LAYERS_FROM_START,
+    LIGHTNING_ATTENTION,
+    RECURRENT,
+    REPACKED,
+    SLIDING_PERIODS,
+    SLIDING_PERIODS_DENSE_FIRST,
+)
 from sollol.errors import Reason, SollolError, refuse
 from sollol.gguf import Header, Skipped, TensorInfo, Value
+from sollol.gguf_tables import TENSOR_TYPES
 from sollol.names import quoted
 from sollol.report import ModelShape
 
@@ -17,30 +30,6 @@ LARGEST_FIGURE = 1 << 31
 WIDEST = 1 << 20  # of one layer: the widest models today have 1 << 16; more would overflow every sum made of it
 F32 = 4
 
-# Period of the sliding layers where the file does not say: all but the last of each period slide.
-SLIDING_PERIODS = {
-    "afmoe": 4,
-    "cohere2": 4,
-    "exaone-moe": 4,
-    "gemma-embedding": 6,
-    "gemma2": 2,
-    "gemma3": 6,
-    "gemma3n": 5,
-    "gpt-oss": 2,
-    "llama4": 4,
-    "mellum": 4,
-    "olmo2": 4,
-    "plamo3": 8,
-}
-# All but the first of each period slide.
-SLIDING_PERIODS_DENSE_FIRST = {"cohere2moe": 4, "laguna": 4, "modern-bert": 3, "smallthinker": 4}
-DEFAULT_WINDOWS = {"gemma2": 4096, "llama4": 8192}
-IGNORED_WINDOWS = frozenset({"phi3"})  # the engine keeps everything
-RECURRENT = frozenset({"mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7"})
-BOTH_IN_EVERY_LAYER = frozenset({"falcon-h1"})
-FULL_ATTENTION_INTERVALS = {"qwen3next": 4, "qwen35": 4, "qwen35moe": 4, "minimax-01": 8}
-LIGHTNING_ATTENTION = frozenset({"minimax-01"})  # a state of key length squared for every head
-KV_LAYERS_FROM_START = {"gemma3n": 20}  # the later ones use the caches of earlier ones
 NOT_LANGUAGE_MODELS = frozenset({"clip", "wavtokenizer-dec"})
 ADDITIONS = frozenset({"adapter", "mmproj"})
 
@@ -146,6 +135,12 @@ def shape_of(headers: Sequence[Header]) -> ModelShape:
         experts_used=min(metadata.figure("expert_used_count"), experts),
         expert_bytes=expert_bytes if experts else (),
         recurrent_bytes=_recurrent_bytes(metadata, recurrent),
+        tied_bytes=_tied_bytes(tensor for tensor in tensors if TENSOR_TYPES[tensor.type][0] not in REPACKED),
+        expert_feed_forward_length=_expert_feed_forward_length(metadata),
+        inner_length=metadata.figure("ssm.inner_size"),
+        state_length=metadata.figure("ssm.state_size"),
+        group_count=metadata.figure("ssm.group_count"),
+        step_rank=metadata.figure("ssm.time_step_rank", metadata.figure("attention.decay_lora_rank")),
     )
     _check_widths(metadata, shape)
     return shape
@@ -201,16 +196,25 @@ def _bytes_outside_layers(tensors: Iterable[TensorInfo]) -> tuple[int, int]:
     outside = {tensor.name: tensor.size_bytes for tensor in tensors if not _LAYER.match(tensor.name)}
     host = sum(size for name, size in outside.items() if _STAYS_ON_HOST.match(name))
     output = sum(outside.values()) - host
-    if "output.weight" not in outside:  # the engine uses a copy of the embeddings
-        output += outside.get("token_embd.weight", 0)
-    return host, output
+    return host, output + _tied_bytes(tensors)
+
+
+def _tied_bytes(tensors: Iterable[TensorInfo]) -> int:
+    """Without an output head the engine uses the token embeddings: a copy of them, where they are not themselves."""
+    sizes = {tensor.name: tensor.size_bytes for tensor in tensors if not _LAYER.match(tensor.name)}
+    return 0 if "output.weight" in sizes else sizes.get("token_embd.weight", 0)
 
 
 def _feed_forward_length(metadata: _Metadata) -> int:
     """The widest that one token gets in a layer: with experts, all the chosen ones together."""
     dense = metadata.figure("feed_forward_length")
-    used = metadata.figure("expert_used_count")
-    return max(dense, used * metadata.figure("expert_feed_forward_length", dense))
+    return max(dense, metadata.figure("expert_used_count") * _expert_feed_forward_length(metadata))
+
+
+def _expert_feed_forward_length(metadata: _Metadata) -> int:
+    if not metadata.figure("expert_count"):
+        return 0
+    return metadata.figure("expert_feed_forward_length", metadata.figure("feed_forward_length"))
 
 
 def _longest(metadata: _Metadata, name: str, head_size: int) -> int:

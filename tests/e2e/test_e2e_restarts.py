@@ -76,12 +76,14 @@ async def test_requests_while_the_only_agent_is_away_are_told_so_in_time(cluster
     cluster.processes["node"].kill()
     cluster.processes["node"].wait()
 
-    status, answer = await asyncio.wait_for(cluster.post("/v1/completions", {"model": RECITER, "prompt": "x"}), 20)
+    try:
+        status, answer = await asyncio.wait_for(cluster.post("/v1/completions", {"model": RECITER, "prompt": "x"}), 20)
 
-    assert status == 503
-    assert answer["error"]["retry"] == "RETRYABLE"
-    assert await cluster.get("/healthz") == 200
-    engine.kill()  # its agent does not come back in this test
+        assert status == 503, answer
+        assert answer["error"]["retry"] == "RETRYABLE"
+        assert await cluster.get("/healthz") == 200
+    finally:
+        engine.kill()  # its agent does not come back in this test
 
 
 async def test_a_stopped_agent_takes_its_engines_along_and_is_not_listed_any_more(cluster):

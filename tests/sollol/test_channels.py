@@ -1,3 +1,5 @@
+import asyncio
+
 import grpc
 import grpc.aio
 import pytest
@@ -73,6 +75,38 @@ def error_with(code, trailers=()):
 @pytest.mark.parametrize("trailers", [(), (("sollol-refusal-bin", b"\xff\xff"),), (("sollol-refusal-bin", b""),)])
 def test_a_bug_of_the_peer_is_internal_even_with_unreadable_trailers(trailers):
     assert refusal_of(error_with(grpc.StatusCode.UNKNOWN, trailers)).reason is Reason.INTERNAL
+
+
+async def test_a_connection_lost_in_the_middle_of_a_write_is_agent_unreachable_and_no_bug(tmp_path):
+    reasons = {await reason_of_a_write_to_a_lost_server(f"unix:{tmp_path}/{number}") for number in range(20)}
+
+    assert reasons - {None} == {Reason.AGENT_UNREACHABLE}
+
+
+async def reason_of_a_write_to_a_lost_server(address):
+    """None when gRPC noticed the loss before the write did, which is a matter of luck."""
+
+    class Servicer(agent_pb2_grpc.AgentServiceServicer):
+        async def Relay(self, request_iterator, context):  # noqa: N802 - gRPC's name
+            await asyncio.Event().wait()
+
+    server = new_server()
+    agent_pb2_grpc.add_AgentServiceServicer_to_server(Servicer(), server)
+    server.add_insecure_port(address)
+    await server.start()
+    async with open_channel(address) as channel:
+        call = agent_pb2_grpc.AgentServiceStub(channel).Relay()
+        await call.write(agent_pb2.RelayRequest())
+        stopping = asyncio.create_task(server.stop(0))
+        try:
+            while True:
+                await call.write(agent_pb2.RelayRequest())
+        except asyncio.InvalidStateError:
+            return None
+        except grpc.aio.AioRpcError as error:
+            return refusal_of(error).reason
+        finally:
+            await stopping
 
 
 async def test_two_servers_cannot_share_a_port():

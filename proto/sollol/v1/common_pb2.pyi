@@ -409,6 +409,12 @@ class ModelShape(google.protobuf.message.Message):
     EXPERTS_USED_FIELD_NUMBER: builtins.int
     EXPERT_BYTES_FIELD_NUMBER: builtins.int
     RECURRENT_BYTES_FIELD_NUMBER: builtins.int
+    TIED_BYTES_FIELD_NUMBER: builtins.int
+    EXPERT_FEED_FORWARD_LENGTH_FIELD_NUMBER: builtins.int
+    INNER_LENGTH_FIELD_NUMBER: builtins.int
+    STATE_LENGTH_FIELD_NUMBER: builtins.int
+    GROUP_COUNT_FIELD_NUMBER: builtins.int
+    STEP_RANK_FIELD_NUMBER: builtins.int
     architecture: builtins.str
     layers: builtins.int
     embedding_length: builtins.int
@@ -425,6 +431,19 @@ class ModelShape(google.protobuf.message.Message):
     sliding_window: builtins.int
     experts: builtins.int
     experts_used: builtins.int
+    tied_bytes: builtins.int
+    """Part of output_bytes that is the token embeddings once more, and not needed where the embeddings are. 0 where the
+    engine keeps a repacked copy.
+    """
+    expert_feed_forward_length: builtins.int
+    """Of one expert, 0 without experts; feed_forward_length is that of all chosen ones together."""
+    inner_length: builtins.int
+    """Of recurrent layers: inner width, state per channel, groups that share inputs to the state, and the rank (Mamba) or
+    number of heads (Mamba 2) of the time step, or the rank of the decay (RWKV 7).
+    """
+    state_length: builtins.int
+    group_count: builtins.int
+    step_rank: builtins.int
     @property
     def kv_heads(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """One entry per layer, 0 for a layer without attention."""
@@ -467,8 +486,14 @@ class ModelShape(google.protobuf.message.Message):
         experts_used: builtins.int = ...,
         expert_bytes: collections.abc.Iterable[builtins.int] | None = ...,
         recurrent_bytes: collections.abc.Iterable[builtins.int] | None = ...,
+        tied_bytes: builtins.int = ...,
+        expert_feed_forward_length: builtins.int = ...,
+        inner_length: builtins.int = ...,
+        state_length: builtins.int = ...,
+        group_count: builtins.int = ...,
+        step_rank: builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["architecture", b"architecture", "context_length", b"context_length", "embedding_bytes", b"embedding_bytes", "embedding_length", b"embedding_length", "expert_bytes", b"expert_bytes", "experts", b"experts", "experts_used", b"experts_used", "feed_forward_length", b"feed_forward_length", "heads", b"heads", "key_length", b"key_length", "kv_heads", b"kv_heads", "layer_bytes", b"layer_bytes", "layers", b"layers", "output_bytes", b"output_bytes", "recurrent_bytes", b"recurrent_bytes", "sliding_layers", b"sliding_layers", "sliding_window", b"sliding_window", "value_length", b"value_length", "vocabulary", b"vocabulary"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["architecture", b"architecture", "context_length", b"context_length", "embedding_bytes", b"embedding_bytes", "embedding_length", b"embedding_length", "expert_bytes", b"expert_bytes", "expert_feed_forward_length", b"expert_feed_forward_length", "experts", b"experts", "experts_used", b"experts_used", "feed_forward_length", b"feed_forward_length", "group_count", b"group_count", "heads", b"heads", "inner_length", b"inner_length", "key_length", b"key_length", "kv_heads", b"kv_heads", "layer_bytes", b"layer_bytes", "layers", b"layers", "output_bytes", b"output_bytes", "recurrent_bytes", b"recurrent_bytes", "sliding_layers", b"sliding_layers", "sliding_window", b"sliding_window", "state_length", b"state_length", "step_rank", b"step_rank", "tied_bytes", b"tied_bytes", "value_length", b"value_length", "vocabulary", b"vocabulary"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ModelShape: typing_extensions.TypeAlias = ModelShape

@@ -1,0 +1,65 @@
+"""What an engine's log says of the memory that it has taken, per device. Pure."""
+
+import re
+from collections.abc import Iterable
+
+from msgspec import Struct
+
+MIB = 1024**2
+HOST = "CPU"
+# The engine begins each attempt at loading with it. Before the last one it may have logged sizes of attempts.
+BEGINNING = "loading model tensors"
+
+# `RPC0[192.168.1.20:7500] model buffer size = 1.50 MiB`: backends are known by their address, since the number counts
+# the devices of one backend only. The sizes of what is made on GPUs but lies on the host (`CUDA_Host`) are the host's.
+_SIZE = re.compile(r"(\S+) +(model|KV|RS|compute|output) buffer size = +(\d+\.\d\d) MiB", re.ASCII)
+_BACKEND = re.compile(r"RPC\d+\[(.+)\]", re.ASCII)
+_ON_HOST = re.compile(r"CPU|.*_(?:Host|Mapped)$", re.ASCII)
+
+
+class Buffers(Struct, kw_only=True):
+    """Bytes on one device, each line of the log rounded to 0.01 MiB.
+
+    `mapped`: part of the model's file that is in memory only as long as there is room; all of the model, when no other
+    memory was taken for it, otherwise also the originals of what was copied (repacked).
+    """
+
+    model: int = 0
+    mapped: int = 0
+    kv: int = 0
+    compute: int = 0
+    lines: int = 0
+
+    @property
+    def rounding(self) -> int:
+        """How far the sum may be from the truth."""
+        return self.lines * MIB // 200 + 1
+
+
+def logged_buffers(lines: Iterable[str]) -> dict[str, Buffers]:
+    """Buffers by device: "CPU", an address of a backend, or the engine's name of a local GPU.
+
+    Recurrent states count as KV, and the buffer that answers are read from as compute, as the memory model does.
+    """
+    found: dict[str, Buffers] = {}
+    for line in lines:
+        if BEGINNING in line:
+            found = {}
+        elif size := _SIZE.search(line):
+            device, kind = _device(size[1]), _kind(size[1], size[2])
+            buffers = found.setdefault(device, Buffers())
+            setattr(buffers, kind, getattr(buffers, kind) + round(float(size[3]) * MIB))
+            buffers.lines += 1
+    return found
+
+
+def _device(name: str) -> str:
+    if backend := _BACKEND.fullmatch(name):
+        return backend[1]
+    return HOST if _ON_HOST.match(name) else name
+
+
+def _kind(name: str, logged: str) -> str:
+    if logged == "model":
+        return "mapped" if name.endswith("_Mapped") else "model"
+    return {"KV": "kv", "RS": "kv", "compute": "compute", "output": "compute"}[logged]
