@@ -8,13 +8,19 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import permutations
 from math import inf
+from typing import NamedTuple
 
 from sollol.memory import CPU_MARGIN_BYTES, GPU_MARGIN_BYTES, bytes_read_per_token, device_shares
 from sollol.report import Device, DeviceKind, ModelShape, NodeStatus
 
 from sollold.placement.links import Links
 
-Slot = tuple[int, int]  # node, device
+
+class Problem(NamedTuple):
+    shape: ModelShape
+    nodes: Sequence[NodeStatus]
+    load: tuple[int, int]  # context per slot, parallel
+    links: Links
 
 
 @lru_cache(maxsize=200_000)
@@ -37,31 +43,28 @@ def shares(shape, split, load):
     return device_shares(shape, split, context_per_slot=context, parallel=parallel, kv_type="f16", ubatch=512)
 
 
-def best_ms(
-    shape: ModelShape, nodes: Sequence[NodeStatus], coordinators: Sequence[int], load: tuple[int, int], links: Links
-) -> float:
+def best_ms(problem: Problem, coordinators: Sequence[int]) -> float:
     """The least milliseconds per token of any plan that uses a second node; infinite when none fits."""
-    return min((_best_for(shape, nodes, own, load, links) for own in coordinators), default=inf)
+    return min((_best_for(problem, own) for own in coordinators), default=inf)
 
 
-def _best_for(shape, nodes, own, load, links) -> float:
+def _best_for(problem: Problem, own: int) -> float:
+    nodes = problem.nodes
     groups = [[(own, 0)], *([(at, rank) for rank in _ranks(node)] for at, node in enumerate(nodes) if at != own)]
     local = [(own, rank) for rank in _ranks(nodes[own]) if rank]
     best = inf
     for order in permutations(groups):
         slots = [slot for group in order for slot in group] + local
-        for counts in compositions(shape.layers + 1, len(slots)):
-            best = min(
-                best, _cost(shape, nodes, own, [(s, c) for s, c in zip(slots, counts, strict=True) if c], load, links)
-            )
+        for counts in compositions(problem.shape.layers + 1, len(slots)):
+            dealt = [(slot, count) for slot, count in zip(slots, counts, strict=True) if count]
+            if any(at != own for (at, _), _ in dealt):
+                best = min(best, _cost(problem, own, dealt))
     return best
 
 
-def _cost(shape, nodes, own, dealt, load, links) -> float:
-    if all(at == own for (at, _), _ in dealt):
-        return inf
-    alone = len(dealt) == 1
-    host = {own: shares(shape, _bare(shape, alone=alone), load)[0].total_bytes}
+def _cost(problem: Problem, own: int, dealt: list[tuple[tuple[int, int], int]]) -> float:
+    shape, nodes, load, links = problem
+    host = {own: _coordinator_bytes(shape, load, alone=len(dealt) == 1)}
     total, stop, hops, last = 0.0, 0, {}, dealt[-1][0]
     for (at, rank), count in dealt:
         first, stop = stop, stop + count
@@ -92,9 +95,11 @@ def _receiving(shape):
     return CPU_MARGIN_BYTES + max(max(shape.layer_bytes) // 2, shape.output_bytes)
 
 
-def _bare(shape, *, alone):
+@lru_cache(maxsize=1000)
+def _coordinator_bytes(shape: ModelShape, load: tuple[int, int], *, alone: bool) -> int:
     counts = [shape.layers + 1] if alone else [1, shape.layers]
-    return [("c", DeviceKind.CPU, 0), *((f"{count}", DeviceKind.GPU, count) for count in counts)]
+    split = [("c", DeviceKind.CPU, 0), *((f"{count}", DeviceKind.GPU, count) for count in counts)]
+    return shares(shape, split, load)[0].total_bytes
 
 
 def speed(device: Device, cpu: Device) -> float:

@@ -32,12 +32,13 @@ class Limits(Struct, frozen=True, kw_only=True):
 class Record:
     """The plans in hand, over all coordinators; `solo_ms` is what the best single node takes."""
 
-    def __init__(self, limits: Limits, solo_ms: float | None) -> None:
+    def __init__(self, limits: Limits, solo_ms: float | None, steps: int) -> None:
         self.limits = limits
+        self.steps_left = steps
+        self.exhausted = True  # whether every plan was looked at, or known to be no better
         limit = inf if solo_ms is None else solo_ms / EQUAL_WITHIN
         self._at_most = [limit] * (limits.max_nodes + 1)  # the least cost with so many nodes or fewer
         self._found: list[Found] = []
-        self.tried = 0
 
     def promising(self, bound_ms: float, nodes: int) -> bool:
         at_most = self._at_most

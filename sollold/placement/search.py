@@ -7,10 +7,10 @@ partial plans with full devices at each step. Where layers or devices are few, a
 fewer layers on a device too.
 
 Left out are partial plans that cannot end better than one in hand with as few nodes (a linear relaxation says so) and,
-in the sweep, devices that another free one beats in speed, room and distance alike. After `MOST_TRIED` steps the best
-so far is taken. On clusters of a few nodes and models of a few layers the search ends before, with the best plan there
-is. Over 8 and 16 unequal nodes with 80 layers and hardly enough memory, 42 clusters, it came within 4.3 % of the best
-plan that any wider search found.
+in the sweep, devices that another free one beats in speed, room and distance alike. After as many steps as the record
+allows, the best so far is taken. On clusters of a few nodes and models of a few layers the search ends before, with the
+best plan there is. Over 8 and 16 unequal nodes with 80 layers and hardly enough memory, 42 clusters, it came within
+4.3 % of the best plan that any wider search found.
 """
 
 from bisect import bisect_left
@@ -25,7 +25,6 @@ from sollold.placement.found import Found, Origin, Record
 from sollold.placement.lenders import Unit
 from sollold.placement.needs import Needs
 
-MOST_TRIED = 1500  # 5 to 10 microseconds each
 MAX_DEVICES = 15  # beside the CPU: the engine asserts it
 FEW_LAYERS = 13
 FEW_UNITS = 6
@@ -82,10 +81,12 @@ class Search:
             self._thorough = True
             self._beaten_by = self._twins
             self._extend(self._start, 0.0)
+        if self._needs.every > FEW_LAYERS or self._record.steps_left <= 0:
+            self._record.exhausted = False
 
     def _sweep(self) -> None:
         states = [self._start]
-        while states and self._record.tried < MOST_TRIED:
+        while states and self._record.steps_left > 0:
             best: dict[int, tuple[float, int, int, int]] = {}  # of plans with the same units the order matters little
             for place, state in enumerate(states):
                 for bound, at, first in self._ways_on(state):
@@ -101,7 +102,7 @@ class Search:
     def _extend(self, state: State, bound: float) -> None:
         record = self._record
         key = (state.used, state.stop, None if state.last is None else state.last.group)
-        if record.tried >= MOST_TRIED or self._seen.get(key, inf) <= bound:
+        if record.steps_left <= 0 or self._seen.get(key, inf) <= bound:
             return
         self._seen[key] = bound
         for least, at, first in sorted(self._ways_on(state)):
@@ -141,7 +142,7 @@ class Search:
         nodes = state.nodes + (unit.at != self._own and not joined)
         used = state.used | 1 << at
         for first in self._firsts(state, unit, joined=joined):
-            self._record.tried += 1
+            self._record.steps_left -= 1
             bound = self._cost_ms(state, unit, first, joined=joined) + self._rest_ms(used, first)
             if self._record.promising(bound, nodes + self._more_nodes(first, unit)):
                 yield bound, first

@@ -21,8 +21,14 @@ from sollold.placement.job import Job
 from sollold.placement.layout import Load, bandwidth
 from sollold.placement.lenders import Place, Unit, coordinators, lenders, units_for
 from sollold.placement.needs import Holding, Needs, needs_for
-from sollold.placement.search import MOST_TRIED, Search
+from sollold.placement.search import FEW_LAYERS, Search
 
+# Partial plans to look at, 5 to 10 microseconds each: over the whole cluster, then over the nodes of the best plan.
+# Where layers are few a plan that is one off is far off, and where devices are few all plans can be looked at.
+MOST_STEPS = 1200
+MOST_STEPS_AGAIN = 600
+MORE_FOR_FEW = 4
+FEW_DEVICES = 12
 MOST_CHECKED = 8  # plans that the search found and the memory model may refuse
 
 
@@ -71,35 +77,37 @@ class _Cluster:
     def best(self, able: Sequence[int], solo_ms: float | None) -> Split | None:
         """`able`: the places of the nodes that may run the coordinator, those that win a tie first."""
         borrowed = lenders(self._job, self._nodes)
-        record = Record(self._limits, solo_ms)
+        record = Record(self._limits, solo_ms, MOST_STEPS * self._more(able[0], borrowed))
         for order, at in enumerate(able):
-            self._search_from(Origin(at, order), borrowed, record)
+            origin = Origin(at, order)
+            self._search(origin, self._units(origin, borrowed), record)
         for found in record.ranked()[:MOST_CHECKED]:
-            split = self._split(self._thinned(found) if record.tried >= MOST_TRIED else found)
+            split = self._split(found if record.exhausted else self._again(found, borrowed))
             if split is not None:
                 return split
         return None
 
-    def _search_from(self, origin: Origin, borrowed: Sequence[Place], record: Record) -> None:
-        needs = self._needs(origin.at)
-        if self._free(origin.at) >= needs.coordinator_bytes_alone:
-            units = units_for(self._job, needs, self._nodes, origin.at, borrowed)
-            self._search(origin, units, record)
+    def _units(self, origin: Origin, borrowed: Sequence[Place]) -> list[Unit]:
+        return units_for(self._job, self._needs(origin.at), self._nodes, origin.at, borrowed)
 
     def _search(self, origin: Origin, units: Sequence[Unit], record: Record) -> None:
-        needs = self._needs(origin.at)
-        own_left = self._free(origin.at) - needs.coordinator_bytes
-        Search(needs, units, record, origin, own_left=own_left).run()
+        needs, free = self._needs(origin.at), self._free(origin.at)
+        if free >= needs.coordinator_bytes_alone:
+            Search(needs, units, record, origin, own_left=free - needs.coordinator_bytes).run()
 
-    def _thinned(self, found: Found) -> Found:
-        """The same plan without any node that makes it slower: a search that was cut short may have kept one."""
+    def _again(self, found: Found, borrowed: Sequence[Place]) -> Found:
+        """The best plan on the same nodes, or all of them but one: a search that was cut short may have missed it."""
         origin = found.origin
         while True:
-            record = Record(self._limits, found.cost_ms * EQUAL_WITHIN)
-            for without in sorted({unit.at for unit, _ in found.path if unit.at != origin.at}):
-                self._search(origin, [unit for unit, _ in found.path if unit.at != without], record)
+            taking_part = {unit.at for unit, _ in found.path} | {origin.at}
+            units = [unit for unit in self._units(origin, borrowed) if unit.at in taking_part]
+            record = Record(self._limits, found.cost_ms * EQUAL_WITHIN, 0)
+            ways = (None, *sorted(taking_part - {origin.at}))
+            for without in ways:
+                record.steps_left = MOST_STEPS_AGAIN * self._more(origin.at, borrowed) // len(ways)
+                self._search(origin, [unit for unit in units if unit.at != without], record)
             better = record.ranked()
-            if not better:
+            if not better or better[0].cost_ms >= found.cost_ms:
                 return found
             found = better[0]
 
@@ -170,6 +178,10 @@ class _Cluster:
 
     def _free(self, at: int) -> int:
         return self._nodes[at].report.devices[0].free_bytes
+
+    def _more(self, at: int, borrowed: Sequence[Place]) -> int:
+        few = self._needs(at).every <= FEW_LAYERS and len(borrowed) <= FEW_DEVICES
+        return MORE_FOR_FEW if few else 1
 
     def _needs(self, at: int) -> Needs:
         return _needs(self._job, self._models[at])
