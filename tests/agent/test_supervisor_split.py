@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import aiohttp
@@ -33,8 +33,9 @@ REAL = Limits(start_timeout_s=30, stop_grace_s=5, gone_after_s=0.5, freeze_poll_
 
 
 @pytest.fixture
-def site(engine_binary: Path) -> BackendSite:
-    return site_of(engine_binary.parent / "ggml-rpc-server")
+def site(engine_binary: Path, ports: Callable[[], int]) -> BackendSite:
+    first = ports()
+    return site_of(engine_binary.parent / "ggml-rpc-server", ports=range(first, first + 40))
 
 
 @pytest.fixture
@@ -305,8 +306,8 @@ async def test_no_free_port_at_all_is_said(tmp_path: Path, engine_binary: Path) 
     assert refused.value.refusal.reason is Reason.PORT_TAKEN
 
 
-async def test_a_backend_without_a_port_for_its_forwarder_says_so_and_ends(tmp_path: Path, engine_binary: Path) -> None:
-    site = site_of(engine_binary.parent / "ggml-rpc-server", ports=range(17_711, 17_712))
+async def test_a_backend_without_a_port_for_its_forwarder_says_so_and_ends(tmp_path: Path, site: BackendSite) -> None:
+    site = msgspec.structs.replace(site, ports=site.ports[:1])
     async with supervising(tmp_path, fake_engine(), limits=REAL, site=site) as supervisor:
         with pytest.raises(SollolError) as refused:
             await lend(supervisor, "b1")
