@@ -6,18 +6,25 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.network import Host, network
+import msgspec
+
+from tests.cluster.ask import Answer, Question
+from tests.cluster.network import Host, network, processes_in
 
 HEAD = "192.168.1.10"
-ADDRESSES = (HEAD, "192.168.1.20", "192.168.1.21", "192.168.1.22")
+LARGE = "192.168.1.20"
+ADDRESSES = (HEAD, LARGE, "192.168.1.21", "192.168.1.22")
 REDIS_PORT = 6379
 AGENT_PORT = 7462
 UP_WITHIN_S = 30.0
+ENGINES = ("llama-server", "ggml-rpc-server")
+FORWARDER = "agent.forwarder"
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -37,7 +44,15 @@ class Cluster:
         done = self.sollol("nodes", "--json")
         return json.loads(done.stdout)["nodes"] if done.returncode == 0 else []
 
-    def start_agent(self, address: str, *, caps: Mapping[str, int], model_dirs: tuple[str, ...], engine: str) -> None:
+    def start_agent(
+        self,
+        address: str,
+        *,
+        caps: Mapping[str, int],
+        model_dirs: tuple[str, ...],
+        engine: str,
+        more: Sequence[str] = (),
+    ) -> None:
         flags = [
             *("--node-id", f"node-{address.rsplit('.', 1)[1]}", "--host", address, "--listen", address, "--insecure"),
             *("--redis-url", f"redis://{HEAD}:{REDIS_PORT}/0", "--engine", engine, "--threads", "1"),
@@ -48,13 +63,43 @@ class Cluster:
             flags += ["--model-dirs", directory]
         for device, cap_bytes in caps.items():
             flags += ["--caps", f"{device}={cap_bytes}"]
-        self._start(address, address, "agent", *flags)
+        self._start(address, address, "agent", *flags, *more)
 
-    def start_head(self, *flags: str) -> None:
+    def start_head(self, *flags: str, host: str = HEAD, name: str = "head") -> None:
         self._start(
-            "head", HEAD, "sollold", "--listen", HEAD, "--host", HEAD, "--insecure", "--log-format", "json",
+            name, host, "sollold", "--listen", host, "--host", host, "--insecure", "--log-format", "json",
             "--redis-url", f"redis://{HEAD}:{REDIS_PORT}/0", *flags,
         )  # fmt: skip
+
+    def ask(self, questions: Sequence[Question], *, timeout_s: float = 90.0) -> list[Answer]:
+        """Ask all at once, each its own head, and wait for all answers."""
+        asked = self.hosts[HEAD].run(
+            sys.executable, "-m", "tests.cluster.ask",
+            timeout_s=timeout_s, cwd=ROOT, input=msgspec.json.encode(questions).decode(),
+        )  # fmt: skip
+        assert asked.returncode == 0, asked.stderr
+        return msgspec.json.decode(asked.stdout, type=list[Answer])
+
+    def engines(self) -> dict[str, list[str]]:
+        """Command lines of engines, lending processes and forwarders that run, by address."""
+        found = {address: list(_engines_in(host.namespace)) for address, host in self.hosts.items()}
+        return {address: running for address, running in found.items() if running}
+
+    def reserved(self) -> dict[str, list[str]]:
+        """Pools with a reservation, by node, as the head sees it."""
+        held = {
+            node["report"]["node_id"]: [item["pool_id"] for item in node["report"].get("reservations", ())]
+            for node in self.nodes()
+        }
+        return {node_id: pools for node_id, pools in held.items() if pools}
+
+    def nothing_left(self, within_s: float = 8.0) -> None:
+        """Wait until nothing is reserved anywhere and no engine runs."""
+        await_true(
+            lambda: not self.engines() and not self.reserved(),
+            within_s,
+            lambda: f"nothing is left, but {self.engines()} {self.reserved()}",
+        )
 
     def start_redis(self) -> None:
         log = self.directory / "redis.log"
@@ -80,14 +125,21 @@ class Cluster:
 
 @contextlib.contextmanager
 def seed_cluster(
-    directory: Path, *, caps: Mapping[str, int], model_dir: Path, engine: Path, head_flags: tuple[str, ...] = ()
+    directory: Path,
+    *,
+    caps: Mapping[str, int],
+    model_dir: Path,
+    engine: Path,
+    head_flags: tuple[str, ...] = (),
+    agent_flags: tuple[str, ...] = (),
+    model_hosts: Sequence[str] = (LARGE,),
 ) -> Iterator[Cluster]:
     """Start the whole cluster and yield it once the head sees every node.
 
     Args:
         directory: For logs, states and sockets; keep its path short.
         caps: Address to the most bytes that the agent there may use of its CPU.
-        model_dir: Where the large node (.20) has its models; the other nodes have none.
+        model_dir: Where the nodes of `model_hosts` (the large one, .20) have their models; the others have none.
     """
     with network(ADDRESSES) as hosts:
         cluster = Cluster({host.address: host for host in hosts}, directory)
@@ -95,8 +147,10 @@ def seed_cluster(
             cluster.start_redis()
             cluster.start_head(*head_flags)
             for address in caps:
-                models = (str(model_dir),) if address == "192.168.1.20" else ()
-                cluster.start_agent(address, caps={"CPU": caps[address]}, model_dirs=models, engine=str(engine))
+                models = (str(model_dir),) if address in model_hosts else ()
+                cluster.start_agent(
+                    address, caps={"CPU": caps[address]}, model_dirs=models, engine=str(engine), more=agent_flags
+                )
             await_true(lambda: len(cluster.nodes()) == len(caps), UP_WITHIN_S, "the head sees every node")
             yield cluster
         finally:
@@ -113,8 +167,16 @@ def _stop(cluster: Cluster) -> None:
             process.kill()
 
 
-def await_true(condition: Callable[[], object], within_s: float, what: str) -> None:
+def _engines_in(namespace: str) -> Iterator[str]:
+    for pid in processes_in(namespace):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            program, *arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+            if Path(program).name in ENGINES or FORWARDER in arguments:
+                yield " ".join((program, *arguments))
+
+
+def await_true(condition: Callable[[], object], within_s: float, what: str | Callable[[], str]) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
-        assert time.monotonic() < deadline, f"not within {within_s} s: {what}"
+        assert time.monotonic() < deadline, f"not within {within_s} s: {what if isinstance(what, str) else what()}"
         time.sleep(0.05)
