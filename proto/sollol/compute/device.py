@@ -1,18 +1,23 @@
 """How many bytes of compute buffer one device of a split model needs: the engine's reservation, rehearsed."""
 
 from functools import lru_cache
+from itertools import groupby
+from operator import itemgetter
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from sollol.architectures import ALL_TOKENS_TO_THE_END
 from sollol.compute.allocator import Result
-from sollol.compute.recurrent import handed_over, help_previous, recurrent_layer
+from sollol.compute.recurrent import begin, handed_over, help_previous, recurrent_layer
 from sollol.compute.scene import F16, F32, Batch, Scene, Tail
 from sollol.compute.transformer import ROTATION, finish, transformer_layer
 from sollol.report import ModelShape
 
 POSITION, CELL = 4, 8  # bytes of an i32 and an i64
-ENOUGH_LAYERS = 16  # of a longer run those in the middle repeat what is there before them
+# The peak of many equal layers is that of these few: the first ones, which find the memory empty, and the last ones.
+FIRST_EQUAL, LAST_EQUAL = 4, 2
+MOST_LAYERS = 24  # of patterns that repeat, half from the beginning and half from the end
 
 
 class Part(Struct, frozen=True):
@@ -30,17 +35,59 @@ class Part(Struct, frozen=True):
     copies: int
 
 
-@lru_cache(maxsize=4096)
 def compute_bytes(shape: ModelShape, batch: Batch, part: Part) -> int:
     """Without the output buffer that answers are read from."""
-    return _Device(shape, batch, part).peak_bytes()
+    held = _telling_layers(shape, part)
+    before = [part.first - 1] * (part.first > 0)  # what happens at both ends depends on the layers there
+    after = [part.stop] * (part.stop < shape.layers)
+    short = _of_layers(shape, [*before, *held, *after])
+    first = len(before)
+    stop = first + len(held) + (part.stop > shape.layers)
+    inputs = tuple(_input_sizes(shape, batch).items())  # of the whole model: the host has them all
+    return _rehearsed_bytes(short, batch, replace(part, first=first, stop=stop), inputs)
+
+
+@lru_cache(maxsize=4096)
+def _rehearsed_bytes(shape: ModelShape, batch: Batch, part: Part, inputs: tuple[tuple[str, int], ...]) -> int:
+    return _Device(shape, batch, part, dict(inputs)).peak_bytes()
+
+
+def _telling_layers(shape: ModelShape, part: Part) -> list[int]:
+    layers = range(part.first, min(part.stop, shape.layers))
+    kinds = [(shape.kv_heads[at], *(bool(flags[at]) for flags in _flags(shape) if flags)) for at in layers]
+    telling: list[int] = []
+    for _, run in groupby(zip(kinds, layers, strict=True), key=itemgetter(0)):
+        equal = [at for _, at in run]
+        telling += equal[:FIRST_EQUAL] + equal[max(FIRST_EQUAL, len(equal) - LAST_EQUAL) :]
+    return telling if len(telling) <= MOST_LAYERS else telling[: MOST_LAYERS // 2] + telling[-MOST_LAYERS // 2 :]
+
+
+def _flags(shape: ModelShape) -> tuple[tuple[int, ...], ...]:
+    return shape.sliding_layers, shape.recurrent_bytes, shape.expert_bytes
+
+
+def _of_layers(shape: ModelShape, layers: list[int]) -> ModelShape:
+    """A model of these layers only, equal for all models that need the same buffers."""
+    sliding, recurrent, expert = (tuple(flags[at] for at in layers) if flags else () for flags in _flags(shape))
+    return replace(
+        shape,
+        layers=len(layers),
+        layer_bytes=(),
+        kv_heads=tuple(shape.kv_heads[at] for at in layers),
+        sliding_layers=tuple(map(bool, sliding)),
+        recurrent_bytes=recurrent,
+        expert_bytes=tuple(map(int, map(bool, expert))),
+        embedding_bytes=0,
+        output_bytes=0,
+        tied_bytes=0,
+    )
 
 
 class _Device:
-    def __init__(self, shape: ModelShape, batch: Batch, part: Part) -> None:
+    def __init__(self, shape: ModelShape, batch: Batch, part: Part, sizes: dict[str, int]) -> None:
         self._shape = shape
         self._part = part
-        self._sizes = _input_sizes(shape, batch)
+        self._sizes = sizes
         self._inputs: dict[str, Result] = {}
         self._scene = Scene(shape, batch, part.first, part.stop, self._find)
         if part.first == shape.layers and shape.architecture not in ALL_TOKENS_TO_THE_END:
@@ -49,7 +96,9 @@ class _Device:
 
     def peak_bytes(self) -> int:
         tail, norm, x = self._entrance()
-        for at in self._held():
+        if x is not None and not self._part.first and self._part.stop and self._scene.is_recurrent(0):
+            x = begin(self._scene, x)
+        for at in range(self._part.first, min(self._part.stop, self._shape.layers)):
             if tail is not None:
                 x = finish(self._scene, tail)
             norm = self._scene.room.over(norm or self._head(x))
@@ -57,11 +106,6 @@ class _Device:
             tail, norm, x = layer(self._scene, at, norm, x), None, None
         self._leave(tail, norm, x)
         return self._scene.room.peak_bytes()
-
-    def _held(self) -> list[int]:
-        layers = list(range(self._part.first, min(self._part.stop, self._shape.layers)))
-        half = ENOUGH_LAYERS // 2
-        return layers if len(layers) <= ENOUGH_LAYERS else layers[:half] + layers[-half:]
 
     def _head(self, x: Result | None) -> Result:
         """The norm that a layer begins with, before its weights."""

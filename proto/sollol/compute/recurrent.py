@@ -24,6 +24,12 @@ def recurrent_layer(scene: Scene, at: int, norm: Result, x: Result | None) -> Ta
     return _mamba2(scene, at, norm, x)
 
 
+def begin(scene: Scene, x: Result) -> Result:
+    """What comes before layer 0 with `x`, the embedded tokens: its states, and RWKV's norm of the embeddings."""
+    scene.states = _load(scene, 0)
+    return scene.room.node(scene.width, x) if scene.shape.architecture in RWKV7 else x
+
+
 def help_previous(scene: Scene, at: int) -> None:
     """What this device does for the layer before its first one, `at`, in the middle of that one."""
     scene.states = _load(scene, at)
