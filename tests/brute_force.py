@@ -10,7 +10,7 @@ from itertools import permutations
 from math import inf
 from typing import NamedTuple
 
-from sollol.memory import CPU_MARGIN_BYTES, GPU_MARGIN_BYTES, bytes_read_per_token, device_shares
+from sollol.memory import CPU_MARGIN_BYTES, bytes_read_per_token, device_shares
 from sollol.report import Device, DeviceKind, ModelShape, NodeStatus
 
 from sollold.placement.links import Links
@@ -27,15 +27,10 @@ class Problem(NamedTuple):
 def held(shape: ModelShape, first: int, stop: int, *, on_cpu: bool, load: tuple[int, int]) -> tuple[int, int]:
     """Bytes that the layers from `first` to `stop` need on a lent device or a coordinator's GPU, and those read."""
     every = shape.layers + 1
-    rest = [("b", first), ("d", stop - first), ("a", every - stop)]
-    split = [("c", DeviceKind.CPU, 0), *((name, DeviceKind.GPU, count) for name, count in rest)]
-    share = shares(shape, split, load)[2]
-    read = bytes_read_per_token(shape, share)
-    if not on_cpu:
-        return share.total_bytes, read
-    message = max(max(shape.layer_bytes) // 2, shape.output_bytes if stop == every else 0)
-    later = max(share.kv_bytes + share.compute_bytes, message)
-    return share.total_bytes - GPU_MARGIN_BYTES - share.kv_bytes - share.compute_bytes + later + CPU_MARGIN_BYTES, read
+    kind = DeviceKind.CPU if on_cpu else DeviceKind.GPU
+    front, back = ("b", DeviceKind.GPU, first), ("a", DeviceKind.GPU, every - stop)
+    share = shares(shape, [("c", DeviceKind.CPU, 0), front, ("d", kind, stop - first), back], load)[2]
+    return share.total_bytes, bytes_read_per_token(shape, share)
 
 
 def shares(shape, split, load):

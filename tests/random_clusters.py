@@ -45,10 +45,16 @@ def cluster(random: Random, *, most_nodes: int, most_layers: int, others: float 
 def random_shape(random: Random, most_layers: int) -> ModelShape:
     layers = random.randint(1, most_layers)
     size = random.choice((GIB // 8, GIB, 2 * GIB))
-    even = random.random() < 0.5
+    even, windows, experts = random.random() < 0.5, random.random() < 0.2, random.random() < 0.2
+    layer_bytes = tuple(size if even else random.randint(size // 3, size) for _ in range(layers))
     return replace(
         shape(layers),
-        layer_bytes=tuple(size if even else random.randint(size // 3, size) for _ in range(layers)),
+        layer_bytes=layer_bytes,
+        sliding_window=512 if windows else 0,
+        sliding_layers=tuple(random.random() < 0.7 for _ in range(layers)) if windows else (),
+        experts=8 if experts else 0,
+        experts_used=2 if experts else 0,
+        expert_bytes=tuple(one // 2 * (random.random() < 0.8) for one in layer_bytes) if experts else (),
         embedding_bytes=random.choice((GIB // 16, GIB // 2)),
         output_bytes=random.choice((GIB // 16, GIB // 2, GIB)),
         vocabulary=random.choice((768, 32000, 150000)),

@@ -1,13 +1,13 @@
 """What any range of a model's layers needs on a device of a plan over several nodes, and reads for each token.
 
-The memory model says it for whole plans. A search asks for thousands of ranges, so their sums are kept here; the plan
-that is chosen is computed by the memory model again.
+The memory model says it for whole plans. A search asks for thousands of ranges: sums of layers, and what the memory
+model said of ranges of the same kind, answer those. The plan that is chosen is computed by the memory model again.
 """
 
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -17,6 +17,8 @@ from sollol.report import DeviceKind, DeviceShare, ModelShape
 from sollold.placement.layout import Load
 
 F32 = 4
+MANY = 3  # layers in a row from which on one more changes nothing in a compute buffer
+_HOST = ("", DeviceKind.CPU, 0)
 
 
 class Holding(Struct, frozen=True, kw_only=True):
@@ -43,82 +45,95 @@ class Needs:
         self.every = shape.layers + 1
         self.context_per_slot = min(load.context_per_slot, shape.context_length or load.context_per_slot)
         self._load = load
-        weights = (*shape.layer_bytes, shape.output_bytes)
-        kv = (*(self._kv(layer) for layer in range(shape.layers)), 0)
-        self.weights = _sums(weights)
-        self.held = _sums([weight + cache for weight, cache in zip(weights, kv, strict=True)])
-        self.read = _sums([bytes_read_per_token(shape, _one(layer, shape)) for layer in range(self.every)])
-        front, back = self._compute(1, shape.layers), self._compute(shape.layers, 1)
-        self._between, self._last = front[1], back[2]
-        self.coordinator_bytes = front[0]
-        self.coordinator_bytes_alone, self._alone = self._compute(self.every)
-        # A backend receives one tensor at a time into memory of its own. Half a layer bounds it: the memory model
-        # assumes that too.
-        self._message = max(shape.layer_bytes) // 2
-        self._last_message = max(self._message, shape.output_bytes)
-        # What a lent GPU takes of its node's RAM: the process, and what it receives.
-        self.host_bytes = CPU_MARGIN_BYTES + self._received(last=True)
+        self._weights = _sums([*shape.layer_bytes, shape.output_bytes])
+        kv = [*map(self._kv, range(shape.layers)), 0]
+        held = [weight + cache for weight, cache in zip([*shape.layer_bytes, shape.output_bytes], kv, strict=True)]
+        self._held = _sums(held)
+        read = [bytes_read_per_token(shape, _one(layer, shape)) for layer in range(self.every)]
+        self.read = _sums(read)
+        # Every byte read needs at least so many bytes of a device.
+        self.least_held = min(
+            (size / once for size, once in zip(held[:-1], read[:-1], strict=True) if once), default=1.0
+        )
+        self.even = len(set(held[:-1])) == 1
+        self._kinds = _kinds(shape)
+        self._beside: dict[tuple[int, int], tuple[int, int]] = {}
+        self._compute: dict[tuple[int, int, bool, bool, int], int] = {}
+        self.coordinator_bytes = self._shares([_HOST, _gpu(1), _gpu(shape.layers)])[0].total_bytes
+        alone = self._shares([_HOST, _gpu(self.every)])
+        self.coordinator_bytes_alone, self._alone = alone[0].total_bytes, alone[1].compute_bytes
+        samples = {kind: at for at, kind in enumerate(self._kinds)}.values()
+        self._least_between = min(self._compute_bytes(at, at + 1) for at in samples)
+        self._least_last = min(self._compute_bytes(self.every - count, self.every) for count in (1, 2))
+        self._least_arriving = min(shape.layer_bytes) // 2
+        # What a lent GPU takes of its node's RAM: the process, and the tensor on its way to the GPU.
+        self.host_bytes = CPU_MARGIN_BYTES + max(shape.output_bytes, max(shape.layer_bytes) // 2)
         self.crossing_bytes = F32 * shape.embedding_length
         self.answer_bytes = F32 * shape.vocabulary
-        # Every byte read needs at least so many bytes of a device.
-        read = [end - start for start, end in pairwise(self.read[:-1])]
-        held = [end - start for start, end in pairwise(self.held[:-1])]
-        self.least_held = min((size / once for size, once in zip(held, read, strict=True) if once), default=1.0)
-        self.even = len(set(zip(weights[:-1], kv[:-1], strict=True))) == 1
 
     def first_that_fits(self, stop: int, free: int, kind: DeviceKind) -> int:
         """The smallest `first` for which the layers from `first` to `stop` fit into `free` bytes, beside others."""
         last = stop == self.every
-        fixed = (self._last if last else self._between) + margin(kind)
-        first = bisect_left(self.held, self.held[stop] - free + fixed, 0, stop)
+        room = free - margin(kind)
+        compute = self._least_last if last else self._least_between
+        first = bisect_left(self._held, self._held[stop] - room + compute, 0, stop)
         if kind is DeviceKind.CPU:
-            fixed = self._received(last=last) + CPU_MARGIN_BYTES
-            first = max(first, bisect_left(self.weights, self.weights[stop] - free + fixed, 0, stop))
+            arriving = self.shape.output_bytes if last else self._least_arriving
+            first = max(first, bisect_left(self._weights, self._weights[stop] - room + arriving, 0, stop))
+        while first < stop and self.range_bytes(first, stop, kind) > free:
+            first += 1
         return first
 
     def range_bytes(self, first: int, stop: int, kind: DeviceKind) -> int:
-        last = stop == self.every
-        held = self.held[stop] - self.held[first] + (self._last if last else self._between)
+        compute, arriving = self._beside.get((first, stop)) or self._looked_at(first, stop)
+        taken = self._held[stop] - self._held[first] + compute
         if kind is DeviceKind.CPU:
-            held = max(held, self.weights[stop] - self.weights[first] + self._received(last=last))
-        return held + margin(kind)
+            # A backend receives each tensor into memory of its own, before there are KV cache and compute buffer.
+            taken = max(taken, self._weights[stop] - self._weights[first] + arriving)
+        return taken + margin(kind)
 
     def alone_bytes(self, kind: DeviceKind) -> int:
         """What one device needs that holds every layer."""
-        held = self.held[-1] + self._alone
+        held = self._held[-1] + self._alone
         if kind is DeviceKind.CPU:
-            held = max(held, self.weights[-1] + self._received(last=True))
+            held = max(held, self._weights[-1] + self._arriving_bytes(0, self.every))
         return held + margin(kind)
 
     def fixed_bytes(self, kind: DeviceKind) -> int:
         """The least that a device needs before its first layer."""
-        return min(self._between, self._last) + margin(kind)
+        return min(self._least_between, self._least_last) + margin(kind)
 
     def shares(self, coordinator_cpu: str, holdings: Sequence[Holding]) -> tuple[DeviceShare, ...]:
         """The coordinator's CPU without layers, then each holding, by the memory model."""
         split = [(coordinator_cpu, DeviceKind.CPU, 0)]
-        split.extend((holding.device_id, DeviceKind.GPU, holding.layers) for holding in holdings)
+        split.extend((holding.device_id, holding.kind, holding.layers) for holding in holdings)
         host, *held = self._shares(split)
-        return (host, *(self._adjusted(share, holding) for share, holding in zip(held, holdings, strict=True)))
+        named = (
+            replace(share, node_id=holding.node_id if holding.lent else "")
+            for share, holding in zip(held, holdings, strict=True)
+        )
+        return (host, *named)
 
-    def _adjusted(self, share: DeviceShare, holding: Holding) -> DeviceShare:
-        """A backend's CPU needs no driver, but the tensor being received before the KV cache takes its place."""
-        taken = share.weight_bytes + share.kv_bytes + share.compute_bytes
-        extra = margin(holding.kind)
-        if holding.kind is DeviceKind.CPU:
-            last = share.last_layer is None or share.layers > share.last_layer - (share.first_layer or 0) + 1
-            extra += max(0, self._received(last=last) - share.kv_bytes - share.compute_bytes)
-        node_id = holding.node_id if holding.lent else ""
-        return replace(share, node_id=node_id, margin_bytes=extra, total_bytes=taken + extra)
+    def _looked_at(self, first: int, stop: int) -> tuple[int, int]:
+        found = self._beside[first, stop] = (self._compute_bytes(first, stop), self._arriving_bytes(first, stop))
+        return found
 
-    def _received(self, *, last: bool) -> int:
-        return self._last_message if last else self._message
+    def _arriving_bytes(self, first: int, stop: int) -> int:
+        output = self.shape.output_bytes if stop == self.every else 0
+        return max(output, max(self.shape.layer_bytes[first:stop], default=0) // 2)
 
-    def _compute(self, *counts: int) -> list[int]:
-        """The coordinator's bytes, then the compute buffer of each of two devices."""
-        split = [("", DeviceKind.CPU, 0), *(("", DeviceKind.GPU, count) for count in counts)]
-        host, *held = self._shares(split)
-        return [host.total_bytes, *(share.compute_bytes for share in held)]
+    def _compute_bytes(self, first: int, stop: int) -> int:
+        """A buffer's size follows from the kinds of layers there are, hardly from how many: a few ranges say it."""
+        kinds = 0
+        for kind in self._kinds[first:stop]:
+            kinds |= kind
+        count = min(stop - first, MANY)
+        key = (kinds, count, stop >= self.shape.layers, stop == self.every, self._kinds[first - 1] if first else 0)
+        compute = self._compute.get(key)
+        if compute is None:
+            share = self._shares([_HOST, _gpu(first), _gpu(stop - first), _gpu(self.every - stop)])[2]
+            compute = self._compute[key] = share.compute_bytes
+        return compute
 
     def _shares(self, split: list[tuple[str, DeviceKind, int]]) -> tuple[DeviceShare, ...]:
         load = self._load
@@ -141,6 +156,25 @@ class Needs:
             kv_type=load.kv_type,
             ubatch=load.ubatch,
         )
+
+
+def _kinds(shape: ModelShape) -> list[int]:
+    """A bit for each kind of layer, by what its intermediate results depend on."""
+    bits: dict[tuple[int, bool, bool, bool], int] = {}
+    kinds = []
+    for at in range(shape.layers):
+        kind = (
+            shape.kv_heads[at],
+            bool(shape.sliding_window and shape.sliding_layers[at]),
+            bool(shape.recurrent_bytes and shape.recurrent_bytes[at]),
+            bool(shape.expert_bytes and shape.expert_bytes[at]),
+        )
+        kinds.append(bits.setdefault(kind, 1 << len(bits)))
+    return kinds
+
+
+def _gpu(layers: int) -> tuple[str, DeviceKind, int]:
+    return ("", DeviceKind.GPU, layers)
 
 
 def margin(kind: DeviceKind) -> int:
