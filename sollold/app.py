@@ -1,7 +1,8 @@
 """The head, put together. Start reading here: every collaborator is built in `serve`, and nowhere else.
 
 A request's way: front → dispatch → pools (warm? use it; else loading: placement → reserve → start → wait) → relay →
-front. Around it, nodes follows the registry and the agents, and history writes decisions down.
+front. Around it, nodes follows the registry and the agents, reaping ends what lost pools leave, and history writes
+decisions down.
 """
 
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from sollold.nodes import Nodes
 from sollold.operators import ClusterService
 from sollold.placement import PlacementDefaults, decide
 from sollold.pools import Pools
+from sollold.reaping import Reaper
 from sollold.server import HeadServer
 
 log = structlog.get_logger(__name__)
@@ -48,14 +50,18 @@ async def serve(config: HeadConfig, stop: Stop) -> None:
         def decided(wish: PlacementWish, among: Sequence[NodeStatus]) -> Decision:
             return decide(wish, among, defaults, head_host=config.host)
 
+        # Pools are built later: nothing runs before all are.
+        reaper = Reaper(nodes, on_lost=lambda pool_id, why: pools.forget(pool_id, why))  # noqa: PLW0108 - defined below
         loader = Loader(
             nodes,
             decide=decided,
             record=history.decided,
+            lost=reaper,
             reservation_ttl=timedelta(seconds=config.reservation_ttl_s),
             load_timeout_s=config.load_timeout_s,
         )
         pools = Pools(nodes, load=loader.load, max_queue=config.max_queue)
+        nodes.subscribe(reaper.on_node_changed)
         nodes.subscribe(pools.on_node_changed)
         dispatch = Dispatch(
             nodes,
@@ -67,6 +73,7 @@ async def serve(config: HeadConfig, stop: Stop) -> None:
         if registry is not None:
             closing.run("history", history.run(registry), stop, within_s=STEP_WITHIN_S)
         closing.run("nodes", nodes.run(), stop, within_s=STEP_WITHIN_S)
+        closing.run("reaper", reaper.run(), stop, within_s=STEP_WITHIN_S)
         closing.add("releases", loader.close, within_s=STEP_WITHIN_S)
         closing.add("pools", pools.close, within_s=RELEASE_WITHIN_S + STEP_WITHIN_S)
         operators = ClusterService(nodes, pools, catalogue, decide=lambda wish: decided(wish, nodes.statuses()))

@@ -82,6 +82,8 @@ class RelayedStream:
         except SollolError as error:
             if error.refusal.reason in POOL_FAILED:
                 self._pools.doubt(self.instance_id)
+                if (loss := self._pools.loss_of(self.instance_id)) is not None:
+                    raise SollolError(loss) from error  # the stream itself tells only that its engine has ended
             raise
 
     async def aclose(self) -> None:

@@ -1,13 +1,13 @@
 """One pool's parts on the nodes it spans: what each reserves and lends, started together and let go together."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Protocol, TypeVar
 
 from msgspec.structs import replace
-from sollol.errors import Reason, Refusal, SollolError
+from sollol.errors import Reason, Refusal, Retry, SollolError
 from sollol.report import BackendEndpoint, CoordinatorPlan, Instance, InstanceKind, InstanceState, NodeStatus
 
 T = TypeVar("T")
@@ -114,21 +114,73 @@ def _lends(instances: Iterable[Instance], pool_id: str) -> bool:
     )
 
 
-def remains(statuses: Sequence[NodeStatus]) -> tuple[tuple[str, str], ...]:
-    """(node id, pool id) of backends whose coordinator is known to be over: they hold memory until they notice.
+def losses(statuses: Sequence[NodeStatus], lost_nodes: Collection[str]) -> dict[str, Refusal]:
+    """Pool id to why it cannot serve any more, of pools that span nodes: what is left of those only holds memory.
 
-    A pool without any coordinator in the reports may be one that another head is just starting.
+    A pool without any coordinator in the reports may be one that another head is just starting, and one whose nodes
+    are all lost may be well: perhaps it is us who cannot see them.
     """
-    over = {
-        instance.pool_id
+    seen = {status.report.node_id: status for status in statuses}
+    return {
+        instance.pool_id: why
         for status in statuses
         for instance in status.report.instances
-        if instance.kind is InstanceKind.COORDINATOR and instance.state in _OVER
+        if instance.kind is InstanceKind.COORDINATOR
+        and (lenders := _lenders(instance))
+        and not {status.report.node_id, *lenders} <= set(lost_nodes)
+        and (why := _loss(instance, status.report.node_id, lenders, seen, lost_nodes)) is not None
     }
+
+
+def _lenders(coordinator: Instance) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(share.node_id for share in coordinator.shares if share.node_id))
+
+
+def _loss(
+    coordinator: Instance,
+    node_id: str,
+    lenders: Iterable[str],
+    seen: Mapping[str, NodeStatus],
+    lost_nodes: Collection[str],
+) -> Refusal | None:
+    pool_id = coordinator.pool_id
+    if coordinator.state in _OVER:
+        return coordinator.refusal or _gone(pool_id, f"its coordinator on {node_id} has ended")
+    if node_id in lost_nodes:
+        return _gone(pool_id, f"its coordinator's node {node_id} is lost")
+    for lender in lenders:
+        if lender in lost_nodes:
+            return _gone(pool_id, f"node {lender} is lost, and the layers there with it")
+        status = seen.get(lender)
+        if status is not None and _has_lost(status.report.instances, pool_id):
+            return _gone(pool_id, f"its backend on {lender} has ended")
+    return None
+
+
+def _has_lost(instances: Iterable[Instance], pool_id: str) -> bool:
+    """Whether the node says that it lent to this pool and does no more; one that says nothing may say so late."""
+    return any(
+        instance.pool_id == pool_id and instance.kind is InstanceKind.BACKEND and instance.state in _OVER
+        for instance in instances
+    )
+
+
+def _gone(pool_id: str, why: str) -> Refusal:
+    message = f"pool {pool_id} is lost: {why}; ask again, and the model is placed on the nodes that are left"
+    return Refusal(reason=Reason.ENGINE_DIED, message=message, retry=Retry.RETRYABLE)
+
+
+def remains(statuses: Sequence[NodeStatus], lost_pools: Container[str]) -> tuple[tuple[str, str], ...]:
+    """(node id, pool id) wherever a lost pool still has a process or a reservation, on nodes that can be asked."""
     return tuple(
-        (status.report.node_id, instance.pool_id)
+        (status.report.node_id, pool_id)
         for status in statuses
         if status.connected
-        for instance in status.report.instances
-        if instance.kind is InstanceKind.BACKEND and instance.state not in _OVER and instance.pool_id in over
+        for pool_id in dict.fromkeys(
+            (
+                *(each.pool_id for each in status.report.instances if each.state not in _OVER),
+                *(each.pool_id for each in status.report.reservations),
+            )
+        )
+        if pool_id in lost_pools
     )

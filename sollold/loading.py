@@ -56,6 +56,13 @@ class Agent(group.Agent, Protocol):
     async def stop(self, instance_id: str) -> None: ...
 
 
+class LostPools(Protocol):
+    """What `Reaper` is to this module."""
+
+    async def settled(self) -> None: ...
+    def loss_of(self, pool_id: str) -> Refusal | None: ...
+
+
 class ClusterView(Protocol):
     def statuses(self) -> tuple[NodeStatus, ...]: ...
     def link(self, node_id: str) -> Agent: ...
@@ -67,6 +74,7 @@ class Loader:
     Args:
         decide: Placement, given the wish and the nodes still in question.
         record: Told every decision; must not block.
+        lost: Knows what lost pools leave behind; nothing is placed before their memory is free again.
         load_timeout_s: From the first placement to ready, attempts on several nodes together.
     """
 
@@ -76,12 +84,14 @@ class Loader:
         *,
         decide: Callable[[PlacementWish, Sequence[NodeStatus]], Decision],
         record: Callable[[Decision], None],
+        lost: LostPools,
         reservation_ttl: timedelta,
         load_timeout_s: float,
     ) -> None:
         self._nodes = nodes
         self._decide = decide
         self._record = record
+        self._lost = lost
         self._reservation_ttl = reservation_ttl
         self._load_timeout_s = load_timeout_s
         self._releases: set[asyncio.Task[None]] = set()
@@ -109,7 +119,7 @@ class Loader:
 
     async def _load_somewhere(self, wish: PlacementWish, on_progress: Callable[[Progress], None]) -> Pool:
         failed: dict[str, Refusal] = {}
-        await self._end_remains()
+        await self._lost.settled()
         for _ in range(MAX_ATTEMPTS):
             on_progress(Progress(state="placing"))
             decision = self._placed(wish, failed)
@@ -129,15 +139,6 @@ class Loader:
                 if refusal.reason not in ELSEWHERE:
                     break
         raise SollolError(_last_word(failed))
-
-    async def _end_remains(self) -> None:
-        """Stop backends that a dead coordinator has left: this placement may need their memory at once."""
-        stops = [
-            self._release(self._nodes.link(node_id), pool_id)
-            for node_id, pool_id in group.remains(self._nodes.statuses())
-        ]
-        if stops:
-            await asyncio.wait(stops, timeout=RELEASE_WITHIN_S)
 
     def _placed(self, wish: PlacementWish, failed: Mapping[str, Refusal]) -> Decision:
         candidates = [status for status in self._nodes.statuses() if status.report.node_id not in failed]
@@ -182,8 +183,9 @@ class Loader:
         """The error, with the node that the next plan must do without."""
         if not isinstance(error, SollolError) or isinstance(error, group.NodeRefusedError):
             return error
-        node_id = group.at_fault(error.refusal, pool_id, parts, self._nodes.statuses())
-        return group.NodeRefusedError(node_id, error.refusal)
+        refusal = self._lost.loss_of(pool_id) or error.refusal
+        node_id = group.at_fault(refusal, pool_id, parts, self._nodes.statuses())
+        return group.NodeRefusedError(node_id, refusal)
 
     async def _ready(
         self, link: Agent, pool_id: str, node_id: str, on_progress: Callable[[Progress], None]

@@ -7,6 +7,7 @@ failed a stream is left alone until its agent reports again; one that is known t
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from sollol.errors import Refusal
 from sollol.report import Instance, InstanceKind, InstanceState, NodeStatus, Pool, Report
 
 GONE_REMEMBERED = 4096
@@ -40,7 +41,7 @@ class PoolIndex:
         self._reports: dict[str, Report] = {}
         self._doubted: dict[str, str] = {}
         self._adopted: dict[str, Pool] = {}
-        self._gone: dict[str, None] = {}
+        self._gone: dict[str, Refusal | None] = {}  # by instance id; why, for those that are lost
 
     def update(self, node_id: str, status: NodeStatus | None) -> set[str]:
         """Take in what a node reports now, None when it is forgotten. Returns the models it has pools of, or had."""
@@ -114,9 +115,9 @@ class PoolIndex:
         self._unlist(pool.instance)
         self._list(pool.node_id, pool.instance)
 
-    def forget(self, instance_id: str) -> None:
-        """This pool is gone, whatever older reports say."""
-        self._gone[instance_id] = None
+    def forget(self, instance_id: str, why: Refusal | None = None) -> None:
+        """This pool is gone, whatever older reports say; for good when it is known why."""
+        self._gone[instance_id] = why
         if len(self._gone) > GONE_REMEMBERED:
             del self._gone[next(iter(self._gone))]
         self._adopted.pop(instance_id, None)
@@ -127,9 +128,14 @@ class PoolIndex:
                     self._unlist(instance)
                     return
 
+    def loss_of(self, instance_id: str) -> Refusal | None:
+        """Why this pool is gone for good; None when it is not, as far as we know."""
+        return self._gone.get(instance_id)
+
     def doubt(self, instance_id: str) -> None:
         """This pool failed us, and its agent's next report decides; until then nobody uses it or loads another."""
-        self._gone.pop(instance_id, None)
+        if self.loss_of(instance_id) is None:
+            self._gone.pop(instance_id, None)
         slots = self._slots.get(instance_id)
         if slots is None or not self._is_ready(slots.instance):
             return

@@ -206,9 +206,13 @@ class Pools:
         """This pool failed a stream: its agent's next report decides whether it is used again."""
         self._index.doubt(instance_id)
 
-    def forget(self, instance_id: str) -> None:
-        """This pool is being stopped: never use it again."""
-        self._index.forget(instance_id)
+    def forget(self, instance_id: str, why: Refusal | None = None) -> None:
+        """This pool is being stopped: never use it again. `why` when it is lost, and nothing brings it back."""
+        self._index.forget(instance_id, why)
+
+    def loss_of(self, instance_id: str) -> Refusal | None:
+        """Why this pool is lost; None when it is not, as far as we know."""
+        return self._index.loss_of(instance_id)
 
     def instances_of(self, model: str) -> tuple[Pool, ...]:
         """Every pool of the model that has a process, on every node."""

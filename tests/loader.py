@@ -12,6 +12,7 @@ from sollol.report import Decision, NodeStatus, PlacementWish
 from sollold.agent_link import AgentLink
 from sollold.loading import Loader
 from sollold.placement import PlacementDefaults, decide
+from sollold.reaping import Reaper
 from tests.fakes.fake_agent import FakeAgent
 
 M = "tiny:8b"
@@ -33,12 +34,16 @@ class Setup:
             self,
             decide=lambda wish, nodes: decide(wish, nodes, DEFAULTS),
             record=self.decisions.append,
+            lost=Reaper(self, on_lost=lambda *_: None),
             reservation_ttl=timedelta(seconds=5),
             load_timeout_s=load_timeout_s,
         )
 
     def statuses(self):
         return tuple(NodeStatus(report=agent.report, report_age_s=0.0, connected=True) for agent in self.agents)
+
+    def status(self, node_id):
+        return next((status for status in self.statuses() if status.report.node_id == node_id), None)
 
     def link(self, node_id):
         return self.links[node_id]

@@ -13,10 +13,11 @@ from sollol.report import (
     Instance,
     InstanceKind,
     InstanceState,
+    Reservation,
 )
 
 from sollold import group
-from sollold.group import NodeRefusedError, Part, at_fault, parts_of, remains
+from sollold.group import NodeRefusedError, Part, at_fault, losses, parts_of, remains
 from tests.placement_cases import node
 
 POOL = "pool-1"
@@ -184,29 +185,68 @@ class TestAtFault:
         assert at_fault(refuse(Reason.MODEL_CORRUPT, "x").refusal, POOL, self.PARTS, statuses) == "a"
 
 
-class TestRemains:
-    OVER = instance(InstanceState.FAILED, lends=False)
+class TestLosses:
+    """A pool whose coordinator is on a, with layers on b and c."""
+
     LENDS = instance(InstanceState.READY)
 
-    def test_backends_of_a_dead_coordinator_remain(self):
-        statuses = [node("a", instances=(self.OVER, self.LENDS)), node("b", instances=(self.LENDS,))]
-
-        assert remains(statuses) == (("a", POOL), ("b", POOL))
+    def cluster(self, state=InstanceState.READY, b=InstanceState.READY, **coordinator):
+        shares = tuple(share(node_id, "CPU", 4, 1) for node_id in ("", "b", "c"))
+        serves = replace(instance(state, lends=False), shares=shares, **coordinator)
+        return [node("a", instances=(serves,)), node("b", instances=(instance(b),)), node("c", instances=(self.LENDS,))]
 
     @pytest.mark.parametrize("state", [InstanceState.STARTING, InstanceState.READY, InstanceState.STOPPING])
-    def test_those_of_a_living_coordinator_do_not(self, state):
-        statuses = [node("a", instances=(instance(state, lends=False),)), node("b", instances=(self.LENDS,))]
+    def test_a_pool_with_all_its_parts_is_not_lost(self, state):
+        assert losses(self.cluster(state), lost_nodes=()) == {}
 
-        assert remains(statuses) == ()
+    def test_one_whose_coordinator_failed_is_and_its_agent_said_why(self):
+        died = refuse(Reason.ENGINE_DIED, "it aborted").refusal
 
-    def test_nor_those_whose_coordinator_nobody_reports_yet(self):
-        assert remains([node("a"), node("b", instances=(self.LENDS,))]) == ()
+        assert losses(self.cluster(InstanceState.FAILED, refusal=died), lost_nodes=()) == {POOL: died}
 
-    def test_backends_that_are_over_and_nodes_out_of_reach_are_left_alone(self):
+    @pytest.mark.parametrize("state", [InstanceState.STARTING, InstanceState.READY])
+    @pytest.mark.parametrize("lost", ["a", "b", "c"])
+    def test_one_that_has_a_part_on_a_lost_node_is_and_the_node_is_named(self, state, lost):
+        why = losses(self.cluster(state), lost_nodes=(lost,))[POOL]
+
+        assert why.reason is Reason.ENGINE_DIED
+        assert f"node {lost} is lost" in why.message
+
+    def test_one_whose_backend_has_ended_is_though_its_coordinator_does_not_know_yet(self):
+        assert "backend on b" in losses(self.cluster(b=InstanceState.FAILED), lost_nodes=())[POOL].message
+
+    def test_a_backend_that_is_not_reported_yet_is_not_missed(self):
+        a, _, c = self.cluster()
+
+        assert losses([a, node("b"), c], lost_nodes=()) == {}
+
+    def test_a_pool_of_which_no_node_can_be_asked_is_left_alone(self):
+        """It may be well, and it is this head that is cut off."""
+        assert losses(self.cluster(), lost_nodes=("a", "b", "c")) == {}
+
+    def test_a_pool_on_one_node_has_nothing_elsewhere_to_end(self):
+        assert losses([node("a", instances=(instance(InstanceState.FAILED, lends=False),))], lost_nodes=()) == {}
+
+
+class TestRemains:
+    LENDS = instance(InstanceState.READY)
+
+    def test_every_process_and_every_reservation_of_a_lost_pool_remains(self):
+        both = node("a", instances=(instance(InstanceState.READY, lends=False), self.LENDS))
+        bare = node("b")
+        held = (Reservation(pool_id=POOL, bytes={"CPU": 1}),)
+        reserved = replace(bare, report=replace(bare.report, reservations=held))
+
+        assert remains([both, reserved], {POOL}) == (("a", POOL), ("b", POOL))
+
+    def test_other_pools_do_not(self):
+        assert remains([node("a", instances=(self.LENDS,))], {"pool-2"}) == ()
+
+    def test_what_is_over_and_nodes_out_of_reach_are_left_alone(self):
         statuses = [
-            node("a", instances=(self.OVER,)),
-            node("b", instances=(instance(InstanceState.FAILED),)),
+            node("a", instances=(instance(InstanceState.FAILED, lends=False),)),
+            node("b", instances=(instance(InstanceState.STOPPED),)),
             replace(node("c", instances=(self.LENDS,)), connected=False),
         ]
 
-        assert remains(statuses) == ()
+        assert remains(statuses, {POOL}) == ()
