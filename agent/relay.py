@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import grpc.aio
 import structlog
 from sollol.channels import refusal_abort
 from sollol.errors import Reason, Refusal, SollolError, refuse
@@ -113,7 +114,7 @@ class _Call:
                 writer.cancel()
 
     async def _read(self, group: asyncio.TaskGroup) -> Refusal | None:
-        while isinstance(message := await self._context.read(), agent_pb2.RelayRequest):
+        while isinstance(message := await self._next(), agent_pb2.RelayRequest):
             for frame in message.frames:
                 stream = self._streams.get(frame.stream)
                 kind = frame.WhichOneof("frame")
@@ -131,6 +132,14 @@ class _Call:
                     stream.cancel()
         return None
 
+    async def _next(self) -> Any:
+        """The head's next message; anything else when the call is over."""
+        try:
+            return await self._context.read()
+        except grpc.aio.BaseError as error:  # this server has been stopped under the call, or the connection is lost
+            log.info("relay_call_lost", error=str(error))
+            return None
+
     def _open(self, number: int, request: agent_pb2.Open, group: asyncio.TaskGroup) -> None:
         full = len(self._streams) >= MAX_STREAMS
         stream = self._streams[number] = _Stream(self.relay, request, Lane(number, request.credit_bytes), self)
@@ -143,6 +152,12 @@ class _Call:
         del self._streams[number]
 
     async def _write(self) -> None:
+        try:
+            await self._write_batches()
+        except grpc.aio.BaseError as error:  # the reader sees the end of the call too, and ends the streams
+            log.info("relay_call_lost", error=str(error))
+
+    async def _write_batches(self) -> None:
         clock = asyncio.get_running_loop().time
         next_at = 0.0
         while True:

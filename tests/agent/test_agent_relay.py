@@ -366,3 +366,31 @@ async def test_many_connections_at_once_outlast_a_short_backlog(tmp_path):
         exchange.abort()
     for connection in [*accepted, listener]:
         connection.close()
+
+
+class LostCall:
+    """A relay call on which gRPC raises, first when the answer to one frame is written, then when the next is read."""
+
+    def __init__(self):
+        self.written = asyncio.Event()
+        request = agent_pb2.Open(instance_id="pool-0", method="GET", path="/none")
+        self._message = agent_pb2.RelayRequest(frames=[agent_pb2.UpFrame(stream=1, open=request)])
+
+    async def read(self):
+        if self._message is not None:
+            message, self._message = self._message, None
+            return message
+        await self.written.wait()
+        raise grpc.aio.UsageError("Server already stopped.")
+
+    async def write(self, message):
+        self.written.set()
+        raise grpc.aio.UsageError("RPC already finished.")
+
+
+async def test_a_call_that_is_lost_ends_its_streams_and_is_no_error():
+    relay = relay_module.Relay(lambda _: None, lambda _: None)
+
+    await asyncio.wait_for(relay.serve(LostCall()), 5)
+
+    assert relay.active_streams("pool-0") == 0

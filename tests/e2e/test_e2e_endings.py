@@ -13,7 +13,7 @@ from tests.waiting import wait_until
 
 pytestmark = pytest.mark.engine
 LONG = 4000
-GONE_WITHIN_S = 10
+GONE_WITHIN_S = 15  # the grace of streams, then that of an engine, then the farewell to a Redis that is gone too
 
 
 def named(processes):
