@@ -115,6 +115,8 @@ class Forwarder:
                 up_bytes=self._status.up_bytes + link.up_bytes,
                 down_bytes=self._status.down_bytes + link.down_bytes,
             )
+            if link.peer_vanished:  # no coordinator lives to tell of it, and makes another connection
+                self.end(Ended.COORDINATOR_GONE)
             self._next()
 
     def _next(self) -> None:

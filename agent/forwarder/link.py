@@ -45,8 +45,10 @@ class Side(asyncio.Protocol):
         self._link.half_closed(self)
         return True  # what flows the other way may still be under way
 
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the loop calls it so
+    def connection_lost(self, exc: Exception | None) -> None:
         self.open = False
+        if isinstance(exc, OSError) and not isinstance(exc, ConnectionError):  # timed out, or no route any more
+            self._link.peer_vanished = True
         self._link.lost(self)
 
 
@@ -70,7 +72,7 @@ class Link:
     def __init__(self, *, on_arrived: Callable[["Link"], None], on_end: Callable[["Link"], None]) -> None:
         self._on_arrived, self._on_end = on_arrived, on_end
         self.client, self._backend = Client(self), Side(self)
-        self.leaving = self.refused = False
+        self.leaving = self.refused = self.peer_vanished = False
         self.peer = ""
         self._connecting: asyncio.Task[None] | None = None
         self._cut: asyncio.TimerHandle | None = None

@@ -6,10 +6,12 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from tests.tiny_model import EOS, RECITAL
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.root,
-    pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root"),
+    pytest.mark.usefixtures("as_root"),
 ]
 
 # A coordinator and two backends hold the model, so that three of the four nodes are enough.
@@ -36,6 +38,16 @@ MODELS = LENDER_KILLED, LENDER_FROZEN, COORDINATOR_KILLED, CABLE_PULLED = (
     "cable-pulled",
 )
 URL = f"http://{HEAD}:7460/v1/chat/completions"
+ASK = """
+import sys, urllib.error, urllib.request
+asked = urllib.request.Request(sys.argv[1], sys.argv[2].encode(), {"Content-Type": "application/json"})
+try:
+    answer = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(asked, timeout=60)
+except urllib.error.HTTPError as error:
+    answer = error
+for line in answer:
+    print(line.decode(), end="", flush=True)
+"""
 LENDING, SERVING, FORWARDING = "ggml-rpc-server", "llama-server", "agent.forwarder"
 GONE_BY_ITSELF_S = 25.0  # a lender that sees nobody any more: 8 s until its forwarder does, and what it waits then
 
@@ -69,7 +81,7 @@ def body(model: str, **more: Any) -> str:
 def streaming(cluster: Cluster, model: str) -> Iterator[Stream]:
     """Yield a stream whose first words have arrived."""
     asked = body(model, stream=True, max_tokens=4000, logit_bias={str(EOS): -100})
-    argv = cluster.hosts[HEAD].argv("curl", "-sN", "--noproxy", "*", "-m", "60", URL, "-d", asked)
+    argv = cluster.hosts[HEAD].argv(sys.executable, "-c", ASK, URL, asked)
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
         stream = Stream(process)
         reader = threading.Thread(target=stream.read)
@@ -83,7 +95,7 @@ def streaming(cluster: Cluster, model: str) -> Iterator[Stream]:
 
 
 def answer(cluster: Cluster, model: str) -> str:
-    said = cluster.hosts[HEAD].run("curl", "-s", "--noproxy", "*", "-m", "40", URL, "-d", body(model, max_tokens=1000))
+    said = cluster.hosts[HEAD].run(sys.executable, "-c", ASK, URL, body(model, max_tokens=1000))
     choices = json.loads(said.stdout).get("choices")
     assert choices, said.stdout
     return str(choices[0]["message"]["content"])
@@ -154,12 +166,16 @@ def cluster(engine_binary: Path, reciting_model: Path) -> Iterator[Cluster]:
 
 
 def lose(cluster: Cluster, model: str, fault: Callable[[dict[str, Any]], object], within_s: float) -> dict[str, Any]:
-    """Break a pool in mid-stream; the stream must say so in time. Returns the pool that answers afterwards."""
-    with streaming(cluster, model) as stream:
+    """Break a pool in mid-stream: the stream must say so in time, and who asks just then gets a whole answer.
+
+    Returns the pool that gave it.
+    """
+    with streaming(cluster, model) as stream, ThreadPoolExecutor(1) as asking:
         pool = pool_of(cluster, model)
         assert len(lenders_of(pool)) == 2, pool
         began_s = time.monotonic()
         fault(pool)
+        replayed = asking.submit(answer, cluster, model)
         await_true(lambda: stream.ended_s, within_s + 1, "the stream ends")
     took_s = stream.ended_s - began_s
     print(f"{model}: told after {took_s:.2f} s: {stream.error}")
@@ -167,7 +183,7 @@ def lose(cluster: Cluster, model: str, fault: Callable[[dict[str, Any]], object]
     assert stream.error["code"] == "ENGINE_DIED"
     assert stream.error["retry"] == "RETRYABLE"
     assert took_s < within_s
-    assert answer(cluster, model) == RECITAL
+    assert replayed.result() == RECITAL
     print(f"{model}: answered again {time.monotonic() - stream.ended_s:.2f} s after that")
     await_true(lambda: pool_of(cluster, model).get("pool_id", pool["pool_id"]) != pool["pool_id"], 5, "a new pool")
     return pool_of(cluster, model)
