@@ -46,12 +46,20 @@ install_packages() {
     printf '%s %s' "$wanted" "$extra" >"$stamp"
 }
 
+# Also where only root's PATH would look.
+has_command() {
+    PATH="$PATH:/usr/sbin:/sbin" command -v "$1" >/dev/null
+}
+
 missing_system_packages() {
     command -v redis-server >/dev/null || echo redis-server
-    command -v mosquitto >/dev/null || [ -x /usr/sbin/mosquitto ] || echo mosquitto
+    has_command mosquitto || echo mosquitto
     command -v mosquitto_pub >/dev/null || echo mosquitto-clients
     command -v g++ >/dev/null || echo g++
     command -v make >/dev/null || echo make
+    # For the cluster of network namespaces: hosts and links, and packets that get lost.
+    has_command ip || echo iproute2
+    has_command nft || echo nftables
 }
 
 # Packages that tests start themselves, on their own ports: the installed services must stay off.

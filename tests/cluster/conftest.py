@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-TOOLS = ("ip", "redis-server")
+TOOLS = ("ip", "nft", "redis-server")
 
 
 @pytest.fixture(scope="session")

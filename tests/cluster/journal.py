@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+BEGAN = "began"  # not in the journal itself: an agent has begun, and the promises of one that was killed are over
 _ENDS = frozenset({"released", "lapsed", "freed"})
 
 
@@ -19,18 +20,19 @@ class Change(NamedTuple):
 
 def journal_of(logs: dict[str, str]) -> list[Change]:
     """The entries of all logs (by host, of agents at log level debug), oldest first."""
-    entries = [
-        Change(entry["at_s"], host, entry["change"], entry["pool_id"], entry["bytes"])
-        for host, log in logs.items()
-        for entry in _entries(log)
-    ]
+    entries = [change for host, log in logs.items() for change in _entries(host, log)]
     return sorted(entries, key=lambda change: change.at_s)  # stable: one host's entries stay in their order
 
 
-def _entries(log: str) -> Iterator[dict[str, Any]]:
+def _entries(host: str, log: str) -> Iterator[Change]:
+    at_s = 0.0
     for line in log.splitlines():
         if '"ledger_changed"' in line:
-            yield json.loads(line)["entry"]
+            entry = json.loads(line)["entry"]
+            at_s = entry["at_s"]
+            yield Change(at_s, host, entry["change"], entry["pool_id"], entry["bytes"])
+        elif '"agent_ready"' in line:
+            yield Change(at_s, host, BEGAN, "", {})
 
 
 def promised(changes: Iterable[Change]) -> Iterator[dict[tuple[str, str], int]]:
@@ -38,7 +40,9 @@ def promised(changes: Iterable[Change]) -> Iterator[dict[tuple[str, str], int]]:
     held: dict[tuple[str, str], dict[str, int]] = {}
     for change in changes:
         held.pop((change.host, change.pool_id), None)
-        if change.what not in _ENDS:
+        if change.what == BEGAN:
+            held = {key: promise for key, promise in held.items() if key[0] != change.host}
+        elif change.what not in _ENDS:
             held[change.host, change.pool_id] = change.bytes
         sums: dict[tuple[str, str], int] = {}
         for (host, _), by_device in held.items():
