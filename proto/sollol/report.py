@@ -139,9 +139,9 @@ class CoordinatorPlan(Struct, frozen=True, kw_only=True):
     """How to run one model. `shares` are in the order of the layers and add up to the model's layers + 1, the output
     layer being the last.
 
-    On one node: the CPU first (front layers), then GPUs in engine order. With backends: the coordinator's own CPU first,
-    without layers (token embeddings, output buffer), then every device that holds some; `backends` is filled in once
-    they have started.
+    On one node: the CPU first (front layers), then GPUs in engine order. With backends: the coordinator's own CPU
+    first, without layers (token embeddings, output buffer), then every device that holds some; `backends` is filled in
+    once they have started.
     """
 
     model: str

@@ -6,6 +6,7 @@ import signal
 import pytest
 from sollol.errors import Reason
 
+from sollold.cli.children import is_error
 from tests.e2e.cluster import text_of
 from tests.e2e.daemons import Up, family, gone, running, short_home
 from tests.e2e.models import RANDOM, RECITER
@@ -41,6 +42,11 @@ async def in_the_middle(up):
     processes = family(up.process.pid)
     assert named(processes) == {"llama-server", "redis-server", "sollold.cli", "-m sollold", "-m agent"}
     return reading, processes
+
+
+def errors_logged(up):
+    lines = [line for log in (up.state / "log").glob("*.log") for line in log.read_text().splitlines()]
+    return [line for line in lines if is_error(line)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -88,6 +94,7 @@ async def test_everything_leaves_by_itself_when_up_is_killed(start_up, engine_bi
 
     await gone(processes, GONE_WITHIN_S, "the children of a killed `sollol up` leave")
     assert (await reading)["error"]["code"]
+    assert errors_logged(up) == []
 
 
 @pytest.mark.parametrize("victim", ["head", "agent"])

@@ -161,3 +161,20 @@ async def test_a_load_that_may_go_nowhere_else_says_that_its_engine_was_killed_a
 async def loading(cluster, model):
     starting = [pool for pool in await cluster.pools(model) if pool.instance.state is InstanceState.STARTING]
     return next((pool for pool in starting if pool.instance.pid), None)
+
+
+async def test_unloading_a_model_in_the_middle_of_a_stream_tells_its_reader(faulty):
+    await faulty.say(KILLED_GRPC)
+    pool = await faulty.ready_pool(KILLED_GRPC)
+    last = {}
+    async with faulty.stream(KILLED_GRPC, max_tokens=LONG) as events, faulty.client() as client:
+        while not text_of(await anext(events)):
+            pass
+        unloading = asyncio.create_task(client.unload(KILLED_GRPC))
+        async for event in events:
+            last = event
+
+    assert last["error"]["code"] == Reason.STOPPED
+    assert await unloading == (pool.instance.instance_id,)
+    await nothing_of(faulty, pool)
+    assert await faulty.say(KILLED_GRPC)
