@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from operator import attrgetter
 from typing import Protocol, TypeVar
 
 from msgspec.structs import replace
@@ -59,10 +60,17 @@ def parts_of(plan: CoordinatorPlan, coordinator: str) -> tuple[Part, ...]:
 async def reserve(parts: Iterable[Part], pool_id: str, ttl: timedelta, link: Callable[[str], Agent]) -> None:
     """Reserve every part. All or nothing is the caller's: on any refusal it releases the whole group.
 
+    One node after another, in the order of their ids, which is every head's: of those that race for the same nodes one
+    gets them all. Asked all at once, each could get some and refuse the others the rest.
+
     Raises:
-        NodeRefusedError: the first refusal, once every agent has answered.
+        NodeRefusedError: the first refusal; the nodes behind it were not asked.
     """
-    await _on_all([(part.node_id, link(part.node_id).reserve(pool_id, part.bytes, ttl)) for part in parts])
+    for part in sorted(parts, key=attrgetter("node_id")):
+        try:
+            await link(part.node_id).reserve(pool_id, part.bytes, ttl)
+        except SollolError as error:
+            raise NodeRefusedError(part.node_id, error.refusal) from error
 
 
 async def start_backends(

@@ -39,16 +39,14 @@ def instance(state: InstanceState, *, pool: str = POOL, lends: bool = True) -> I
 
 
 class Scripted:
-    """An agent that answers at once, or with a refusal, or never."""
+    """An agent that answers at once, perhaps with a refusal."""
 
-    def __init__(self, refusal: Refusal | None = None, *, answers: asyncio.Event | None = None) -> None:
-        self.refusal, self.answers = refusal, answers
+    def __init__(self, refusal: Refusal | None = None) -> None:
+        self.refusal = refusal
         self.reserved: dict[str, dict[str, int]] = {}
         self.lent: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
 
     async def _answer(self):
-        if self.answers is not None:
-            await self.answers.wait()
         if self.refusal is not None:
             raise SollolError(self.refusal)
 
@@ -60,6 +58,20 @@ class Scripted:
         await self._answer()
         self.lent[pool_id] = (tuple(device_ids), tuple(allowed_hosts))
         return BackendEndpoint(node_id="", host="10.0.0.9", port=7500, device_ids=tuple(device_ids))
+
+
+class RoomForOne:
+    """An agent that takes a moment to answer and has room for a single pool."""
+
+    def __init__(self):
+        self.holder = None
+
+    async def reserve(self, pool_id, _bytes_by_device, _ttl):
+        await asyncio.sleep(0)
+        if self.holder is not None:
+            raise refuse(Reason.MEMORY_SHORT, f"{self.holder} has it", retryable=True)
+        self.holder = pool_id
+        await asyncio.sleep(0)
 
 
 class TestParts:
@@ -105,21 +117,29 @@ class TestReserveAndStart:
 
         assert [agents[name].reserved[POOL] for name in "abc"] == [{"CPU": 10}, {"CPU": 20}, {"CPU": 30}]
 
-    async def test_a_refusal_names_its_node_and_comes_only_when_every_agent_has_answered(self):
-        """Released before it is made, a reservation would outlive its load by its whole time to live."""
-        late = asyncio.Event()
+    async def test_a_refusal_names_its_node_and_those_behind_it_are_not_asked(self):
         no = refuse(Reason.MEMORY_SHORT, "short", numbers={"needed_bytes": 20, "free_bytes": 1}).refusal
-        agents = {"a": Scripted(), "b": Scripted(no), "c": Scripted(answers=late)}
-        task = asyncio.create_task(group.reserve(self.PARTS, POOL, TTL, agents.__getitem__))
-        await asyncio.sleep(0)
-        assert not task.done()
+        agents = {"a": Scripted(), "b": Scripted(no), "c": Scripted()}
 
-        late.set()
         with pytest.raises(NodeRefusedError) as caught:
-            await task
+            await group.reserve(self.PARTS, POOL, TTL, agents.__getitem__)
 
         assert (caught.value.node_id, caught.value.refusal) == ("b", no)
-        assert POOL in agents["c"].reserved
+        assert agents["a"].reserved
+        assert not agents["c"].reserved
+
+    async def test_of_groups_that_race_for_the_same_nodes_one_gets_them_all(self):
+        """Whoever coordinates: were each to begin with its own node, each would keep the other from the rest."""
+        agents = {name: RoomForOne() for name in "abc"}
+        groups = [tuple(Part(name, {"CPU": 1}) for name in order) for order in ("abc", "bca", "cab")]
+
+        ends = await asyncio.gather(
+            *(group.reserve(parts, f"pool-{at}", TTL, agents.__getitem__) for at, parts in enumerate(groups)),
+            return_exceptions=True,
+        )
+
+        assert ends.count(None) == 1
+        assert {agent.holder for agent in agents.values()} == {f"pool-{ends.index(None)}"}
 
     async def test_only_lenders_start_a_backend_and_each_admits_the_coordinators_host_alone(self):
         agents = {name: Scripted() for name in "abc"}

@@ -169,23 +169,10 @@ async def test_a_cancelled_load_has_released_on_every_node_when_it_ends(setup, c
 
     assert nothing_is_left(it)
     for agent in it.agents:
-        assert agent.pools("Stop") == agent.pools("Release") == agent.pools("Reserve")
+        assert agent.pools("Stop") == agent.pools("Release")
+        assert set(agent.pools("Reserve")) <= set(agent.pools("Release"))
 
 
 def lender_of(it):
     guilty = max(nodes_of(decision_of(it)) - {"a"})
     return next(agent for agent in it.agents if agent.report.node_id == guilty)
-
-
-async def test_backends_that_a_dead_coordinator_left_are_stopped_before_the_next_placement(setup):
-    it = await setup("a", "b", "c")
-    lender = it.agents[1]
-    over = Instance(instance_id="old", pool_id="old", model="m", state=FAILED, kind=InstanceKind.COORDINATOR)
-    it.agents[0].tell(instances=(over,))
-    lender.tell(instances=(backend("old"),))
-
-    await it.load()
-
-    names = [name for name, _ in lender.calls]
-    assert ("Stop", "old") in lender.calls
-    assert names.index("Stop") < names.index("Reserve")
