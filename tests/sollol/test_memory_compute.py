@@ -142,3 +142,11 @@ def test_every_cut_of_every_model_can_be_rehearsed(shapes, name, cut, micro_batc
     rest = Part(cut, shape.layers + 1, False, not all_offloaded, all_offloaded, 4 if all_offloaded else 1)
     for part in (front, rest) if cut else (rest,):
         assert compute_bytes(shape, batch, part) > 0
+
+
+def test_tied_embeddings_are_known_unless_the_engine_repacks_them(shapes):
+    embeddings = shapes["llama, tied"].embedding_bytes
+    assert (shapes["llama"].tied_bytes, shapes["llama, tied"].tied_bytes) == (0, embeddings)
+    assert shapes["llama, tied, Q8_0"].tied_bytes == shapes["llama, tied, Q8_0"].embedding_bytes
+    assert shapes["llama, tied, Q4_0"].tied_bytes == 0
+    assert shapes["llama, tied, Q4_0"].output_bytes > shapes["llama, tied, Q4_0"].embedding_bytes
