@@ -1,6 +1,6 @@
 PY := .venv/bin/python
 
-.PHONY: demo cluster-demo test check proto bench setup setup-demo
+.PHONY: demo cluster-demo test check proto bench memory-model setup setup-demo
 
 demo: setup-demo            ## set up, make a tiny model, run a head and two agents, stream an answer
 	$(PY) -m tests.demo
@@ -12,6 +12,8 @@ check: setup                ## ruff, mypy strict, architecture test
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy && $(PY) -m pytest -q tests/test_architecture.py
 bench: setup                ## ratios within one run
 	$(PY) -m tests.bench
+memory-model: setup         ## predicted against logged memory over a grid of models, loads and splits
+	$(PY) -m tests.memory_grid --write docs/memory-model.md
 proto: setup                ## regenerate the committed stubs
 	$(PY) -m tests.generate_stubs
 setup:

@@ -11,14 +11,15 @@ HOST = "CPU"
 BEGINNING = "loading model tensors"
 
 # `RPC0[192.168.1.20:7500] model buffer size = 1.50 MiB`: backends are known by their address, since the number counts
-# the devices of one backend only. The sizes of what is made on GPUs but lies on the host (`CUDA_Host`) are the host's.
+# the devices of one backend only. What a GPU's driver keeps on the host (`CUDA_Host`) is the host's.
 _SIZE = re.compile(r"(\S+) +(model|KV|RS|compute|output) buffer size = +(\d+\.\d\d) MiB", re.ASCII)
+_MAPPED = "_Mapped"
 _BACKEND = re.compile(r"RPC\d+\[(.+)\]", re.ASCII)
-_ON_HOST = re.compile(r"CPU|.*_(?:Host|Mapped)$", re.ASCII)
+_ON_HOST = re.compile(r"CPU(?:_\w+)?|\w+_Host", re.ASCII)
 
 
 class Buffers(Struct, kw_only=True):
-    """Bytes on one device, each line of the log rounded to 0.01 MiB.
+    """Bytes on one device; each line of the log is rounded to 0.01 MiB.
 
     `mapped`: part of the model's file that is in memory only as long as there is room; all of the model, when no other
     memory was taken for it, otherwise also the originals of what was copied (repacked).
@@ -28,12 +29,6 @@ class Buffers(Struct, kw_only=True):
     mapped: int = 0
     kv: int = 0
     compute: int = 0
-    lines: int = 0
-
-    @property
-    def rounding(self) -> int:
-        """How far the sum may be from the truth."""
-        return self.lines * MIB // 200 + 1
 
 
 def logged_buffers(lines: Iterable[str]) -> dict[str, Buffers]:
@@ -49,17 +44,16 @@ def logged_buffers(lines: Iterable[str]) -> dict[str, Buffers]:
             device, kind = _device(size[1]), _kind(size[1], size[2])
             buffers = found.setdefault(device, Buffers())
             setattr(buffers, kind, getattr(buffers, kind) + round(float(size[3]) * MIB))
-            buffers.lines += 1
     return found
 
 
 def _device(name: str) -> str:
     if backend := _BACKEND.fullmatch(name):
         return backend[1]
-    return HOST if _ON_HOST.match(name) else name
+    return HOST if _ON_HOST.fullmatch(name) else name.removesuffix(_MAPPED)
 
 
 def _kind(name: str, logged: str) -> str:
     if logged == "model":
-        return "mapped" if name.endswith("_Mapped") else "model"
+        return "mapped" if name.endswith(_MAPPED) else "model"
     return {"KV": "kv", "RS": "kv", "compute": "compute", "output": "compute"}[logged]

@@ -26,6 +26,8 @@ LIGHTNING_ATTENTION = frozenset({"minimax-01"})  # a state of key length squared
 KV_LAYERS_FROM_START = {"gemma3n": 20}  # the later ones use the caches of earlier ones
 # On x86 weights of these types are copied into another order, even if they are the embeddings; on ARM of some more.
 REPACKED = frozenset({"Q2_K", "Q4_0", "Q4_K", "IQ4_NL", "MXFP4"})
+# Queries, keys and values are one tensor here, and so are the two halves of the feed-forward.
+FUSED = frozenset({"phi3"})
 # These compute the last layer for every token; others drop all tokens but those that are answered before its
 # feed-forward (`embeddings_nextn_masked` in the engine).
 ALL_TOKENS_TO_THE_END = frozenset(

@@ -38,6 +38,7 @@ class Up(Cluster):
         with self._output.open("wb") as output, self._errors.open("wb") as errors:
             self.process = subprocess.Popen(
                 [
+                    *_leaving_with_us(),
                     *(sys.executable, "-P", "-m", "sollold.cli", "up", "--models", str(models)),
                     *("--agents", str(agents), "--engine", str(engine), "--state", str(self.state)),
                     *("--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port)),
@@ -128,7 +129,12 @@ class ByHand(Cluster):
     def _start(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
         with (self.home / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environ, start_new_session=True
+                [*_leaving_with_us(), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self.environ,
+                start_new_session=True,
             )
         self.processes[name] = process
         return process
@@ -153,6 +159,12 @@ def neighbouring(ports: Callable[[], int], count: int) -> int:
         port = ports()
         run = [*run, port] if port == run[-1] + 1 else [port]
     return run[0]
+
+
+def _leaving_with_us() -> list[str]:
+    """What a command begins with to be asked to end when the tests are killed: a whole cluster would stay otherwise."""
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "TERM"] if setpriv else []
 
 
 def _ended(process: subprocess.Popen[bytes]) -> None:

@@ -4,6 +4,7 @@ Operations are added in the order in which the engine executes them. Weights tak
 on a result with one user (biases, norms of heads, activations) is left out.
 """
 
+from sollol.architectures import FUSED
 from sollol.compute.allocator import Result
 from sollol.compute.scene import F16, Scene, Tail
 
@@ -20,8 +21,11 @@ def transformer_layer(scene: Scene, at: int, norm: Result, x: Result | None) -> 
     if scene.shape.expert_bytes and scene.shape.expert_bytes[at]:
         return _experts(scene, norm, residual)
     wide = scene.per_token(scene.shape.feed_forward_length)
-    gate, up = room.node(wide, norm), room.node(wide, norm)
-    return Tail(room.node(scene.width, room.node(wide, gate, up)), residual)
+    if scene.shape.architecture in FUSED:
+        halves = [room.node(2 * wide, norm)]
+    else:
+        halves = [room.node(wide, norm), room.node(wide, norm)]
+    return Tail(room.node(scene.width, room.node(wide, *halves)), residual)
 
 
 def finish(scene: Scene, tail: Tail) -> Result:
@@ -43,15 +47,7 @@ def _attention(scene: Scene, at: int, norm: Result) -> Result:
     shape, room = scene.shape, scene.room
     sliding = bool(shape.sliding_window and shape.sliding_layers[at])
     kind = "_sliding" if sliding else ""
-    keys_wide = scene.per_token(shape.kv_heads[at] * shape.key_length)
-    values_wide = scene.per_token(shape.kv_heads[at] * shape.value_length)
-    queries = _turned(scene, _placed(scene, norm, scene.per_token(shape.heads * shape.key_length)), "key", kind)
-    if shape.sliding_window:  # the engine's code for models with windows does the keys first
-        keys = _turned(scene, _placed(scene, norm, keys_wide), "key", kind)
-        values = _turned(scene, room.node(values_wide, norm), "value", kind)
-    else:
-        values = _turned(scene, room.node(values_wide, norm), "value", kind)
-        keys = _turned(scene, _placed(scene, norm, keys_wide), "key", kind)
+    queries, keys, values = _projected(scene, at, norm, kind)
     room.node(0, keys, scene.find("key_cells" + kind))  # into the cache
     room.node(0, values, scene.find("value_cells" + kind))
     copies = _f16_copies(scene, at, sliding=sliding)
@@ -60,16 +56,37 @@ def _attention(scene: Scene, at: int, norm: Result) -> Result:
     return _turned(scene, answer, "value", kind)
 
 
+def _projected(scene: Scene, at: int, norm: Result, kind: str) -> tuple[Result, Result, Result]:
+    """Queries, keys and values."""
+    shape, room = scene.shape, scene.room
+    wide = scene.per_token(shape.heads * shape.key_length)
+    keys_wide, values_wide = (
+        scene.per_token(shape.kv_heads[at] * length) for length in (shape.key_length, shape.value_length)
+    )
+    if shape.architecture in FUSED:
+        all_three = room.node(wide + keys_wide + values_wide, norm)
+        queries = _turned(scene, room.node(wide, all_three, scene.find("positions")), "key", kind)
+        values = _turned(scene, all_three, "value", kind, of_size=values_wide)
+        keys = _turned(scene, room.node(keys_wide, all_three, scene.find("positions")), "key", kind)
+        return queries, keys, values
+    queries = _turned(scene, _placed(scene, norm, wide), "key", kind)
+    if shape.sliding_window:  # the engine's code for models with windows does the keys first
+        keys = _turned(scene, _placed(scene, norm, keys_wide), "key", kind)
+        return queries, keys, _turned(scene, room.node(values_wide, norm), "value", kind)
+    values = _turned(scene, room.node(values_wide, norm), "value", kind)
+    return queries, _turned(scene, _placed(scene, norm, keys_wide), "key", kind), values
+
+
 def _placed(scene: Scene, norm: Result, size: int) -> Result:
     """Queries or keys: their rotary positions (or norms) go to another place, since heads are views."""
     return scene.room.node(size, scene.room.node(size, norm), scene.find("positions"))
 
 
-def _turned(scene: Scene, rows: Result, of: str, kind: str) -> Result:
+def _turned(scene: Scene, rows: Result, of: str, kind: str, of_size: int = 0) -> Result:
     length = scene.shape.key_length if of == "key" else scene.shape.value_length
     if not scene.batch.quantized_kv or not length or length % ROTATION:
         return rows
-    return scene.room.node(rows.size, scene.find(f"{of}_rotation{kind}"), rows)
+    return scene.room.node(of_size or rows.size, scene.find(f"{of}_rotation{kind}"), rows)
 
 
 def _f16_copies(scene: Scene, at: int, *, sliding: bool) -> list[Result]:
