@@ -3,6 +3,7 @@
 import ctypes
 import os
 import random
+import signal
 import socket
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -26,6 +27,9 @@ def pytest_sessionstart() -> None:
     """Become the parent of orphans: an engine that outlives its agent is then seen, not lost to init."""
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+    # A shell that starts us in the background has SIGINT ignored, and whatever we start would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _running_children(besides: Collection[int] = ()) -> dict[int, str]:
