@@ -127,12 +127,15 @@ def logged_by_engine(
         gpu_devices=tuple(used),
         threads=1,
     )
-    lines = _log_until_loaded(argv)
-    socket_path.unlink(missing_ok=True)
-    found = logged_buffers(lines)
-    if HOST not in found:
-        raise AssertionError(f"{model.stem} did not load: {''.join(lines[-5:])}")
-    return found
+    for _ in range(2):
+        lines = _log_until_loaded(argv)
+        socket_path.unlink(missing_ok=True)
+        found = logged_buffers(lines)
+        if len(found) == len(shares) and all(buffers.compute for buffers in found.values()):
+            return found
+        # Seen once in 3 000 loads, on a busy machine: a line is missing from the log. Loading again settles it.
+        print(f"{model.stem}: not all devices have a compute buffer:\n{''.join(lines[-12:])}", file=sys.stderr)
+    raise AssertionError(f"{model.stem} did not load as planned, twice: {argv}")
 
 
 def _log_until_loaded(argv: Sequence[str]) -> list[str]:
@@ -176,7 +179,7 @@ def points_of(
                     load=load,
                     predicted=(share.weight_bytes, share.kv_bytes, share.compute_bytes),
                     margin=share.margin_bytes,
-                    logged=(buffers.model + buffers.mapped, buffers.kv, buffers.compute),
+                    logged=(buffers.model + buffers.mapped, buffers.kv, buffers.compute + buffers.output),
                     repacked=bool(buffers.model and buffers.mapped),
                 )
 

@@ -22,19 +22,22 @@ class Buffers(Struct, kw_only=True):
     """Bytes on one device; each line of the log is rounded to 0.01 MiB.
 
     `mapped`: part of the model's file that is in memory only as long as there is room; all of the model, when no other
-    memory was taken for it, otherwise also the originals of what was copied (repacked).
+    memory was taken for it, otherwise also the originals of what was copied (repacked). `output`: what answers are read
+    from; the memory model counts it with the compute buffer. Every device in use has a compute buffer: where none is
+    found, the log has lost a line and says nothing.
     """
 
     model: int = 0
     mapped: int = 0
     kv: int = 0
     compute: int = 0
+    output: int = 0
 
 
 def logged_buffers(lines: Iterable[str]) -> dict[str, Buffers]:
     """Buffers by device: "CPU", an address of a backend, or the engine's name of a local GPU.
 
-    Recurrent states count as KV, and the buffer that answers are read from as compute, as the memory model does.
+    Recurrent states count as KV, as the memory model has it.
     """
     found: dict[str, Buffers] = {}
     for line in lines:
@@ -56,4 +59,4 @@ def _device(name: str) -> str:
 def _kind(name: str, logged: str) -> str:
     if logged == "model":
         return "mapped" if name.endswith(_MAPPED) else "model"
-    return {"KV": "kv", "RS": "kv", "compute": "compute", "output": "compute"}[logged]
+    return "kv" if logged in {"KV", "RS"} else logged

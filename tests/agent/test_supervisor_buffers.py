@@ -27,7 +27,7 @@ def mib(size: float) -> int:
 
 def test_buffers_are_told_apart_by_device_and_purpose():
     assert logged_buffers(SPLIT.splitlines()) == {
-        "CPU": Buffers(mapped=mib(8), compute=mib(0.06) + mib(21.05)),
+        "CPU": Buffers(mapped=mib(8), compute=mib(21.05), output=mib(0.06)),
         "127.0.0.1:7500": Buffers(model=mib(24.51), kv=mib(9.5), compute=mib(32.04)),
         "127.0.0.1:7501": Buffers(model=mib(18.02), kv=mib(0.89), compute=mib(31.04)),
     }
