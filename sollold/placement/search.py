@@ -9,8 +9,8 @@ fewer layers on a device too.
 Left out are partial plans that cannot end better than one in hand with as few nodes (a linear relaxation says so) and,
 in the sweep, devices that another free one beats in speed, room and distance alike. After as many steps as the record
 allows, the best so far is taken. On clusters of a few nodes and models of a few layers the search ends before, with the
-best plan there is. Over 8 and 16 unequal nodes with 80 layers and hardly enough memory, 41 of 42 plans were within 5 % of
-the best that any wider search found, one 8.8 % slower.
+best plan there is. Over 8 and 16 unequal nodes with 80 layers and hardly enough memory, 41 of 42 plans were within 5 %
+of the best that any wider search found, one 8.8 % slower.
 """
 
 from bisect import bisect_left
