@@ -9,8 +9,8 @@ fewer layers on a device too.
 Left out are partial plans that cannot end better than one in hand with as few nodes (a linear relaxation says so) and,
 in the sweep, devices that another free one beats in speed, room and distance alike. After as many steps as the record
 allows, the best so far is taken. On clusters of a few nodes and models of a few layers the search ends before, with the
-best plan there is. Over 8 and 16 unequal nodes with 80 layers and hardly enough memory, 42 clusters, it came within
-4.3 % of the best plan that any wider search found.
+best plan there is. Over 8 and 16 unequal nodes with 80 layers and hardly enough memory, 41 of 42 plans were within 5 %
+of the best that any wider search found, one 8.8 % slower.
 """
 
 from bisect import bisect_left
@@ -29,6 +29,9 @@ MAX_DEVICES = 15  # beside the CPU: the engine asserts it
 FEW_LAYERS = 13
 FEW_UNITS = 6
 WIDTH = 12
+# So that a sweep comes to its end, where the plans are, when it has not many steps left.
+RUNNING_OUT = 500
+NARROW = 3
 SLACK = 2  # layers fewer than full that are tried where layers are unequal
 
 
@@ -96,8 +99,9 @@ class Search:
                     used = state.used | 1 << at
                     if used not in best or bound < best[used][0]:
                         best[used] = (bound, place, first, at)
-            widest = sorted(best.values())[:WIDTH]
-            states = [self._child(states[place], at, first) for _, place, first, at in widest]
+            width = WIDTH if self._record.steps_left > RUNNING_OUT else NARROW
+            kept = sorted(best.values())[:width]
+            states = [self._child(states[place], at, first) for _, place, first, at in kept]
 
     def _extend(self, state: State, bound: float) -> None:
         record = self._record

@@ -25,8 +25,8 @@ from sollold.placement.search import FEW_LAYERS, Search
 
 # Partial plans to look at, 5 to 10 microseconds each: over the whole cluster, then over the nodes of the best plan.
 # Where layers are few a plan that is one off is far off, and where devices are few all plans can be looked at.
-MOST_STEPS = 1000
-MOST_STEPS_AGAIN = 1300
+MOST_STEPS = 1500
+MOST_STEPS_AGAIN = 1000
 MORE_FOR_FEW = 4
 FEW_DEVICES = 12
 MOST_CHECKED = 8  # plans that the search found and the memory model may refuse
