@@ -9,6 +9,8 @@ from sollol.inference import AvailableModel
 from sollol.names import check_model_name, closest
 from sollol.report import InstanceState, Model, NodeStatus
 
+NO_NODES_RETRY_AFTER_S = 2.0  # what an agent takes to start and be seen
+
 
 class ClusterView(Protocol):
     @property
@@ -51,7 +53,8 @@ class Catalogue:
         """The model's own name for a name or alias.
 
         Raises:
-            SollolError: INVALID_MODEL_NAME, or MODEL_NOT_FOUND naming the closest names.
+            SollolError: INVALID_MODEL_NAME; NO_NODES while nobody is there who could know the name; else MODEL_NOT_FOUND
+                naming the closest names.
         """
         check_model_name(name)
         if self._names_version != self._nodes.models_version:
@@ -60,6 +63,13 @@ class Catalogue:
         found = self._names.get(name)
         if found is not None:
             return found
+        if not self.ready():
+            raise refuse(
+                Reason.NO_NODES,
+                f"no live node, so nobody knows {name}: start `sollol-agent` on one",
+                retryable=True,
+                retry_after_s=NO_NODES_RETRY_AFTER_S,
+            )
         near = closest(name, self._names)
         hint = f"; did you mean {', '.join(near)}?" if near else "; `sollol models` lists what there is"
         raise refuse(Reason.MODEL_NOT_FOUND, f"no node has a model named {name}{hint}")

@@ -67,8 +67,8 @@ async def test_no_node_at_all_is_refused_as_that_on_every_surface(by_hand):
 
     assert await by_hand.get("/healthz") == 200
     assert await by_hand.get("/readyz") == 503
-    assert (status, answer["error"]["code"]) == (404, Reason.MODEL_NOT_FOUND)
-    assert (ran, said.split(":")[1]) == (SURFACES[Reason.MODEL_NOT_FOUND].exit_code, " MODEL_NOT_FOUND")
+    assert (status, answer["error"]["code"]) == (503, Reason.NO_NODES)
+    assert (ran, said.split(":")[1]) == (SURFACES[Reason.NO_NODES].exit_code, " NO_NODES")
     assert placed == SURFACES[Reason.NO_NODES].exit_code
 
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 from msgspec.structs import replace
-from sollol.errors import Reason, SollolError, refuse
+from sollol.errors import Reason, Retry, SollolError, refuse
 from sollol.report import Instance, InstanceState
 
 from sollold.catalogue import Catalogue
@@ -84,6 +84,14 @@ def test_unknown_and_impossible_names_are_refused(name, reason):
 
     assert caught.value.refusal.reason is reason
     assert ("tiny:8b" in caught.value.refusal.message) == (reason is Reason.MODEL_NOT_FOUND)
+
+
+def test_without_a_live_node_an_unknown_name_is_worth_asking_for_again():
+    with pytest.raises(SollolError) as caught:
+        catalogue().canonical("tiny:8b")
+
+    assert caught.value.refusal.reason is Reason.NO_NODES
+    assert caught.value.refusal.retry is Retry.RETRYABLE
 
 
 def test_a_change_of_models_is_seen_at_once():
