@@ -53,7 +53,7 @@ class Catalogue:
         """The model's own name for a name or alias.
 
         Raises:
-            SollolError: INVALID_MODEL_NAME; NO_NODES while nobody is there who could know the name; else MODEL_NOT_FOUND
+            SollolError: INVALID_MODEL_NAME; NO_NODES while no node is live; else MODEL_NOT_FOUND
                 naming the closest names.
         """
         check_model_name(name)
