@@ -8,7 +8,7 @@ import asyncio
 import fcntl
 import os
 import time
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,15 @@ async def serve(config: AgentConfig, environ: Mapping[str, str], stop: Stop) -> 
             found = await _found_engine(config, environ)
             ledger = Ledger(clock=time.monotonic, journal=lambda event: journal(event))  # noqa: PLW0108 - defined below
             inventory = Inventory(_model_roots(config, environ))
-            supervisor = _supervisor(config, environ, places, found=found, inventory=inventory, ledger=ledger)
+            supervisor = _supervisor(
+                config,
+                environ,
+                places,
+                found=found,
+                inventory=inventory,
+                ledger=ledger,
+                streams=lambda instance_id: relay.active_streams(instance_id),  # noqa: PLW0108 - defined below
+            )
             relay = Relay(supervisor.socket_of, supervisor.failure_of)
             probe = Probe(drivers=default_drivers(), caps=config.caps, state_dir=places.state)
             probe.heard_engine(found.devices if found else ())
@@ -177,6 +185,7 @@ def _supervisor(
     found: FoundEngine | None,
     inventory: Inventory,
     ledger: Ledger,
+    streams: Callable[[str], int],
 ) -> Supervisor:
     return Supervisor(
         engine=found.argv if found else (),
@@ -185,6 +194,7 @@ def _supervisor(
         environment=environ,
         directories=files.Directories(log=places.log, run=places.run, state=places.state),
         limits=Limits(start_timeout_s=config.start_timeout_s, stop_grace_s=config.stop_grace_s),
+        streams=streams,
         threads=config.threads or len(os.sched_getaffinity(0)),
         site=BackendSite(
             program=found.rpc_server if found else None,

@@ -61,6 +61,7 @@ async def supervising(
     restarts: RestartPolicy | None = None,
     on_gone: Callable[[Instance], None] = lambda _: None,
     site: BackendSite = NOTHING_TO_LEND,
+    streams: Callable[[str], int] = lambda _: 0,
 ) -> AsyncIterator[Supervisor]:
     supervisor = Supervisor(
         engine=engine,
@@ -70,6 +71,7 @@ async def supervising(
         directories=directories(tmp_path),
         limits=limits,
         site=site,
+        streams=streams,
         threads=1,
         restarts=restarts,
         on_gone=on_gone,

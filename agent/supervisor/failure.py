@@ -161,6 +161,16 @@ def stalled(model: str, waited_s: float, log_tail: tuple[str, ...]) -> Refusal:
     return _stalled(message, waited_s, log_tail)
 
 
+def frozen(model: str, wrong: str, log_tail: tuple[str, ...]) -> Refusal:
+    """Say that a coordinator was ended because it lived and did nothing."""
+    return Refusal(
+        reason=Reason.ENGINE_STALLED,
+        message=f"the engine of {model} was ended: it {wrong}; ask again, and another one is started",
+        retry=Retry.RETRYABLE,
+        log_lines=log_tail[-KEPT_LINES:],
+    )
+
+
 def _stalled(message: str, waited_s: float, log_tail: tuple[str, ...]) -> Refusal:
     return Refusal(
         reason=Reason.ENGINE_STALLED,

@@ -1,23 +1,27 @@
 """Notices a process that is there and does nothing: its partner would hang for ever, with a health that looks fine.
 
 Silence alone says nothing: half of what a backend is told has no answer (tensors written, graphs computed), so an idle
-one looks like one that owes something. One that sleeps and lets bytes lie unread does not.
+one looks like one that owes something. One that sleeps and lets bytes lie unread does not. A coordinator that says it
+generates and takes no CPU time does not either, where its work is CPU work.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-UNREAD_FOR_S = 3.5
+IDLE_FOR_S = 2.9
+_IDLE_LOOKS = 3  # we may have slept longer than it
 _STOPPED, _SLEEPS = "T", "S"  # a debugger's stop is another state
+_BUSY = "RD"  # computes, or waits for a disk
 _ESTABLISHED, _CLOSE_WAIT = "01", "08"
 
 
 class Look(NamedTuple):
-    """One process at one moment: its state as ps shows it, CPU time so far, and whether input waits for it."""
+    """One process at one moment: its state as ps shows it, CPU time so far, and whether work waits for it."""
 
     state: str
     cpu_ticks: int
-    unread: bool
+    has_work: bool = False
 
 
 class FreezeWatch:
@@ -25,13 +29,21 @@ class FreezeWatch:
 
     Args:
         computes_here: Its work is CPU work. One that waits for a GPU sleeps while its input waits, and is well.
+        idle: What it does that sleeps beside its work.
+        slack_ticks: CPU time in which it does not get on with its work: answering us takes some.
     """
 
-    def __init__(self, *, computes_here: bool) -> None:
-        self._computes_here = computes_here
+    def __init__(self, *, computes_here: bool, idle: str = "has let its input lie", slack_ticks: int = 0) -> None:
+        self._computes_here, self._idle, self._slack_ticks = computes_here, idle, slack_ticks
         self._stopped_before = False
-        self._cpu_ticks = -1
+        self._cpu_ticks = -(1 << 30)  # not seen yet
         self._idle_since_s = 0.0
+        self._idle_looks = 0
+
+    def rests(self, look: Look) -> bool:
+        """Whether it has done nothing since it was seen last: only then it matters whether there is work for it."""
+        used_ticks = look.cpu_ticks - self._cpu_ticks
+        return self._computes_here and used_ticks <= self._slack_ticks and look.state == _SLEEPS
 
     def sees(self, look: Look | None, now_s: float) -> str:
         """Return what is wrong with it; empty when nothing is known to be. None: it is gone."""
@@ -41,21 +53,39 @@ class FreezeWatch:
         self._stopped_before = stopped
         if stopped and stopped_before:
             return "was stopped by a signal and does not go on"
-        if not self._computes_here or look.cpu_ticks != self._cpu_ticks or look.state != _SLEEPS or not look.unread:
-            self._cpu_ticks, self._idle_since_s = look.cpu_ticks, now_s
-        elif now_s - self._idle_since_s >= UNREAD_FOR_S:
-            return f"has let its input lie for {now_s - self._idle_since_s:.0f} s"
+        if not (look.has_work and self.rests(look)):
+            self._cpu_ticks, self._idle_since_s, self._idle_looks = look.cpu_ticks, now_s, 0
+            return ""
+        self._idle_looks += 1
+        if now_s - self._idle_since_s >= IDLE_FOR_S and self._idle_looks >= _IDLE_LOOKS:
+            return f"{self._idle} for {now_s - self._idle_since_s:.0f} s"
         return ""
 
 
 def look_at(pid: int, port: int = 0) -> Look | None:
     """Return how a process is, with the input of its connections to `port`; None when it is gone."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+        fields = _stat(Path(f"/proc/{pid}/stat"))
         unread = bool(port) and _has_unread(Path(f"/proc/{pid}/net/tcp").read_text(), port)
     except OSError:
         return None
-    return Look(state=fields[0], cpu_ticks=int(fields[11]) + int(fields[12]), unread=unread)
+    look = Look(state=fields[0], cpu_ticks=int(fields[11]) + int(fields[12]))
+    return with_work(look, pid) if unread else look
+
+
+def with_work(look: Look, pid: int) -> Look:
+    """The look at one for which work waits: its state is that of its busiest thread, not of its first one."""
+    if look.state != _SLEEPS:
+        return look._replace(has_work=True)
+    states = set()
+    with suppress(OSError):  # it, or one of its threads, has just ended
+        states = {_stat(thread / "stat")[0] for thread in Path(f"/proc/{pid}/task").iterdir()}
+    busiest = next((state for state in _BUSY if state in states), _SLEEPS)
+    return look._replace(state=busiest, has_work=True)
+
+
+def _stat(path: Path) -> list[str]:
+    return path.read_text().rpartition(") ")[2].split()
 
 
 def _has_unread(table: str, port: int) -> bool:

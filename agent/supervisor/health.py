@@ -1,18 +1,25 @@
-"""Asks a coordinator whether it serves."""
+"""Asks a coordinator whether it serves, and what it does."""
 
 import asyncio
 from pathlib import Path
+from typing import NamedTuple
 
 from agent.engine_client import EngineProtocolError, Exchange, connect, request_bytes
 
 _TIMEOUT_S = 0.5
-_REQUEST = request_bytes("GET", "/health", {}, b"")
 
 
-async def health(socket: Path) -> int | None:
-    """Ask `/health` once: 200 when it serves, 503 while it loads, None before it listens and when it is too busy."""
+class Answer(NamedTuple):
+    status: int
+    body: bytes
+
+
+async def ask(socket: Path, path: str) -> Answer | None:
+    """GET `path` once; None before it listens, and when it is too busy to answer within half a second."""
     statuses: list[int] = []
-    exchange = Exchange(_REQUEST, lambda status, _headers: statuses.append(status), lambda _body: None)
+    pieces: list[bytes] = []
+    request = request_bytes("GET", path, {}, b"")
+    exchange = Exchange(request, lambda status, _headers: statuses.append(status), pieces.append)
     try:
         async with asyncio.timeout(_TIMEOUT_S):
             await connect(socket, exchange)
@@ -21,4 +28,10 @@ async def health(socket: Path) -> int | None:
         return None  # ask again
     finally:
         exchange.abort()
-    return statuses[0] if statuses else None
+    return Answer(statuses[0], b"".join(pieces)) if statuses else None
+
+
+async def health(socket: Path) -> int | None:
+    """Ask `/health` once: 200 when it serves, 503 while it loads, None as in `ask`."""
+    answer = await ask(socket, "/health")
+    return answer.status if answer is not None else None

@@ -11,13 +11,14 @@ from sollol.errors import Refusal
 from sollol.report import CoordinatorPlan, Instance, InstanceState
 
 from agent.supervisor import leftovers
-from agent.supervisor.failure import KEPT_LINES, backend_lost, classify, stalled, unreachable
+from agent.supervisor.failure import KEPT_LINES, backend_lost, classify, frozen, stalled, unreachable
 from agent.supervisor.files import InstanceFiles, last_lines
 from agent.supervisor.health import health
 from agent.supervisor.links import backend_links
 from agent.supervisor.owner import Limits, Owner, cannot_run
 from agent.supervisor.process import EngineProcess, bytes_read, spawn_coordinator
 from agent.supervisor.progress import newest_percent
+from agent.supervisor.standstill import Standstill
 from agent.supervisor.state import Event, after
 
 log = structlog.get_logger(__name__)
@@ -26,13 +27,14 @@ _READ_BYTES = 64 * 1024
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything to start one coordinator; its instance id is its pool's id."""
+    """Everything to start one coordinator; its instance id is its pool's id. `streams`: those it has open now."""
 
     instance_id: str
     plan: CoordinatorPlan
     argv: tuple[str, ...]
     environment: Mapping[str, str]
     files: InstanceFiles
+    streams: Callable[[], int]
 
 
 class Coordinator(Owner):
@@ -69,9 +71,16 @@ class Coordinator(Owner):
             async with self._watched(process) as exited:
                 leftovers.remember(self.view.instance_id, process.pid, self.files)
                 self._announce(pid=process.pid)
-                refusal = await self._until_ready(process, exited)
+                standstill = Standstill(
+                    process.pid,
+                    self._launch.plan,
+                    self.files.socket,
+                    streams=self._launch.streams,
+                    every_s=self._limits.freeze_poll_s,
+                )
+                refusal = await self._until_ready(process, exited, standstill)
                 if refusal is None:
-                    refusal = await self._until_ended(process.pid, exited)
+                    refusal = await self._until_ended(process.pid, exited, standstill)
                 if self._asked_to_stop.done():
                     self._announce(state=after(self.view.state, Event.STOP))
                 if not exited.done():
@@ -81,8 +90,10 @@ class Coordinator(Owner):
             self.files.remove_run_files()
             self.files.state.unlink(missing_ok=True)
 
-    async def _until_ready(self, process: EngineProcess, exited: asyncio.Task[int]) -> Refusal | None:
-        """Return None when it serves, ended or shall stop; a refusal when nothing moved for the whole start limit."""
+    async def _until_ready(
+        self, process: EngineProcess, exited: asyncio.Task[int], standstill: Standstill
+    ) -> Refusal | None:
+        """Return None when it serves, ended or shall stop; a refusal when it is frozen or moves too slowly."""
         clock = asyncio.get_running_loop().time
         began = moved = clock()
         signs = _SignsOfLoading(self.files.progress, process.pid)
@@ -99,22 +110,32 @@ class Coordinator(Owner):
                 moved = clock()
                 self._announce_percent(signs.percent)
             elif (refusal := self._overdue(clock() - moved, connected=connected)) is not None:
-                self._announce(state=after(self.view.state, Event.UNHEALTHY))
-                return refusal
+                return self._lost(refusal)
+            if wrong := await standstill.seen():
+                return self._frozen(wrong)
             await self._next_event(exited, timeout_s=self._limits.poll_s)
         return None
 
-    async def _until_ended(self, pid: int, exited: asyncio.Task[int]) -> Refusal | None:
-        """Return None when it has ended or shall stop; a refusal when it has lost a backend and does not know yet."""
+    async def _until_ended(self, pid: int, exited: asyncio.Task[int], standstill: Standstill) -> Refusal | None:
+        """Return None when it has ended or shall stop; a refusal when it cannot serve and does not know."""
         plan = self._launch.plan
         links = await backend_links(pid, plan) if plan.backends else None
         while not exited.done() and not self._asked_to_stop.done():
-            lost = links.lost() if links is not None else None
-            if lost is not None:
-                self._announce(state=after(self.view.state, Event.UNHEALTHY))
-                return backend_lost(plan.model, lost, last_lines(self.files.log, KEPT_LINES))
-            await self._next_event(exited, timeout_s=None if links is None else self._limits.freeze_poll_s)
+            backend = links.lost() if links is not None else None
+            if backend is not None:
+                return self._lost(backend_lost(plan.model, backend, last_lines(self.files.log, KEPT_LINES)))
+            if wrong := await standstill.seen():
+                return self._frozen(wrong)
+            await self._next_event(exited, timeout_s=self._limits.freeze_poll_s)
         return None
+
+    def _frozen(self, wrong: str) -> Refusal:
+        self._grace_s = 0.0  # it would not hear that it shall end
+        return self._lost(frozen(self.view.model, wrong, last_lines(self.files.log, KEPT_LINES)))
+
+    def _lost(self, why: Refusal) -> Refusal:
+        self._announce(state=after(self.view.state, Event.UNHEALTHY))
+        return why
 
     def _overdue(self, waited_s: float, *, connected: bool) -> Refusal | None:
         limits, model = self._limits, self.view.model

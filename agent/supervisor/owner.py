@@ -23,7 +23,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
     `connect_timeout_s` bounds the first sign of life of what can hang without a word: a backend, and a coordinator that
     connects to backends. `gone_after_s` is how long a backend outlives its coordinator, `freeze_poll_s` how often what
-    no exit tells is looked for: a backend that is stopped, a coordinator that has lost one.
+    no exit tells is looked for: a process that is stopped or hangs, a coordinator that has lost a backend.
     """
 
     start_timeout_s: float = 600.0

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -37,6 +38,7 @@ class Supervisor:
         resolve: The file of a model by name; raises SollolError for names it does not know.
         environment: Our own environment; engines get what they need of it and nothing else.
         site: How this node lends its devices.
+        streams: How many streams an instance has open now.
         threads: Per engine, when nobody says; 0 leaves it to the engine.
         on_gone: Called when an instance's process is gone, before anybody is told: gives its reservation back.
     """
@@ -51,6 +53,7 @@ class Supervisor:
         directories: Directories,
         limits: Limits,
         site: BackendSite,
+        streams: Callable[[str], int] = lambda _: 0,
         threads: int = 0,
         restarts: RestartPolicy | None = None,
         on_gone: Callable[[Instance], None] = lambda _: None,
@@ -59,6 +62,7 @@ class Supervisor:
         self._resolve = resolve
         self._environment = dict(environment)
         self._site, self._ports = site, Ports(site.ports)
+        self._streams = streams
         self._directories, self._limits = directories, limits
         self._restarts = restarts or RestartPolicy()
         self._on_gone = on_gone
@@ -156,7 +160,8 @@ class Supervisor:
             node_id=self._site.node_id,
         )
         environment = coordinator_environment(self._environment)
-        return Launch(instance_id=pool_id, plan=plan, argv=argv, environment=environment, files=files)
+        streams = partial(self._streams, pool_id)
+        return Launch(instance_id=pool_id, plan=plan, argv=argv, environment=environment, files=files, streams=streams)
 
     def _backend_launch(self, instance_id: str, wish: BackendWish) -> BackendLaunch:
         if self._site.program is None:

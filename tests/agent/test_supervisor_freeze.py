@@ -5,11 +5,11 @@ import signal
 import socket
 import subprocess
 
-from agent.supervisor.freeze import UNREAD_FOR_S, FreezeWatch, Look, look_at
+from agent.supervisor.freeze import IDLE_FOR_S, FreezeWatch, Look, look_at
 from tests.waiting import wait_until
 
-STOPPED = Look(state="T", cpu_ticks=5, unread=False)
-ASLEEP_WITH_INPUT = Look(state="S", cpu_ticks=5, unread=True)
+STOPPED = Look(state="T", cpu_ticks=5, has_work=False)
+ASLEEP_WITH_INPUT = Look(state="S", cpu_ticks=5, has_work=True)
 
 
 def watched(*looks, computes_here=True):
@@ -29,12 +29,12 @@ def test_one_that_goes_on_between_two_looks_is_not():
 def test_one_that_sleeps_beside_its_unread_input_is_frozen_within_five_seconds():
     said = watched(*[ASLEEP_WITH_INPUT] * 6)
 
-    assert not any(said[: int(UNREAD_FOR_S) + 1])
+    assert not any(said[: int(IDLE_FOR_S) + 1])
     assert "input" in said[4]
 
 
 def test_an_idle_one_is_well_for_ever_though_it_never_answered():
-    assert not any(watched(*[ASLEEP_WITH_INPUT._replace(unread=False)] * 60))
+    assert not any(watched(*[ASLEEP_WITH_INPUT._replace(has_work=False)] * 60))
 
 
 def test_one_that_computes_while_input_waits_is_well():
@@ -67,8 +67,8 @@ async def test_a_look_shows_input_that_nobody_reads():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port)) as client, listener.accept()[0] as served:
-            assert not look_at(os.getpid(), port).unread
+            assert not look_at(os.getpid(), port).has_work
             client.sendall(b"work")
-            await wait_until(lambda: look_at(os.getpid(), port).unread, what="the kernel has it")
+            await wait_until(lambda: look_at(os.getpid(), port).has_work, what="the kernel has it")
             served.recv(4)
-            assert not look_at(os.getpid(), port).unread
+            assert not look_at(os.getpid(), port).has_work

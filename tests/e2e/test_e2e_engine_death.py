@@ -1,8 +1,10 @@
 """`kill -9` of the engine: whoever reads its stream is told, nothing stays reserved, and the next request works."""
 
 import asyncio
+import contextlib
 import os
 import signal
+import time
 
 import grpc
 import pytest
@@ -13,7 +15,7 @@ from sollol.report import InstanceState, PlacementWish
 from sollol.v1 import inference_pb2, inference_pb2_grpc
 
 from tests.e2e.cluster import RECITAL_20, text_of
-from tests.e2e.models import KILLED_EARLY, KILLED_GRPC, KILLED_HTTP, KILLED_LOADING, RANDOM
+from tests.e2e.models import FROZEN, KILLED_EARLY, KILLED_GRPC, KILLED_HTTP, KILLED_LOADING, RANDOM
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.engine
@@ -117,12 +119,33 @@ async def test_every_stream_of_a_killed_engine_is_told(faulty):
     assert await faulty.say(RANDOM)
 
 
+async def test_a_frozen_engine_is_told_to_its_reader_and_a_request_without_a_token_is_answered_by_another(cluster):
+    before = await cluster.say(FROZEN, cache_prompt=False)
+    pool = await cluster.ready_pool(FROZEN)
+    last, waiting = {}, None
+    async with cluster.stream(FROZEN, max_tokens=LONG) as events:
+        async for event in events:
+            if waiting is None and text_of(event):
+                os.kill(pool.instance.pid, signal.SIGSTOP)
+                frozen_s = time.monotonic()
+                waiting = asyncio.create_task(cluster.say(FROZEN, cache_prompt=False))
+            last = event
+
+    assert last["error"]["code"] == Reason.ENGINE_STALLED
+    assert "stopped by a signal" in last["error"]["message"]
+    assert time.monotonic() - frozen_s < 5
+    assert await waiting == before
+    await nothing_of(cluster, pool)
+    assert (await cluster.ready_pool(FROZEN)).instance.instance_id != pool.instance.instance_id
+
+
 async def test_a_request_whose_engine_is_killed_before_its_first_token_is_answered_by_another(cluster):
     pool = await frozen(cluster, KILLED_EARLY)
     asked = asyncio.create_task(cluster.say(KILLED_EARLY))
     await wait_until(lambda: has_stream(cluster, pool), within_s=5, what="the request is with the engine")
 
-    os.kill(pool.instance.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # its agent may have been faster: it ends what is frozen
+        os.kill(pool.instance.pid, signal.SIGKILL)
 
     assert await asked == RECITAL_20
     await nothing_of(cluster, pool)
