@@ -23,10 +23,12 @@ from sollol.lifecycle import Closing, Stop
 from sollol.registry import Registry
 from sollol.report import Instance
 
+from agent import link_probe
 from agent.config import AgentConfig
 from agent.engine.find import FoundEngine, find_engine
 from agent.gpus import default_drivers
 from agent.ledger import Ledger, LedgerEvent
+from agent.links import Links
 from agent.models import Inventory, ModelRoots, default_huggingface_dir, default_ollama_dir
 from agent.probe import Probe
 from agent.relay import Relay
@@ -70,12 +72,14 @@ async def serve(config: AgentConfig, environ: Mapping[str, str], stop: Stop) -> 
             relay = Relay(supervisor.socket_of, supervisor.failure_of)
             probe = Probe(drivers=default_drivers(), caps=config.caps, state_dir=places.state)
             probe.heard_engine(found.devices if found else ())
+            links = Links(probe=link_probe.probe)
             reporter = Reporter(
                 config=config,
                 probe=probe,
                 inventory=inventory,
                 ledger=ledger,
                 supervisor=_Busy(supervisor, relay),
+                links=links,
                 engine=found.engine if found else None,
                 registry=registry,
             )
@@ -90,7 +94,14 @@ async def serve(config: AgentConfig, environ: Mapping[str, str], stop: Stop) -> 
             closing.add("engines", supervisor.close, within_s=config.stop_grace_s + 2 * STEP_WITHIN_S)
             if not await _before_stop(reporter.ready(), stop):
                 return
-            service = AgentService(reporter=reporter, ledger=ledger, supervisor=supervisor, relay=relay)
+            service = AgentService(
+                reporter=reporter,
+                ledger=ledger,
+                supervisor=supervisor,
+                relay=relay,
+                links=links,
+                sink=link_probe.Sink(),
+            )
             service.add_to(server)
             await server.start()
             closing.add("gRPC", lambda: server.stop(STREAMS_GRACE_S), within_s=STEP_WITHIN_S)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sollol.errors import Refusal
+from sollol.link import Link
 from sollol.report import BackendEndpoint, CoordinatorPlan, Device, Instance, Report, Reservation
 
 from agent.supervisor.lending import BackendWish
@@ -51,3 +52,11 @@ class Supervisor(Protocol):
 
 class Relaying(Protocol):
     async def serve(self, context: Any) -> None: ...
+
+
+class Links(Protocol):
+    async def measure(self, node_id: str, host: str, port: int) -> Link: ...
+
+
+class Sink(Protocol):
+    async def serve(self, context: Any, *, node_id: str, boot_id: str) -> None: ...

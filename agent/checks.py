@@ -1,5 +1,6 @@
 """What heads may ask for: ids, time-outs and plans within their ranges, before anything acts on them. Pure."""
 
+import ipaddress
 import re
 from collections.abc import Mapping, Sequence
 
@@ -27,6 +28,8 @@ _MAX_BACKENDS = 15  # the engine's own limit of devices over RPC
 _MAX_HOSTS = 16
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")  # a name or an IPv4 address
 _MAX_LAYERS = 4096
+_MAX_NODE_ID = 255
+_MAX_PORT = 65535
 
 
 def check_id(found: str, what: str) -> str:
@@ -55,6 +58,29 @@ def check_instance_id(found: str) -> str:
     """Return `found` when it can be a coordinator's id, which is its pool's, or a backend's."""
     check_id(found.removesuffix(SUFFIX), "instance id")
     return found
+
+
+def check_peer(node_id: str, host: str, port: int) -> tuple[str, str, int]:
+    """Return all three when they can be another agent's.
+
+    Raises:
+        SollolError: INVALID_REQUEST, naming the field.
+    """
+    if not 1 <= len(node_id) <= _MAX_NODE_ID:
+        raise _invalid(f"node id {node_id[:40]!r} is not 1 to {_MAX_NODE_ID} characters")
+    if not (_HOST.fullmatch(host) or _is_address(host)):
+        raise _invalid(f"host {host[:40]!r} is no name and no address")
+    if not 1 <= port <= _MAX_PORT:
+        raise _invalid(f"port {port} is not 1 to {_MAX_PORT}")
+    return node_id, host, port
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def check_backend(

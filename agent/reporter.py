@@ -9,6 +9,7 @@ from typing import Protocol
 import sollol
 import structlog
 from sollol.errors import Reason, refuse
+from sollol.link import Link
 from sollol.registry import RegistryUnavailable
 from sollol.report import Device, Engine, Instance, Model, Report, Reservation
 
@@ -48,6 +49,10 @@ class Running(Protocol):
     def instances(self) -> tuple[Instance, ...]: ...
 
 
+class Measured(Protocol):
+    def all(self) -> tuple[Link, ...]: ...
+
+
 class NoticeBoard(Protocol):
     async def publish(self, report: Report, lease_s: float) -> None: ...
 
@@ -69,6 +74,7 @@ class Reporter:
         inventory: Inventory,
         ledger: Promises,
         supervisor: Running,
+        links: Measured,
         engine: Engine | None,
         registry: NoticeBoard | None,
         wall_clock: Callable[[], float] = time.time,
@@ -77,6 +83,7 @@ class Reporter:
         self._probe = probe
         self._ledger = ledger
         self._supervisor = supervisor
+        self._links = links
         self._engine = engine
         self._registry = registry
         self._wall_clock = wall_clock
@@ -184,6 +191,7 @@ class Reporter:
             reservations=self._ledger.reservations(),
             labels=dict(config.labels),
             version=sollol.__version__,
+            links=self._links.all(),
         )
         news, self._news = self._news, asyncio.Event()
         news.set()

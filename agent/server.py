@@ -4,18 +4,15 @@ Expected refusals are values where the response has a field for them, else the s
 `sollol.channels`. Anything unexpected is logged once and becomes INTERNAL.
 """
 
-import functools
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import grpc.aio
 import msgspec
-import structlog
 from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untyped]
 from sollol import wire
-from sollol.channels import refusal_abort
-from sollol.errors import Reason, Refusal, SollolError, refuse
+from sollol.errors import Reason, SollolError, refuse
 from sollol.report import (
     BackendEndpoint,
     CoordinatorPlan,
@@ -26,49 +23,24 @@ from sollol.report import (
 from sollol.v1 import agent_pb2, agent_pb2_grpc
 
 from agent import log_tail
-from agent.asked import Ledger, Relaying, Reporter, Supervisor
+from agent.asked import Ledger, Links, Relaying, Reporter, Sink, Supervisor
 from agent.checks import (
     check_backend,
     check_bytes,
     check_covered,
     check_id,
     check_instance_id,
+    check_peer,
     check_plan,
     check_pool_id,
     check_reserved,
     check_ttl,
 )
+from agent.guarded import guarded
 from agent.supervisor.lending import BackendWish, backend_id
 
 _LIVE = frozenset({InstanceState.STARTING, InstanceState.READY, InstanceState.STOPPING})
 _LINES_PER_MESSAGE = 256
-
-log = structlog.get_logger()
-
-
-_Rpc = Callable[["AgentService", Any, Any], Coroutine[Any, Any, Any]]
-
-
-def _guarded(rpc: _Rpc) -> Any:
-    """Turn what an RPC raises into the call's status; nothing it raises is lost or logged twice."""
-
-    @functools.wraps(rpc)
-    async def call(self: "AgentService", request: Any, context: Any) -> Any:
-        try:
-            return await rpc(self, request, context)
-        except grpc.aio.AbortError:
-            raise
-        except SollolError as error:
-            await refusal_abort(context, error.refusal)
-        except grpc.aio.BaseError as error:
-            log.info("call_lost", rpc=rpc.__name__, error=str(error))
-            raise
-        except Exception:
-            log.exception("rpc_failed", rpc=rpc.__name__)
-            message = f"the agent failed in {rpc.__name__}; its log says why"
-            await refusal_abort(context, Refusal(reason=Reason.INTERNAL, message=message))
-
-    return call
 
 
 class AgentService(agent_pb2_grpc.AgentServiceServicer):
@@ -80,13 +52,26 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
             gone.
         supervisor: Owns the engine processes.
         relay: Owns the token streams.
+        links: Owns what is known of the links to other nodes.
+        sink: Takes what other agents send to measure theirs.
     """
 
-    def __init__(self, *, reporter: Reporter, ledger: Ledger, supervisor: Supervisor, relay: Relaying) -> None:
+    def __init__(
+        self,
+        *,
+        reporter: Reporter,
+        ledger: Ledger,
+        supervisor: Supervisor,
+        relay: Relaying,
+        links: Links,
+        sink: Sink,
+    ) -> None:
         self._reporter = reporter
         self._ledger = ledger
         self._supervisor = supervisor
         self._relay = relay
+        self._links = links
+        self._sink = sink
         self._health = health.aio.HealthServicer()
         self._draining = False
 
@@ -100,13 +85,13 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         self._draining = True
         await self._health.enter_graceful_shutdown()
 
-    @_guarded
+    @guarded
     async def GetReport(self, request: agent_pb2.GetReportRequest, context: Any) -> agent_pb2.GetReportResponse:
         response = agent_pb2.GetReportResponse()
         wire.fill(response.report, self._reporter.current())
         return response
 
-    @_guarded
+    @guarded
     async def WatchReport(self, request: agent_pb2.WatchReportRequest, context: Any) -> None:
         sent: tuple[Model, ...] | None = None
         async for report in self._reporter.watch():
@@ -116,7 +101,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
             wire.fill(response.report, msgspec.structs.replace(report, models=()) if unchanged else report)
             await context.write(response)
 
-    @_guarded
+    @guarded
     async def Reserve(self, request: agent_pb2.ReserveRequest, context: Any) -> agent_pb2.ReserveResponse:
         response = agent_pb2.ReserveResponse()
         try:
@@ -137,13 +122,13 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
             raise SollolError(refusal)
         self._reporter.changed()
 
-    @_guarded
+    @guarded
     async def Release(self, request: agent_pb2.ReleaseRequest, context: Any) -> agent_pb2.ReleaseResponse:
         self._ledger.release(check_id(request.pool_id, "pool id"))
         self._reporter.changed()
         return agent_pb2.ReleaseResponse()
 
-    @_guarded
+    @guarded
     async def StartBackend(
         self, request: agent_pb2.StartBackendRequest, context: Any
     ) -> agent_pb2.StartBackendResponse:
@@ -172,7 +157,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         with self._bound(pool_id, instance_id):
             return await self._supervisor.start_backend(wish)
 
-    @_guarded
+    @guarded
     async def StartCoordinator(
         self,
         request: agent_pb2.StartCoordinatorRequest,
@@ -221,14 +206,14 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         found = self._supervisor.instances()
         return next((item for item in found if item.instance_id == instance_id and item.state in useful), None)
 
-    @_guarded
+    @guarded
     async def WatchInstance(self, request: agent_pb2.WatchInstanceRequest, context: Any) -> None:
         async for instance in self._supervisor.watch(check_instance_id(request.instance_id)):
             response = agent_pb2.WatchInstanceResponse()
             wire.fill(response.instance, instance)
             await context.write(response)
 
-    @_guarded
+    @guarded
     async def Stop(self, request: agent_pb2.StopRequest, context: Any) -> agent_pb2.StopResponse:
         instance_id = check_instance_id(request.instance_id)
         await self._supervisor.stop(instance_id, at_once=request.at_once)
@@ -236,11 +221,11 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         self._reporter.changed()
         return agent_pb2.StopResponse()
 
-    @_guarded
+    @guarded
     async def Relay(self, request_iterator: Any, context: Any) -> None:
         await self._relay.serve(context)
 
-    @_guarded
+    @guarded
     async def TailLog(self, request: agent_pb2.TailLogRequest, context: Any) -> None:
         try:
             instance_id = check_instance_id(request.instance_id)
@@ -255,6 +240,22 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         if request.follow:
             async for more in log_tail.follow(path, offset, ended=lambda: not self._is_live(instance_id)):
                 await _write_lines(context, more)
+
+    @guarded
+    async def MeasureLink(self, request: agent_pb2.MeasureLinkRequest, context: Any) -> agent_pb2.MeasureLinkResponse:
+        response = agent_pb2.MeasureLinkResponse()
+        try:
+            peer = check_peer(request.node_id, request.host, request.port)
+            wire.fill(response.link, await self._links.measure(*peer))
+            self._reporter.changed()
+        except SollolError as error:
+            wire.fill(response.refusal, error.refusal)
+        return response
+
+    @guarded
+    async def ProbeLink(self, request_iterator: Any, context: Any) -> None:
+        report = self._reporter.current()
+        await self._sink.serve(context, node_id=report.node_id, boot_id=report.boot_id)
 
     def _is_live(self, instance_id: str) -> bool:
         found = self._supervisor.instances()

@@ -9,6 +9,7 @@ from enum import StrEnum
 from msgspec import Struct, field
 
 from sollol.errors import Refusal
+from sollol.link import Link, PlanLink
 
 
 class DeviceKind(StrEnum):
@@ -199,6 +200,7 @@ class Report(Struct, frozen=True, kw_only=True):
     labels: dict[str, str] = field(default_factory=dict)
     cordoned: bool = False
     version: str = ""
+    links: tuple[Link, ...] = ()
 
     @property
     def address(self) -> str:
@@ -252,7 +254,7 @@ class Decision(Struct, frozen=True, kw_only=True):
     """The record of one placement: it is the explanation, `explain` only formats it.
 
     `unit` is "MB" (classic, highest score wins) or "ms/token" (fit, lowest wins). Exactly one of `coordinator`
-    (a node id) and `refusal` is set.
+    (a node id) and `refusal` is set. `ready_s`, the sum of `ready_parts`, is predicted by fit only.
     """
 
     model: str
@@ -266,6 +268,9 @@ class Decision(Struct, frozen=True, kw_only=True):
     plan: CoordinatorPlan | None = None
     refusal: Refusal | None = None
     reduced_context_from: int | None = None
+    ready_s: float | None = None
+    ready_parts: tuple[ScorePart, ...] = ()
+    links: tuple[PlanLink, ...] = ()
 
 
 class Progress(Struct, frozen=True, kw_only=True):

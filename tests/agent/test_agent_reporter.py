@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 import pytest
 from msgspec.structs import replace
 from sollol.errors import Reason, SollolError
+from sollol.link import Link
 from sollol.registry import Registry, RegistryUnavailable
 from sollol.report import (
     Device,
@@ -42,6 +43,7 @@ class Node:
         self.devices = (CPU, CUDA)
         self.models: tuple[Model, ...] = (LLAMA,)
         self.running: tuple[Instance, ...] = ()
+        self.links: tuple[Link, ...] = ()
         self.measurements = self.scans = 0
         self.go_on_scanning = threading.Event()
         self.go_on_scanning.set()
@@ -52,6 +54,7 @@ class Node:
             inventory=self,
             ledger=self.ledger,
             supervisor=self,
+            links=self,
             engine=ENGINE,
             registry=registry,
             wall_clock=lambda: 1_700_000_000.0,
@@ -70,6 +73,9 @@ class Node:
 
     def instances(self) -> tuple[Instance, ...]:
         return self.running
+
+    def all(self) -> tuple[Link, ...]:
+        return self.links
 
 
 @asynccontextmanager
@@ -92,8 +98,10 @@ async def until(reporter: Reporter, condition, what: str) -> Report:
 async def test_a_report_says_all_that_the_node_knows_of_itself():
     node = Node(host="192.168.1.20", port=7462, labels={"rack": "attic"})
     node.running = (Instance(instance_id="p", model="llama", state=InstanceState.READY),)
+    node.links = (Link(node_id="bigbox", rtt_s=0.001, bytes_per_s=1e8, age_s=3.0),)
     async with running(node) as reporter:
         report = reporter.current()
+    assert report.links == node.links
     assert (report.node_id, report.address, report.labels) == ("laptop", "192.168.1.20:7462", {"rack": "attic"})
     assert (report.engine, report.models, report.instances) == (ENGINE, (LLAMA,), node.running)
     assert (report.sequence, report.measured_unix_s, report.version) == (1, 1_700_000_000.0, "0.1.0")

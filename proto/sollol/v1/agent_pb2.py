@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from sollol.v1 import common_pb2 as sollol_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sollol/v1/agent.proto\x12\tsollol.v1\x1a\x16sollol/v1/common.proto\"\x12\n\x10GetReportRequest\"6\n\x11GetReportResponse\x12!\n\x06report\x18\x01 \x01(\x0b\x32\x11.sollol.v1.Report\"\x14\n\x12WatchReportRequest\"R\n\x13WatchReportResponse\x12!\n\x06report\x18\x01 \x01(\x0b\x32\x11.sollol.v1.Report\x12\x18\n\x10models_unchanged\x18\x02 \x01(\x08\"\x93\x01\n\x0eReserveRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x33\n\x05\x62ytes\x18\x02 \x03(\x0b\x32$.sollol.v1.ReserveRequest.BytesEntry\x12\r\n\x05ttl_s\x18\x03 \x01(\x01\x1a,\n\nBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"G\n\x0fReserveResponse\x12(\n\x07refusal\x18\x01 \x01(\x0b\x32\x12.sollol.v1.RefusalH\x00\x88\x01\x01\x42\n\n\x08_refusal\"!\n\x0eReleaseRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\"\x11\n\x0fReleaseResponse\"{\n\x13StartBackendRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x12\n\ndevice_ids\x18\x02 \x03(\t\x12\x0f\n\x07threads\x18\x03 \x01(\r\x12\x15\n\rallowed_hosts\x18\x04 \x03(\t\x12\x17\n\x0f\x61ttach_within_s\x18\x05 \x01(\x01\"\x8c\x01\n\x14StartBackendResponse\x12(\n\x07refusal\x18\x01 \x01(\x0b\x32\x12.sollol.v1.RefusalH\x00\x88\x01\x01\x12\x31\n\x08\x65ndpoint\x18\x02 \x01(\x0b\x32\x1a.sollol.v1.BackendEndpointH\x01\x88\x01\x01\x42\n\n\x08_refusalB\x0b\n\t_endpoint\"T\n\x17StartCoordinatorRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12(\n\x04plan\x18\x02 \x01(\x0b\x32\x1a.sollol.v1.CoordinatorPlan\"\x89\x01\n\x18StartCoordinatorResponse\x12(\n\x07refusal\x18\x01 \x01(\x0b\x32\x12.sollol.v1.RefusalH\x00\x88\x01\x01\x12*\n\x08instance\x18\x02 \x01(\x0b\x32\x13.sollol.v1.InstanceH\x01\x88\x01\x01\x42\n\n\x08_refusalB\x0b\n\t_instance\"+\n\x14WatchInstanceRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\">\n\x15WatchInstanceResponse\x12%\n\x08instance\x18\x01 \x01(\x0b\x32\x13.sollol.v1.Instance\"3\n\x0bStopRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61t_once\x18\x02 \x01(\x08\"\x0e\n\x0cStopResponse\"D\n\x0eTailLogRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\r\n\x05lines\x18\x02 \x01(\r\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"V\n\x0fTailLogResponse\x12(\n\x07refusal\x18\x01 \x01(\x0b\x32\x12.sollol.v1.RefusalH\x00\x88\x01\x01\x12\r\n\x05lines\x18\x02 \x03(\tB\n\n\x08_refusal\"2\n\x0cRelayRequest\x12\"\n\x06\x66rames\x18\x01 \x03(\x0b\x32\x12.sollol.v1.UpFrame\"5\n\rRelayResponse\x12$\n\x06\x66rames\x18\x01 \x03(\x0b\x32\x14.sollol.v1.DownFrame\"\x8d\x01\n\x07UpFrame\x12\x0e\n\x06stream\x18\x01 \x01(\x04\x12\x1f\n\x04open\x18\x02 \x01(\x0b\x32\x0f.sollol.v1.OpenH\x00\x12#\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x11.sollol.v1.CancelH\x00\x12#\n\x06\x63redit\x18\x04 \x01(\x0b\x32\x11.sollol.v1.CreditH\x00\x42\x07\n\x05\x66rame\"\xbc\x01\n\x04Open\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x01(\t\x12-\n\x07headers\x18\x04 \x03(\x0b\x32\x1c.sollol.v1.Open.HeadersEntry\x12\x0c\n\x04\x62ody\x18\x05 \x01(\x0c\x12\x14\n\x0c\x63redit_bytes\x18\x06 \x01(\x04\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x08\n\x06\x43\x61ncel\"\x17\n\x06\x43redit\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\"t\n\tDownFrame\x12\x0e\n\x06stream\x18\x01 \x01(\x04\x12\x1f\n\x04head\x18\x02 \x01(\x0b\x32\x0f.sollol.v1.HeadH\x00\x12\x0e\n\x04\x64\x61ta\x18\x03 \x01(\x0cH\x00\x12\x1d\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x0e.sollol.v1.EndH\x00\x42\x07\n\x05\x66rame\"u\n\x04Head\x12\x0e\n\x06status\x18\x01 \x01(\r\x12-\n\x07headers\x18\x02 \x03(\x0b\x32\x1c.sollol.v1.Head.HeadersEntry\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\";\n\x03\x45nd\x12(\n\x07refusal\x18\x01 \x01(\x0b\x32\x12.sollol.v1.RefusalH\x00\x88\x01\x01\x42\n\n\x08_refusal2\xeb\x05\n\x0c\x41gentService\x12\x46\n\tGetReport\x12\x1b.sollol.v1.GetReportRequest\x1a\x1c.sollol.v1.GetReportResponse\x12N\n\x0bWatchReport\x12\x1d.sollol.v1.WatchReportRequest\x1a\x1e.sollol.v1.WatchReportResponse0\x01\x12@\n\x07Reserve\x12\x19.sollol.v1.ReserveRequest\x1a\x1a.sollol.v1.ReserveResponse\x12@\n\x07Release\x12\x19.sollol.v1.ReleaseRequest\x1a\x1a.sollol.v1.ReleaseResponse\x12O\n\x0cStartBackend\x12\x1e.sollol.v1.StartBackendRequest\x1a\x1f.sollol.v1.StartBackendResponse\x12[\n\x10StartCoordinator\x12\".sollol.v1.StartCoordinatorRequest\x1a#.sollol.v1.StartCoordinatorResponse\x12T\n\rWatchInstance\x12\x1f.sollol.v1.WatchInstanceRequest\x1a .sollol.v1.WatchInstanceResponse0\x01\x12\x37\n\x04Stop\x12\x16.sollol.v1.StopRequest\x1a\x17.sollol.v1.StopResponse\x12>\n\x05Relay\x12\x17.sollol.v1.RelayRequest\x1a\x18.sollol.v1.RelayResponse(\x01\x30\x01\x12\x42\n\x07TailLog\x12\x19.sollol.v1.TailLogRequest\x1a\x1a.sollol.v1.TailLogResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sollol/v1/agent.proto\x12\tsollol.v1\x1a\x16sollol/v1/common.proto\"\x12\n\x10GetReportRequest\"6\n\x11GetReportResponse\x12!\n\x06report\x18\x01 \x01(\x0b\x32\x11.sollol.v1.Report\"\x14\n\x12WatchReportRequest\"R\n\x13WatchReportResponse\x12!\n\x06report\x18\x01 \x01(\x0b\x32\x11.sollol.v1.Report\x12\x18\n\x10models_unchanged\x18\x02 \x01(\x08\"\x93\x01\n\x0eReserveRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x33\n\x05\x62ytes\x18\x02 \x03(\x0b\x32$.sollol.v1.ReserveRequest.BytesEntry\x12\r\n\x05ttl_s\x18\x03 \x01(\x01\x1a,\n\nBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"G\n\x0fReserveResponse\x12(\n\x07refusal\x18\x01 \x01(\x0b\x32\x12.sollol.v1.RefusalH\x00\x88\x01\x01\x42\n\n\x08_refusal\"!\n\x0eReleaseRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\"\x11\n\x0fReleaseResponse\"{\n\x13StartBackendRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x12\n\ndevice_ids\x18\x02 \x03(\t\x12\x0f\n\x07threads\x18\x03 \x01(\r\x12\x15\n\rallowed_hosts\x18\x04 \x03(\t\x12\x17\n\x0f\x61ttach_within_s\x18\x05 \x01(\x01\"\x8c\x01\n\x14StartBackendResponse\x12(\n\x07refusal\x18\x01 \x01(\x0b\x32\x12.sollol.v1.RefusalH\x00\x88\x01\x01\x12\x31\n\x08\x65ndpoint\x18\x02 \x01(\x0b\x32\x1a.sollol.v1.BackendEndpointH\x01\x88\x01\x01\x42\n\n\x08_refusalB\x0b\n\t_endpoint\"T\n\x17StartCoordinatorRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12(\n\x04plan\x18\x02 \x01(\x0b\x32\x1a.sollol.v1.CoordinatorPlan\"\x89\x01\n\x18StartCoordinatorResponse\x12(\n\x07refusal\x18\x01 \x01(\x0b\x32\x12.sollol.v1.RefusalH\x00\x88\x01\x01\x12*\n\x08instance\x18\x02 \x01(\x0b\x32\x13.sollol.v1.InstanceH\x01\x88\x01\x01\x42\n\n\x08_refusalB\x0b\n\t_instance\"+\n\x14WatchInstanceRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\">\n\x15WatchInstanceResponse\x12%\n\x08instance\x18\x01 \x01(\x0b\x32\x13.sollol.v1.Instance\"3\n\x0bStopRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61t_once\x18\x02 \x01(\x08\"\x0e\n\x0cStopResponse\"D\n\x0eTailLogRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\r\n\x05lines\x18\x02 \x01(\r\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"V\n\x0fTailLogResponse\x12(\n\x07refusal\x18\x01 \x01(\x0b\x32\x12.sollol.v1.RefusalH\x00\x88\x01\x01\x12\r\n\x05lines\x18\x02 \x03(\tB\n\n\x08_refusal\"A\n\x12MeasureLinkRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\x0c\n\x04port\x18\x03 \x01(\r\"x\n\x13MeasureLinkResponse\x12(\n\x07refusal\x18\x01 \x01(\x0b\x32\x12.sollol.v1.RefusalH\x00\x88\x01\x01\x12\"\n\x04link\x18\x02 \x01(\x0b\x32\x0f.sollol.v1.LinkH\x01\x88\x01\x01\x42\n\n\x08_refusalB\x07\n\x05_link\"#\n\x10ProbeLinkRequest\x12\x0f\n\x07padding\x18\x01 \x01(\x0c\"J\n\x11ProbeLinkResponse\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\x13\n\x0b\x62ytes_per_s\x18\x03 \x01(\x01\"2\n\x0cRelayRequest\x12\"\n\x06\x66rames\x18\x01 \x03(\x0b\x32\x12.sollol.v1.UpFrame\"5\n\rRelayResponse\x12$\n\x06\x66rames\x18\x01 \x03(\x0b\x32\x14.sollol.v1.DownFrame\"\x8d\x01\n\x07UpFrame\x12\x0e\n\x06stream\x18\x01 \x01(\x04\x12\x1f\n\x04open\x18\x02 \x01(\x0b\x32\x0f.sollol.v1.OpenH\x00\x12#\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x11.sollol.v1.CancelH\x00\x12#\n\x06\x63redit\x18\x04 \x01(\x0b\x32\x11.sollol.v1.CreditH\x00\x42\x07\n\x05\x66rame\"\xbc\x01\n\x04Open\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x01(\t\x12-\n\x07headers\x18\x04 \x03(\x0b\x32\x1c.sollol.v1.Open.HeadersEntry\x12\x0c\n\x04\x62ody\x18\x05 \x01(\x0c\x12\x14\n\x0c\x63redit_bytes\x18\x06 \x01(\x04\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x08\n\x06\x43\x61ncel\"\x17\n\x06\x43redit\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\"t\n\tDownFrame\x12\x0e\n\x06stream\x18\x01 \x01(\x04\x12\x1f\n\x04head\x18\x02 \x01(\x0b\x32\x0f.sollol.v1.HeadH\x00\x12\x0e\n\x04\x64\x61ta\x18\x03 \x01(\x0cH\x00\x12\x1d\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x0e.sollol.v1.EndH\x00\x42\x07\n\x05\x66rame\"u\n\x04Head\x12\x0e\n\x06status\x18\x01 \x01(\r\x12-\n\x07headers\x18\x02 \x03(\x0b\x32\x1c.sollol.v1.Head.HeadersEntry\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\";\n\x03\x45nd\x12(\n\x07refusal\x18\x01 \x01(\x0b\x32\x12.sollol.v1.RefusalH\x00\x88\x01\x01\x42\n\n\x08_refusal2\x85\x07\n\x0c\x41gentService\x12\x46\n\tGetReport\x12\x1b.sollol.v1.GetReportRequest\x1a\x1c.sollol.v1.GetReportResponse\x12N\n\x0bWatchReport\x12\x1d.sollol.v1.WatchReportRequest\x1a\x1e.sollol.v1.WatchReportResponse0\x01\x12@\n\x07Reserve\x12\x19.sollol.v1.ReserveRequest\x1a\x1a.sollol.v1.ReserveResponse\x12@\n\x07Release\x12\x19.sollol.v1.ReleaseRequest\x1a\x1a.sollol.v1.ReleaseResponse\x12O\n\x0cStartBackend\x12\x1e.sollol.v1.StartBackendRequest\x1a\x1f.sollol.v1.StartBackendResponse\x12[\n\x10StartCoordinator\x12\".sollol.v1.StartCoordinatorRequest\x1a#.sollol.v1.StartCoordinatorResponse\x12T\n\rWatchInstance\x12\x1f.sollol.v1.WatchInstanceRequest\x1a .sollol.v1.WatchInstanceResponse0\x01\x12\x37\n\x04Stop\x12\x16.sollol.v1.StopRequest\x1a\x17.sollol.v1.StopResponse\x12>\n\x05Relay\x12\x17.sollol.v1.RelayRequest\x1a\x18.sollol.v1.RelayResponse(\x01\x30\x01\x12\x42\n\x07TailLog\x12\x19.sollol.v1.TailLogRequest\x1a\x1a.sollol.v1.TailLogResponse0\x01\x12L\n\x0bMeasureLink\x12\x1d.sollol.v1.MeasureLinkRequest\x1a\x1e.sollol.v1.MeasureLinkResponse\x12J\n\tProbeLink\x12\x1b.sollol.v1.ProbeLinkRequest\x1a\x1c.sollol.v1.ProbeLinkResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -76,28 +76,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TAILLOGREQUEST']._serialized_end=1259
   _globals['_TAILLOGRESPONSE']._serialized_start=1261
   _globals['_TAILLOGRESPONSE']._serialized_end=1347
-  _globals['_RELAYREQUEST']._serialized_start=1349
-  _globals['_RELAYREQUEST']._serialized_end=1399
-  _globals['_RELAYRESPONSE']._serialized_start=1401
-  _globals['_RELAYRESPONSE']._serialized_end=1454
-  _globals['_UPFRAME']._serialized_start=1457
-  _globals['_UPFRAME']._serialized_end=1598
-  _globals['_OPEN']._serialized_start=1601
-  _globals['_OPEN']._serialized_end=1789
-  _globals['_OPEN_HEADERSENTRY']._serialized_start=1743
-  _globals['_OPEN_HEADERSENTRY']._serialized_end=1789
-  _globals['_CANCEL']._serialized_start=1791
-  _globals['_CANCEL']._serialized_end=1799
-  _globals['_CREDIT']._serialized_start=1801
-  _globals['_CREDIT']._serialized_end=1824
-  _globals['_DOWNFRAME']._serialized_start=1826
-  _globals['_DOWNFRAME']._serialized_end=1942
-  _globals['_HEAD']._serialized_start=1944
-  _globals['_HEAD']._serialized_end=2061
-  _globals['_HEAD_HEADERSENTRY']._serialized_start=1743
-  _globals['_HEAD_HEADERSENTRY']._serialized_end=1789
-  _globals['_END']._serialized_start=2063
-  _globals['_END']._serialized_end=2122
-  _globals['_AGENTSERVICE']._serialized_start=2125
-  _globals['_AGENTSERVICE']._serialized_end=2872
+  _globals['_MEASURELINKREQUEST']._serialized_start=1349
+  _globals['_MEASURELINKREQUEST']._serialized_end=1414
+  _globals['_MEASURELINKRESPONSE']._serialized_start=1416
+  _globals['_MEASURELINKRESPONSE']._serialized_end=1536
+  _globals['_PROBELINKREQUEST']._serialized_start=1538
+  _globals['_PROBELINKREQUEST']._serialized_end=1573
+  _globals['_PROBELINKRESPONSE']._serialized_start=1575
+  _globals['_PROBELINKRESPONSE']._serialized_end=1649
+  _globals['_RELAYREQUEST']._serialized_start=1651
+  _globals['_RELAYREQUEST']._serialized_end=1701
+  _globals['_RELAYRESPONSE']._serialized_start=1703
+  _globals['_RELAYRESPONSE']._serialized_end=1756
+  _globals['_UPFRAME']._serialized_start=1759
+  _globals['_UPFRAME']._serialized_end=1900
+  _globals['_OPEN']._serialized_start=1903
+  _globals['_OPEN']._serialized_end=2091
+  _globals['_OPEN_HEADERSENTRY']._serialized_start=2045
+  _globals['_OPEN_HEADERSENTRY']._serialized_end=2091
+  _globals['_CANCEL']._serialized_start=2093
+  _globals['_CANCEL']._serialized_end=2101
+  _globals['_CREDIT']._serialized_start=2103
+  _globals['_CREDIT']._serialized_end=2126
+  _globals['_DOWNFRAME']._serialized_start=2128
+  _globals['_DOWNFRAME']._serialized_end=2244
+  _globals['_HEAD']._serialized_start=2246
+  _globals['_HEAD']._serialized_end=2363
+  _globals['_HEAD_HEADERSENTRY']._serialized_start=2045
+  _globals['_HEAD_HEADERSENTRY']._serialized_end=2091
+  _globals['_END']._serialized_start=2365
+  _globals['_END']._serialized_end=2424
+  _globals['_AGENTSERVICE']._serialized_start=2427
+  _globals['_AGENTSERVICE']._serialized_end=3328
 # @@protoc_insertion_point(module_scope)

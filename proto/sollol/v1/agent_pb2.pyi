@@ -410,6 +410,106 @@ class TailLogResponse(google.protobuf.message.Message):
 Global___TailLogResponse: typing_extensions.TypeAlias = TailLogResponse
 
 @typing.final
+class MeasureLinkRequest(google.protobuf.message.Message):
+    """The agent to measure, as its own report names it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: builtins.int
+    HOST_FIELD_NUMBER: builtins.int
+    PORT_FIELD_NUMBER: builtins.int
+    node_id: builtins.str
+    host: builtins.str
+    port: builtins.int
+    def __init__(
+        self,
+        *,
+        node_id: builtins.str = ...,
+        host: builtins.str = ...,
+        port: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["host", b"host", "node_id", b"node_id", "port", b"port"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___MeasureLinkRequest: typing_extensions.TypeAlias = MeasureLinkRequest
+
+@typing.final
+class MeasureLinkResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REFUSAL_FIELD_NUMBER: builtins.int
+    LINK_FIELD_NUMBER: builtins.int
+    @property
+    def refusal(self) -> sollol.v1.common_pb2.Refusal:
+        """Not for an agent out of reach: that is a result."""
+
+    @property
+    def link(self) -> sollol.v1.common_pb2.Link:
+        """Present unless refused."""
+
+    def __init__(
+        self,
+        *,
+        refusal: sollol.v1.common_pb2.Refusal | None = ...,
+        link: sollol.v1.common_pb2.Link | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_link", b"_link", "_refusal", b"_refusal", "link", b"link", "refusal", b"refusal"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_link", b"_link", "_refusal", b"_refusal", "link", b"link", "refusal", b"refusal"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__link: typing_extensions.TypeAlias = typing.Literal["link"]
+    _WhichOneofArgType__link: typing_extensions.TypeAlias = typing.Literal["_link", b"_link"]
+    _WhichOneofReturnType__refusal: typing_extensions.TypeAlias = typing.Literal["refusal"]
+    _WhichOneofArgType__refusal: typing_extensions.TypeAlias = typing.Literal["_refusal", b"_refusal"]
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__link) -> _WhichOneofReturnType__link | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__refusal) -> _WhichOneofReturnType__refusal | None: ...
+
+Global___MeasureLinkResponse: typing_extensions.TypeAlias = MeasureLinkResponse
+
+@typing.final
+class ProbeLinkRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PADDING_FIELD_NUMBER: builtins.int
+    padding: builtins.bytes
+    """Of no meaning, and not compressible."""
+    def __init__(
+        self,
+        *,
+        padding: builtins.bytes = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["padding", b"padding"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ProbeLinkRequest: typing_extensions.TypeAlias = ProbeLinkRequest
+
+@typing.final
+class ProbeLinkResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: builtins.int
+    BOOT_ID_FIELD_NUMBER: builtins.int
+    BYTES_PER_S_FIELD_NUMBER: builtins.int
+    node_id: builtins.str
+    """Who answers: an address may lead to another node than the caller meant, or back to itself. On the first message."""
+    boot_id: builtins.str
+    bytes_per_s: builtins.float
+    """On the second."""
+    def __init__(
+        self,
+        *,
+        node_id: builtins.str = ...,
+        boot_id: builtins.str = ...,
+        bytes_per_s: builtins.float = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["boot_id", b"boot_id", "bytes_per_s", b"bytes_per_s", "node_id", b"node_id"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ProbeLinkResponse: typing_extensions.TypeAlias = ProbeLinkResponse
+
+@typing.final
 class RelayRequest(google.protobuf.message.Message):
     """Head to agent: frames of many streams in one message."""
 

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class AgentServiceStub(object):
-    """One per node. Heads call it; agents never call each other or a head in this version.
+    """One per node. Heads call it; agents call each other's ProbeLink and nothing else, and never call a head.
     Expected refusals are values (`Refusal`), not gRPC errors; a gRPC status means transport trouble or a bug.
     """
 
@@ -86,10 +86,20 @@ class AgentServiceStub(object):
                 request_serializer=sollol_dot_v1_dot_agent__pb2.TailLogRequest.SerializeToString,
                 response_deserializer=sollol_dot_v1_dot_agent__pb2.TailLogResponse.FromString,
                 _registered_method=True)
+        self.MeasureLink = channel.unary_unary(
+                '/sollol.v1.AgentService/MeasureLink',
+                request_serializer=sollol_dot_v1_dot_agent__pb2.MeasureLinkRequest.SerializeToString,
+                response_deserializer=sollol_dot_v1_dot_agent__pb2.MeasureLinkResponse.FromString,
+                _registered_method=True)
+        self.ProbeLink = channel.stream_stream(
+                '/sollol.v1.AgentService/ProbeLink',
+                request_serializer=sollol_dot_v1_dot_agent__pb2.ProbeLinkRequest.SerializeToString,
+                response_deserializer=sollol_dot_v1_dot_agent__pb2.ProbeLinkResponse.FromString,
+                _registered_method=True)
 
 
 class AgentServiceServicer(object):
-    """One per node. Heads call it; agents never call each other or a head in this version.
+    """One per node. Heads call it; agents call each other's ProbeLink and nothing else, and never call a head.
     Expected refusals are values (`Refusal`), not gRPC errors; a gRPC status means transport trouble or a bug.
     """
 
@@ -167,6 +177,23 @@ class AgentServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MeasureLink(self, request, context):
+        """Any time; about half a second of traffic, bounded. Measures the link to another agent and keeps the result for the
+        report, that the other is out of reach included. One at a time: a second caller waits, and what was measured a
+        moment ago is not measured again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ProbeLink(self, request_iterator, context):
+        """By another agent that measures its link to this one, one at a time. Says who answers when it is the caller's turn;
+        then takes bytes until there are enough or time is up, whichever is first, and says how fast they came.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -220,6 +247,16 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     request_deserializer=sollol_dot_v1_dot_agent__pb2.TailLogRequest.FromString,
                     response_serializer=sollol_dot_v1_dot_agent__pb2.TailLogResponse.SerializeToString,
             ),
+            'MeasureLink': grpc.unary_unary_rpc_method_handler(
+                    servicer.MeasureLink,
+                    request_deserializer=sollol_dot_v1_dot_agent__pb2.MeasureLinkRequest.FromString,
+                    response_serializer=sollol_dot_v1_dot_agent__pb2.MeasureLinkResponse.SerializeToString,
+            ),
+            'ProbeLink': grpc.stream_stream_rpc_method_handler(
+                    servicer.ProbeLink,
+                    request_deserializer=sollol_dot_v1_dot_agent__pb2.ProbeLinkRequest.FromString,
+                    response_serializer=sollol_dot_v1_dot_agent__pb2.ProbeLinkResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'sollol.v1.AgentService', rpc_method_handlers)
@@ -229,7 +266,7 @@ def add_AgentServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AgentService(object):
-    """One per node. Heads call it; agents never call each other or a head in this version.
+    """One per node. Heads call it; agents call each other's ProbeLink and nothing else, and never call a head.
     Expected refusals are values (`Refusal`), not gRPC errors; a gRPC status means transport trouble or a bug.
     """
 
@@ -493,6 +530,60 @@ class AgentService(object):
             '/sollol.v1.AgentService/TailLog',
             sollol_dot_v1_dot_agent__pb2.TailLogRequest.SerializeToString,
             sollol_dot_v1_dot_agent__pb2.TailLogResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MeasureLink(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sollol.v1.AgentService/MeasureLink',
+            sollol_dot_v1_dot_agent__pb2.MeasureLinkRequest.SerializeToString,
+            sollol_dot_v1_dot_agent__pb2.MeasureLinkResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ProbeLink(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/sollol.v1.AgentService/ProbeLink',
+            sollol_dot_v1_dot_agent__pb2.ProbeLinkRequest.SerializeToString,
+            sollol_dot_v1_dot_agent__pb2.ProbeLinkResponse.FromString,
             options,
             channel_credentials,
             insecure,

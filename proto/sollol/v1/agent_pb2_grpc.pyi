@@ -21,7 +21,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AgentServiceStub:
-    """One per node. Heads call it; agents never call each other or a head in this version.
+    """One per node. Heads call it; agents call each other's ProbeLink and nothing else, and never call a head.
     Expected refusals are values (`Refusal`), not gRPC errors; a gRPC status means transport trouble or a bug.
     """
 
@@ -56,10 +56,19 @@ class AgentServiceStub:
     """One per head, kept open: carries every token stream between that head and this agent, many frames per message."""
     TailLog: grpc.UnaryStreamMultiCallable[sollol.v1.agent_pb2.TailLogRequest, sollol.v1.agent_pb2.TailLogResponse]
     """Any time. The last lines of an instance's log, then, with follow, new ones as they are written."""
+    MeasureLink: grpc.UnaryUnaryMultiCallable[sollol.v1.agent_pb2.MeasureLinkRequest, sollol.v1.agent_pb2.MeasureLinkResponse]
+    """Any time; about half a second of traffic, bounded. Measures the link to another agent and keeps the result for the
+    report, that the other is out of reach included. One at a time: a second caller waits, and what was measured a
+    moment ago is not measured again.
+    """
+    ProbeLink: grpc.StreamStreamMultiCallable[sollol.v1.agent_pb2.ProbeLinkRequest, sollol.v1.agent_pb2.ProbeLinkResponse]
+    """By another agent that measures its link to this one, one at a time. Says who answers when it is the caller's turn;
+    then takes bytes until there are enough or time is up, whichever is first, and says how fast they came.
+    """
 
 @typing.type_check_only
 class AgentServiceAsyncStub(AgentServiceStub):
-    """One per node. Heads call it; agents never call each other or a head in this version.
+    """One per node. Heads call it; agents call each other's ProbeLink and nothing else, and never call a head.
     Expected refusals are values (`Refusal`), not gRPC errors; a gRPC status means transport trouble or a bug.
     """
 
@@ -91,9 +100,18 @@ class AgentServiceAsyncStub(AgentServiceStub):
     """One per head, kept open: carries every token stream between that head and this agent, many frames per message."""
     TailLog: grpc.aio.UnaryStreamMultiCallable[sollol.v1.agent_pb2.TailLogRequest, sollol.v1.agent_pb2.TailLogResponse]  # type: ignore[assignment]
     """Any time. The last lines of an instance's log, then, with follow, new ones as they are written."""
+    MeasureLink: grpc.aio.UnaryUnaryMultiCallable[sollol.v1.agent_pb2.MeasureLinkRequest, sollol.v1.agent_pb2.MeasureLinkResponse]  # type: ignore[assignment]
+    """Any time; about half a second of traffic, bounded. Measures the link to another agent and keeps the result for the
+    report, that the other is out of reach included. One at a time: a second caller waits, and what was measured a
+    moment ago is not measured again.
+    """
+    ProbeLink: grpc.aio.StreamStreamMultiCallable[sollol.v1.agent_pb2.ProbeLinkRequest, sollol.v1.agent_pb2.ProbeLinkResponse]  # type: ignore[assignment]
+    """By another agent that measures its link to this one, one at a time. Says who answers when it is the caller's turn;
+    then takes bytes until there are enough or time is up, whichever is first, and says how fast they came.
+    """
 
 class AgentServiceServicer(metaclass=abc.ABCMeta):
-    """One per node. Heads call it; agents never call each other or a head in this version.
+    """One per node. Heads call it; agents call each other's ProbeLink and nothing else, and never call a head.
     Expected refusals are values (`Refusal`), not gRPC errors; a gRPC status means transport trouble or a bug.
     """
 
@@ -183,5 +201,26 @@ class AgentServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[sollol.v1.agent_pb2.TailLogResponse], collections.abc.AsyncIterator[sollol.v1.agent_pb2.TailLogResponse]]:
         """Any time. The last lines of an instance's log, then, with follow, new ones as they are written."""
+
+    @abc.abstractmethod
+    def MeasureLink(
+        self,
+        request: sollol.v1.agent_pb2.MeasureLinkRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[sollol.v1.agent_pb2.MeasureLinkResponse, collections.abc.Awaitable[sollol.v1.agent_pb2.MeasureLinkResponse]]:
+        """Any time; about half a second of traffic, bounded. Measures the link to another agent and keeps the result for the
+        report, that the other is out of reach included. One at a time: a second caller waits, and what was measured a
+        moment ago is not measured again.
+        """
+
+    @abc.abstractmethod
+    def ProbeLink(
+        self,
+        request_iterator: _MaybeAsyncIterator[sollol.v1.agent_pb2.ProbeLinkRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[sollol.v1.agent_pb2.ProbeLinkResponse], collections.abc.AsyncIterator[sollol.v1.agent_pb2.ProbeLinkResponse]]:
+        """By another agent that measures its link to this one, one at a time. Says who answers when it is the caller's turn;
+        then takes bytes until there are enough or time is up, whichever is first, and says how fast they came.
+        """
 
 def add_AgentServiceServicer_to_server(servicer: AgentServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -333,6 +333,9 @@ class Decision(google.protobuf.message.Message):
     PLAN_FIELD_NUMBER: builtins.int
     REFUSAL_FIELD_NUMBER: builtins.int
     REDUCED_CONTEXT_FROM_FIELD_NUMBER: builtins.int
+    READY_S_FIELD_NUMBER: builtins.int
+    READY_PARTS_FIELD_NUMBER: builtins.int
+    LINKS_FIELD_NUMBER: builtins.int
     model: builtins.str
     policy: builtins.str
     unit: builtins.str
@@ -345,12 +348,20 @@ class Decision(google.protobuf.message.Message):
     coordinator_host: builtins.str
     reduced_context_from: builtins.int
     """The context per request that was asked for, when less was given because no more would fit."""
+    ready_s: builtins.float
+    """Predicted seconds until it is ready, the sum of the parts; absent where the policy does not predict it."""
     @property
     def nodes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___NodeVerdict]: ...
     @property
     def plan(self) -> sollol.v1.common_pb2.CoordinatorPlan: ...
     @property
     def refusal(self) -> sollol.v1.common_pb2.Refusal: ...
+    @property
+    def ready_parts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ScorePart]: ...
+    @property
+    def links(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PlanLink]:
+        """From the coordinator to each other node that takes part."""
+
     def __init__(
         self,
         *,
@@ -365,15 +376,20 @@ class Decision(google.protobuf.message.Message):
         plan: sollol.v1.common_pb2.CoordinatorPlan | None = ...,
         refusal: sollol.v1.common_pb2.Refusal | None = ...,
         reduced_context_from: builtins.int | None = ...,
+        ready_s: builtins.float | None = ...,
+        ready_parts: collections.abc.Iterable[Global___ScorePart] | None = ...,
+        links: collections.abc.Iterable[Global___PlanLink] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_estimate_mb", b"_estimate_mb", "_plan", b"_plan", "_reduced_context_from", b"_reduced_context_from", "_refusal", b"_refusal", "estimate_mb", b"estimate_mb", "plan", b"plan", "reduced_context_from", b"reduced_context_from", "refusal", b"refusal"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_estimate_mb", b"_estimate_mb", "_plan", b"_plan", "_ready_s", b"_ready_s", "_reduced_context_from", b"_reduced_context_from", "_refusal", b"_refusal", "estimate_mb", b"estimate_mb", "plan", b"plan", "ready_s", b"ready_s", "reduced_context_from", b"reduced_context_from", "refusal", b"refusal"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_estimate_mb", b"_estimate_mb", "_plan", b"_plan", "_reduced_context_from", b"_reduced_context_from", "_refusal", b"_refusal", "coordinator", b"coordinator", "coordinator_host", b"coordinator_host", "estimate_bytes", b"estimate_bytes", "estimate_mb", b"estimate_mb", "model", b"model", "nodes", b"nodes", "plan", b"plan", "policy", b"policy", "reduced_context_from", b"reduced_context_from", "refusal", b"refusal", "unit", b"unit"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_estimate_mb", b"_estimate_mb", "_plan", b"_plan", "_ready_s", b"_ready_s", "_reduced_context_from", b"_reduced_context_from", "_refusal", b"_refusal", "coordinator", b"coordinator", "coordinator_host", b"coordinator_host", "estimate_bytes", b"estimate_bytes", "estimate_mb", b"estimate_mb", "links", b"links", "model", b"model", "nodes", b"nodes", "plan", b"plan", "policy", b"policy", "ready_parts", b"ready_parts", "ready_s", b"ready_s", "reduced_context_from", b"reduced_context_from", "refusal", b"refusal", "unit", b"unit"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__estimate_mb: typing_extensions.TypeAlias = typing.Literal["estimate_mb"]
     _WhichOneofArgType__estimate_mb: typing_extensions.TypeAlias = typing.Literal["_estimate_mb", b"_estimate_mb"]
     _WhichOneofReturnType__plan: typing_extensions.TypeAlias = typing.Literal["plan"]
     _WhichOneofArgType__plan: typing_extensions.TypeAlias = typing.Literal["_plan", b"_plan"]
+    _WhichOneofReturnType__ready_s: typing_extensions.TypeAlias = typing.Literal["ready_s"]
+    _WhichOneofArgType__ready_s: typing_extensions.TypeAlias = typing.Literal["_ready_s", b"_ready_s"]
     _WhichOneofReturnType__reduced_context_from: typing_extensions.TypeAlias = typing.Literal["reduced_context_from"]
     _WhichOneofArgType__reduced_context_from: typing_extensions.TypeAlias = typing.Literal["_reduced_context_from", b"_reduced_context_from"]
     _WhichOneofReturnType__refusal: typing_extensions.TypeAlias = typing.Literal["refusal"]
@@ -383,11 +399,47 @@ class Decision(google.protobuf.message.Message):
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__plan) -> _WhichOneofReturnType__plan | None: ...
     @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ready_s) -> _WhichOneofReturnType__ready_s | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__reduced_context_from) -> _WhichOneofReturnType__reduced_context_from | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__refusal) -> _WhichOneofReturnType__refusal | None: ...
 
 Global___Decision: typing_extensions.TypeAlias = Decision
+
+@typing.final
+class PlanLink(google.protobuf.message.Message):
+    """A link as a plan counts with it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: builtins.int
+    RTT_S_FIELD_NUMBER: builtins.int
+    BYTES_PER_S_FIELD_NUMBER: builtins.int
+    AGE_S_FIELD_NUMBER: builtins.int
+    node_id: builtins.str
+    rtt_s: builtins.float
+    bytes_per_s: builtins.float
+    """One way; the slower one."""
+    age_s: builtins.float
+    """Seconds since it was measured; absent when it never was, and the figures are assumed."""
+    def __init__(
+        self,
+        *,
+        node_id: builtins.str = ...,
+        rtt_s: builtins.float = ...,
+        bytes_per_s: builtins.float = ...,
+        age_s: builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_age_s", b"_age_s", "age_s", b"age_s"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_age_s", b"_age_s", "age_s", b"age_s", "bytes_per_s", b"bytes_per_s", "node_id", b"node_id", "rtt_s", b"rtt_s"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__age_s: typing_extensions.TypeAlias = typing.Literal["age_s"]
+    _WhichOneofArgType__age_s: typing_extensions.TypeAlias = typing.Literal["_age_s", b"_age_s"]
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__age_s) -> _WhichOneofReturnType__age_s | None: ...
+
+Global___PlanLink: typing_extensions.TypeAlias = PlanLink
 
 @typing.final
 class PlaceRequest(google.protobuf.message.Message):

@@ -800,6 +800,7 @@ class Report(google.protobuf.message.Message):
     LABELS_FIELD_NUMBER: builtins.int
     CORDONED_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
+    LINKS_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     host: builtins.str
     """Address other nodes reach this one at, and the agent's gRPC port there."""
@@ -824,6 +825,10 @@ class Report(google.protobuf.message.Message):
     def reservations(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Reservation]: ...
     @property
     def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]: ...
+    @property
+    def links(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Link]:
+        """Those that this node has measured, by the other's node id."""
+
     def __init__(
         self,
         *,
@@ -842,16 +847,54 @@ class Report(google.protobuf.message.Message):
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         cordoned: builtins.bool = ...,
         version: builtins.str = ...,
+        links: collections.abc.Iterable[Global___Link] | None = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_engine", b"_engine", "engine", b"engine"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_engine", b"_engine", "boot_id", b"boot_id", "cordoned", b"cordoned", "cpu_count", b"cpu_count", "devices", b"devices", "engine", b"engine", "host", b"host", "instances", b"instances", "labels", b"labels", "measured_unix_s", b"measured_unix_s", "models", b"models", "node_id", b"node_id", "port", b"port", "reservations", b"reservations", "sequence", b"sequence", "version", b"version"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_engine", b"_engine", "boot_id", b"boot_id", "cordoned", b"cordoned", "cpu_count", b"cpu_count", "devices", b"devices", "engine", b"engine", "host", b"host", "instances", b"instances", "labels", b"labels", "links", b"links", "measured_unix_s", b"measured_unix_s", "models", b"models", "node_id", b"node_id", "port", b"port", "reservations", b"reservations", "sequence", b"sequence", "version", b"version"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__engine: typing_extensions.TypeAlias = typing.Literal["engine"]
     _WhichOneofArgType__engine: typing_extensions.TypeAlias = typing.Literal["_engine", b"_engine"]
     def WhichOneof(self, oneof_group: _WhichOneofArgType__engine) -> _WhichOneofReturnType__engine | None: ...
 
 Global___Report: typing_extensions.TypeAlias = Report
+
+@typing.final
+class Link(google.protobuf.message.Message):
+    """From the node that reports it to another one."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: builtins.int
+    UNREACHABLE_FIELD_NUMBER: builtins.int
+    RTT_S_FIELD_NUMBER: builtins.int
+    BYTES_PER_S_FIELD_NUMBER: builtins.int
+    AGE_S_FIELD_NUMBER: builtins.int
+    BOOT_ID_FIELD_NUMBER: builtins.int
+    node_id: builtins.str
+    unreachable: builtins.bool
+    """The other node's address was tried and no byte came through, or another node answered there. No figures then."""
+    rtt_s: builtins.float
+    bytes_per_s: builtins.float
+    """Towards the other node, as it counted them."""
+    age_s: builtins.float
+    """Seconds from the measurement to the report."""
+    boot_id: builtins.str
+    """The other node's, when it was measured."""
+    def __init__(
+        self,
+        *,
+        node_id: builtins.str = ...,
+        unreachable: builtins.bool = ...,
+        rtt_s: builtins.float = ...,
+        bytes_per_s: builtins.float = ...,
+        age_s: builtins.float = ...,
+        boot_id: builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["age_s", b"age_s", "boot_id", b"boot_id", "bytes_per_s", b"bytes_per_s", "node_id", b"node_id", "rtt_s", b"rtt_s", "unreachable", b"unreachable"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___Link: typing_extensions.TypeAlias = Link
 
 @typing.final
 class CoordinatorPlan(google.protobuf.message.Message):
