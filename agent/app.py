@@ -58,7 +58,7 @@ async def serve(config: AgentConfig, environ: Mapping[str, str], stop: Stop) -> 
             server = _listening(config)  # before anything is published or ended under this address
             registry = _registry(config, closing)
             found = await _found_engine(config, environ)
-            ledger = Ledger(clock=time.monotonic, journal=lambda event: journal(event))  # noqa: PLW0108 - defined below
+            ledger = Ledger(clock=time.monotonic, journal=lambda event: _journal(event, reporter))
             inventory = Inventory(_model_roots(config, environ))
             supervisor = _supervisor(
                 config,
@@ -83,11 +83,6 @@ async def serve(config: AgentConfig, environ: Mapping[str, str], stop: Stop) -> 
                 engine=found.engine if found else None,
                 registry=registry,
             )
-
-            def journal(event: LedgerEvent) -> None:
-                log.debug("ledger_changed", entry=event)
-                reporter.changed()
-
             supervisor.subscribe(lambda _: reporter.changed())
             await supervisor.reap_leftovers()
             closing.run("report", reporter.run(), stop, within_s=STEP_WITHIN_S)
@@ -102,13 +97,23 @@ async def serve(config: AgentConfig, environ: Mapping[str, str], stop: Stop) -> 
                 links=links,
                 sink=link_probe.Sink(),
             )
-            service.add_to(server)
-            await server.start()
-            closing.add("gRPC", lambda: server.stop(STREAMS_GRACE_S), within_s=STEP_WITHIN_S)
-            closing.add("drain", service.drain, within_s=STEP_WITHIN_S)
+            await _open(server, service, closing)
             stop.announce_ready()
             log.info("agent_ready", node=config.node_id, grpc=f"{config.listen}:{config.port}")
             await stop.wait()
+
+
+def _journal(event: LedgerEvent, reporter: Reporter) -> None:
+    log.debug("ledger_changed", entry=event)
+    reporter.changed()
+
+
+async def _open(server: grpc.aio.Server, service: AgentService, closing: Closing) -> None:
+    """From here on heads are answered."""
+    service.add_to(server)
+    await server.start()
+    closing.add("gRPC", lambda: server.stop(STREAMS_GRACE_S), within_s=STEP_WITHIN_S)
+    closing.add("drain", service.drain, within_s=STEP_WITHIN_S)
 
 
 async def _before_stop(awaited: Coroutine[Any, Any, object], stop: Stop) -> bool:
