@@ -67,6 +67,7 @@ async def serve(config: HeadConfig, stop: Stop) -> None:
             nodes,
             pools,
             catalogue,
+            explain=reaper.explained,
             first_byte_timeout_s=config.first_byte_timeout_s,
             stall_timeout_s=config.stall_timeout_s,
         )

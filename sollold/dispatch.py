@@ -1,11 +1,11 @@
 """Sends one request to a pool and brings its stream back; before the first byte, a failure is tried again elsewhere."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import structlog
-from sollol.errors import Reason, SollolError, refuse
+from sollol.errors import Reason, Refusal, SollolError, refuse
 
 from sollold.pools import Lease, Pools
 from sollold.relay import RelayStream
@@ -33,6 +33,9 @@ POOL_FAILED = frozenset(
 )
 
 
+Explain = Callable[[str, Refusal], Awaitable[Refusal]]
+
+
 class Relays(Protocol):
     """Where the streams of a node go; what `Nodes` is to this module."""
 
@@ -46,7 +49,9 @@ class ModelNames(Protocol):
 class RelayedStream:
     """An engine's response through agent and relay; holds one slot of its pool until closed. See `EngineStream`."""
 
-    def __init__(self, relayed: RelayStream, lease: Lease, pools: Pools, *, stall_timeout_s: float) -> None:
+    def __init__(
+        self, relayed: RelayStream, lease: Lease, pools: Pools, *, explain: Explain, stall_timeout_s: float
+    ) -> None:
         self.status = 0
         self.headers: Mapping[str, str] = {}
         self.model = lease.model
@@ -54,7 +59,7 @@ class RelayedStream:
         self.instance_id = lease.instance_id
         self._relayed = relayed
         self._lease = lease
-        self._pools = pools
+        self._pools, self._explain = pools, explain
         self._stall_timeout_s = stall_timeout_s
         self._first: bytes | None = None
 
@@ -82,8 +87,8 @@ class RelayedStream:
         except SollolError as error:
             if error.refusal.reason in POOL_FAILED:
                 self._pools.doubt(self.instance_id)
-                if (loss := self._pools.loss_of(self.instance_id)) is not None:
-                    raise SollolError(loss) from error  # the stream itself tells only that its engine has ended
+                # The stream itself tells only that its engine has ended.
+                raise SollolError(await self._explain(self.instance_id, error.refusal)) from error
             raise
 
     async def aclose(self) -> None:
@@ -92,7 +97,11 @@ class RelayedStream:
 
 
 class Dispatch:
-    """The head's way from a validated request to a stream of bytes."""
+    """The head's way from a validated request to a stream of bytes.
+
+    Args:
+        explain: What is known of a pool's end, given what one of its streams says of it.
+    """
 
     def __init__(
         self,
@@ -100,10 +109,12 @@ class Dispatch:
         pools: Pools,
         catalogue: ModelNames,
         *,
+        explain: Explain,
         first_byte_timeout_s: float,
         stall_timeout_s: float,
     ) -> None:
         self._nodes = nodes
+        self._explain = explain
         self._pools = pools
         self._catalogue = catalogue
         self._first_byte_timeout_s = first_byte_timeout_s
@@ -132,7 +143,9 @@ class Dispatch:
             relayed = await relay.open(
                 lease.instance_id, "POST", request.path, {"content-type": "application/json"}, request.body
             )
-            stream = RelayedStream(relayed, lease, self._pools, stall_timeout_s=self._stall_timeout_s)
+            stream = RelayedStream(
+                relayed, lease, self._pools, explain=self._explain, stall_timeout_s=self._stall_timeout_s
+            )
             await stream.begin(self._first_byte_timeout_s)
         except BaseException as error:
             if isinstance(error, SollolError) and error.refusal.reason in POOL_FAILED:

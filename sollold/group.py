@@ -8,13 +8,15 @@ from operator import attrgetter
 from typing import Protocol, TypeVar
 
 from msgspec.structs import replace
-from sollol.errors import Reason, Refusal, Retry, SollolError
+from sollol.errors import SUSPECTED_BACKENDS, Reason, Refusal, Retry, SollolError
 from sollol.report import BackendEndpoint, CoordinatorPlan, Instance, InstanceKind, InstanceState, NodeStatus
 
 T = TypeVar("T")
 
 ATTACH_WITHIN_S = 60.0
 _OVER = frozenset({InstanceState.FAILED, InstanceState.STOPPED, InstanceState.BACKOFF})
+# Of a coordinator: its agent ends it. It holds its memory until then, and will never serve again.
+_GIVEN_UP = _OVER | {InstanceState.LOST}
 # What a coordinator says when a backend of it went away under it.
 _LOST_BACKEND = frozenset({Reason.ENGINE_DIED, Reason.ENGINE_STALLED, Reason.ENGINE_START_FAILED})
 
@@ -123,10 +125,11 @@ def _lends(instances: Iterable[Instance], pool_id: str) -> bool:
 
 
 def losses(statuses: Sequence[NodeStatus], lost_nodes: Collection[str]) -> dict[str, Refusal]:
-    """Pool id to why it cannot serve any more, of pools that span nodes: what is left of those only holds memory.
+    """Pool id to why it cannot serve any more, of pools that leave something behind, which only holds memory.
 
-    A pool without any coordinator in the reports may be one that another head is just starting, and one whose nodes
-    are all lost may be well: perhaps it is us who cannot see them.
+    Those are pools that span nodes, and those whose coordinator its agent is still about to end. A pool without any
+    coordinator in the reports may be one that another head is just starting, and one whose nodes are all lost may be
+    well: perhaps it is us who cannot see them.
     """
     seen = {status.report.node_id: status for status in statuses}
     return {
@@ -134,7 +137,7 @@ def losses(statuses: Sequence[NodeStatus], lost_nodes: Collection[str]) -> dict[
         for status in statuses
         for instance in status.report.instances
         if instance.kind is InstanceKind.COORDINATOR
-        and (lenders := _lenders(instance))
+        and ((lenders := _lenders(instance)) or instance.state is InstanceState.LOST)
         and not {status.report.node_id, *lenders} <= set(lost_nodes)
         and (why := _loss(instance, status.report.node_id, lenders, seen, lost_nodes)) is not None
     }
@@ -152,7 +155,8 @@ def _loss(
     lost_nodes: Collection[str],
 ) -> Refusal | None:
     pool_id = coordinator.pool_id
-    if coordinator.state in _OVER:
+    over = coordinator.state in _GIVEN_UP
+    if over and not (coordinator.refusal and SUSPECTED_BACKENDS in coordinator.refusal.numbers):
         return coordinator.refusal or _gone(pool_id, f"its coordinator on {node_id} has ended")
     if node_id in lost_nodes:
         return _gone(pool_id, f"its coordinator's node {node_id} is lost")
@@ -160,17 +164,18 @@ def _loss(
         if lender in lost_nodes:
             return _gone(pool_id, f"node {lender} is lost, and the layers there with it")
         status = seen.get(lender)
-        if status is not None and _has_lost(status.report.instances, pool_id):
-            return _gone(pool_id, f"its backend on {lender} has ended")
+        ended = _ended_backend(status.report.instances, pool_id) if status is not None else None
+        if ended is not None:
+            return _gone(pool_id, ended.refusal.message if ended.refusal else f"its backend on {lender} has ended")
+    return coordinator.refusal if over else None
+
+
+def _ended_backend(instances: Iterable[Instance], pool_id: str) -> Instance | None:
+    """What the node lent to this pool and, as it says, does no more; one that says nothing may say so late."""
+    for instance in instances:
+        if instance.pool_id == pool_id and instance.kind is InstanceKind.BACKEND and instance.state in _OVER:
+            return instance
     return None
-
-
-def _has_lost(instances: Iterable[Instance], pool_id: str) -> bool:
-    """Whether the node says that it lent to this pool and does no more; one that says nothing may say so late."""
-    return any(
-        instance.pool_id == pool_id and instance.kind is InstanceKind.BACKEND and instance.state in _OVER
-        for instance in instances
-    )
 
 
 def _gone(pool_id: str, why: str) -> Refusal:

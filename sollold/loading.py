@@ -60,7 +60,7 @@ class LostPools(Protocol):
     """What `Reaper` is to this module."""
 
     async def settled(self) -> None: ...
-    def loss_of(self, pool_id: str) -> Refusal | None: ...
+    async def explained(self, pool_id: str, refusal: Refusal) -> Refusal: ...
 
 
 class ClusterView(Protocol):
@@ -169,8 +169,10 @@ class Loader:
             instance = await self._ready(links[node_id], pool_id, node_id, on_progress)
             _check_started(instance, model, node_id)
         except BaseException as error:
-            blamed = self._blamed(error, pool_id, parts)
-            releases = [self._release(link, pool_id) for link in links.values()]
+            try:
+                blamed = await self._blamed(error, pool_id, parts)
+            finally:
+                releases = [self._release(link, pool_id) for link in links.values()]
             if not (isinstance(error, SollolError) and error.refusal.reason is Reason.AGENT_UNREACHABLE):
                 await asyncio.wait(releases, timeout=RELEASE_WITHIN_S)  # the next placement needs the memory
             if blamed is not error:
@@ -179,11 +181,11 @@ class Loader:
         log.info("pool_ready", model=model, node=node_id, pool=pool_id, nodes=len(parts))
         return Pool(node_id=node_id, instance=instance)
 
-    def _blamed(self, error: BaseException, pool_id: str, parts: Sequence[group.Part]) -> BaseException:
+    async def _blamed(self, error: BaseException, pool_id: str, parts: Sequence[group.Part]) -> BaseException:
         """The error, with the node that the next plan must do without."""
         if not isinstance(error, SollolError) or isinstance(error, group.NodeRefusedError):
             return error
-        refusal = self._lost.loss_of(pool_id) or error.refusal
+        refusal = await self._lost.explained(pool_id, error.refusal)
         node_id = group.at_fault(refusal, pool_id, parts, self._nodes.statuses())
         return group.NodeRefusedError(node_id, refusal)
 

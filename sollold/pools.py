@@ -210,10 +210,6 @@ class Pools:
         """This pool is being stopped: never use it again. `why` when it is lost, and nothing brings it back."""
         self._index.forget(instance_id, why)
 
-    def loss_of(self, instance_id: str) -> Refusal | None:
-        """Why this pool is lost; None when it is not, as far as we know."""
-        return self._index.loss_of(instance_id)
-
     def instances_of(self, model: str) -> tuple[Pool, ...]:
         """Every pool of the model that has a process, on every node."""
         return tuple(pool for pool in self.all() if pool.instance.model == model and pool.instance.state in LIVE)

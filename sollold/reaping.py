@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Protocol
 
 import structlog
-from sollol.errors import Refusal, SollolError
+from sollol.errors import SUSPECTED_BACKENDS, Refusal, SollolError
 from sollol.report import NodeStatus
 
 from sollold import group
@@ -21,6 +21,7 @@ BACK_WITHIN_S = 5.0
 SETTLED_WITHIN_S = 8.0
 LOOK_AGAIN_S = 0.5
 LOST_REMEMBERED = 4096
+EXPLAINED_WITHIN_S = 0.7
 
 
 class Agent(Protocol):
@@ -52,11 +53,19 @@ class Reaper:
         self._stops: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._seen: dict[str, object] = {}
         self._changed, self._settled = asyncio.Event(), asyncio.Event()
+        self._told = asyncio.Event()  # set, and replaced, with every loss
         self._blind_until_s = 0.0
 
-    def loss_of(self, pool_id: str) -> Refusal | None:
-        """Why the pool is lost; None when it is not known to be."""
-        return self._lost.get(pool_id)
+    async def explained(self, pool_id: str, refusal: Refusal) -> Refusal:
+        """What a part of the pool says of its end, or what is known better here.
+
+        Where it could not tell which backend was lost, the node of that backend gets a moment to say so.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(EXPLAINED_WITHIN_S):
+                while SUSPECTED_BACKENDS in self._lost.get(pool_id, refusal).numbers:
+                    await self._told.wait()
+        return self._lost.get(pool_id, refusal)
 
     def on_node_changed(self, node_id: str) -> None:
         """It reported, was lost or forgotten. Nearly all reports say nothing new here, and cost nothing more."""
@@ -96,7 +105,8 @@ class Reaper:
         statuses = self._nodes.statuses()
         lost_nodes, undecided = self._lost_nodes(statuses)
         for pool_id, why in group.losses(statuses, lost_nodes).items():
-            if pool_id not in self._lost:
+            known = self._lost.get(pool_id)
+            if known is None or (SUSPECTED_BACKENDS in known.numbers and SUSPECTED_BACKENDS not in why.numbers):
                 self._lose(pool_id, why)
         left = group.remains(statuses, self._lost)
         for part in left:
@@ -123,6 +133,8 @@ class Reaper:
         if len(self._lost) > LOST_REMEMBERED:
             del self._lost[next(iter(self._lost))]
         self._on_lost(pool_id, why)
+        told, self._told = self._told, asyncio.Event()
+        told.set()
 
     def _stop(self, node_id: str, pool_id: str) -> None:
         part = (node_id, pool_id)

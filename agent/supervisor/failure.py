@@ -7,7 +7,8 @@ import re
 import signal
 from typing import NamedTuple
 
-from sollol.errors import Reason, Refusal, Retry
+from msgspec.structs import replace
+from sollol.errors import SUSPECTED_BACKENDS, Reason, Refusal, Retry
 from sollol.report import BackendEndpoint
 
 KEPT_LINES = 20
@@ -102,8 +103,9 @@ def classify(
     doing = "while it was serving" if was_ready else "before it was ready"
     what = f"the engine of {model} ended {doing} ({ended(exit_code)})"
     if backends and (fault := _backend_fault(lines, backends)) is not None:
-        reason, why = fault
-        return _refusal(reason, Retry.RETRYABLE, f"{what}: {why}", exit_code, log_tail)
+        reason, why, suspects = fault
+        refusal = _refusal(reason, Retry.RETRYABLE, f"{what}: {why}", exit_code, log_tail)
+        return refusal if suspects == 1 else replace(refusal, numbers={**refusal.numbers, SUSPECTED_BACKENDS: suspects})
     if rule is not None:
         return _refusal(rule.reason, rule.retry, f"{what}: {rule.advice}", exit_code, log_tail)
     if was_ready or exit_code < 0:
@@ -112,23 +114,24 @@ def classify(
     return _refusal(Reason.ENGINE_START_FAILED, Retry.RETRYABLE, f"{what}: see its log", exit_code, log_tail)
 
 
-def _backend_fault(lines: tuple[str, ...], backends: tuple[BackendEndpoint, ...]) -> tuple[Reason, str] | None:
+def _backend_fault(lines: tuple[str, ...], backends: tuple[BackendEndpoint, ...]) -> tuple[Reason, str, int] | None:
+    """Return the reason, its words, and how many nodes it may have been."""
     for line in lines:
         if found := _BACKEND_LOST.search(line):
-            return Reason.ENGINE_DIED, f"its backend on {_nodes(backends, found['at'])} was lost; place the model again"
+            nodes = _nodes(backends, found["at"])
+            why = f"its backend on {' or '.join(nodes)} was lost; place the model again"
+            return Reason.ENGINE_DIED, why, len(nodes)
         if found := _BACKEND_OTHER.search(line):
-            node = _nodes(backends, found["at"])
-            return (
-                Reason.ENGINE_START_FAILED,
-                f"the backend on {node} speaks another protocol; use the same engine build",
-            )
+            nodes = _nodes(backends, found["at"])
+            why = f"the backend on {' or '.join(nodes)} speaks another protocol; use the same engine build"
+            return Reason.ENGINE_START_FAILED, why, len(nodes)
     return None
 
 
-def _nodes(backends: tuple[BackendEndpoint, ...], endpoint: str | None = None) -> str:
+def _nodes(backends: tuple[BackendEndpoint, ...], endpoint: str | None = None) -> list[str]:
     """Return the node at `endpoint`; without one every node that it may have been, in the order of the plan."""
     named = [backend.node_id for backend in backends if f"{backend.host}:{backend.port}" == endpoint]
-    return " or ".join(dict.fromkeys(named or [backend.node_id for backend in backends]))
+    return list(dict.fromkeys(named or [backend.node_id for backend in backends]))
 
 
 def backend_lost(model: str, backend: BackendEndpoint, log_tail: tuple[str, ...]) -> Refusal:
@@ -141,7 +144,8 @@ def unreachable(
     model: str, backends: tuple[BackendEndpoint, ...], waited_s: float, log_tail: tuple[str, ...]
 ) -> Refusal:
     """Say that a coordinator was given up because it hung while it connected to its backends."""
-    message = f"the engine of {model} waited {waited_s:.0f} s for its backend on {_nodes(backends)}; see their logs"
+    nodes = " or ".join(_nodes(backends))
+    message = f"the engine of {model} waited {waited_s:.0f} s for its backend on {nodes}; see their logs"
     return _stalled(message, waited_s, log_tail)
 
 

@@ -134,7 +134,7 @@ class Coordinator(Owner):
         return self._lost(frozen(self.view.model, wrong, last_lines(self.files.log, KEPT_LINES)))
 
     def _lost(self, why: Refusal) -> Refusal:
-        self._announce(state=after(self.view.state, Event.UNHEALTHY))
+        self._announce(state=after(self.view.state, Event.UNHEALTHY), refusal=why)
         return why
 
     def _overdue(self, waited_s: float, *, connected: bool) -> Refusal | None:

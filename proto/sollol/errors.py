@@ -56,6 +56,10 @@ class Retry(StrEnum):
     FATAL = "FATAL"
 
 
+# In the numbers of a refusal that cannot tell which of so many backends was lost. Their own nodes can.
+SUSPECTED_BACKENDS = "suspected_backends"
+
+
 class Refusal(Struct, frozen=True, kw_only=True):
     """An expected "no".
 

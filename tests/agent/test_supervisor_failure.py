@@ -1,7 +1,7 @@
 """The log lines are llama-server's own, taken from runs."""
 
 import pytest
-from sollol.errors import Reason, Retry
+from sollol.errors import SUSPECTED_BACKENDS, Reason, Retry
 from sollol.report import BackendEndpoint
 
 from agent.supervisor.failure import classify, ended, stalled, unreachable
@@ -80,8 +80,10 @@ def test_a_lost_backend_is_named_with_every_node_that_it_may_have_been(was_ready
     refusal = classify(-6, ("I fine", CRASHED), was_ready=was_ready, model="m", backends=BACKENDS)
     assert (refusal.reason, refusal.retry) == (Reason.ENGINE_DIED, Retry.RETRYABLE)
     assert "its backend on n1 or n2 was lost" in refusal.message
+    assert refusal.numbers == {"exit_code": -6, SUSPECTED_BACKENDS: 2}
     alone = classify(-6, (CRASHED,), was_ready=was_ready, model="m", backends=BACKENDS[1:])
     assert "its backend on n2 was lost" in alone.message
+    assert SUSPECTED_BACKENDS not in alone.numbers
 
 
 def test_a_backend_that_cannot_be_reached_is_named_by_its_node() -> None:

@@ -31,10 +31,11 @@ pytestmark = [
 # A coordinator and two backends hold the model, so that three of the four nodes are enough.
 CAP_BYTES = 176_000_000
 # Each test loses a model of its own: one that keeps dying would have to wait.
-MODELS = LENDER_KILLED, LENDER_FROZEN, COORDINATOR_KILLED, CABLE_PULLED = (
+MODELS = LENDER_KILLED, LENDER_FROZEN, COORDINATOR_KILLED, COORDINATOR_FROZEN, CABLE_PULLED = (
     "lender-killed",
     "lender-frozen",
     "coordinator-killed",
+    "coordinator-frozen",
     "cable-pulled",
 )
 URL = f"http://{HEAD}:7460/v1/chat/completions"
@@ -165,23 +166,33 @@ def cluster(engine_binary: Path, reciting_model: Path) -> Iterator[Cluster]:
             yield cluster
 
 
-def lose(cluster: Cluster, model: str, fault: Callable[[dict[str, Any]], object], within_s: float) -> dict[str, Any]:
+def lose(
+    cluster: Cluster,
+    model: str,
+    fault: Callable[[dict[str, Any]], str],
+    within_s: float,
+    reason: str = "ENGINE_DIED",
+) -> dict[str, Any]:
     """Break a pool in mid-stream: the stream must say so in time, and who asks just then gets a whole answer.
 
-    Returns the pool that gave it.
+    `fault` breaks it and returns the words that the reason must have. Returns the pool that answers.
     """
     with streaming(cluster, model) as stream, ThreadPoolExecutor(1) as asking:
         pool = pool_of(cluster, model)
         assert len(lenders_of(pool)) == 2, pool
         began_s = time.monotonic()
-        fault(pool)
+        words = fault(pool)
         replayed = asking.submit(answer, cluster, model)
         await_true(lambda: stream.ended_s, within_s + 1, "the stream ends")
     took_s = stream.ended_s - began_s
     print(f"{model}: told after {took_s:.2f} s: {stream.error}")
     assert stream.error is not None, stream.events[-1:]
-    assert stream.error["code"] == "ENGINE_DIED"
+    assert stream.error["code"] == reason
     assert stream.error["retry"] == "RETRYABLE"
+    assert words in stream.error["message"]
+    others = [f"node-{address.rpartition('.')[2]}" for address in lenders_of(pool)]
+    assert [name for name in others if name in stream.error["message"] and name not in words] == []
+    assert words in cluster.log_of("head")
     assert took_s < within_s
     assert replayed.result() == RECITAL
     print(f"{model}: answered again {time.monotonic() - stream.ended_s:.2f} s after that")
@@ -205,38 +216,56 @@ def ended_well(cluster: Cluster, model: str, pool: dict[str, Any], within_s: flo
     assert cluster.sollol("unload", model).returncode == 0
 
 
-def signal_lender(cluster: Cluster, number: int) -> Callable[[dict[str, Any]], None]:
-    def send(pool: dict[str, Any]) -> None:
-        (pid,) = engine_pids(cluster, lenders_of(pool)[-1], LENDING)
+def signal_lender(cluster: Cluster, number: int, what: str) -> Callable[[dict[str, Any]], str]:
+    def send(pool: dict[str, Any]) -> str:
+        address = lenders_of(pool)[-1]
+        (pid,) = engine_pids(cluster, address, LENDING)
         os.kill(pid, number)
+        return f"the backend on node-{address.rpartition('.')[2]} {what}"
+
+    return send
+
+
+def signal_coordinator(number: int) -> Callable[[dict[str, Any]], str]:
+    def send(pool: dict[str, Any]) -> str:
+        os.kill(pool["pid"], number)
+        return "ended while it was serving (SIGKILL)" if number == signal.SIGKILL else "stopped by a signal"
 
     return send
 
 
 def test_a_killed_backend_is_told_within_a_second_and_replaced(cluster: Cluster) -> None:
-    pool = lose(cluster, LENDER_KILLED, signal_lender(cluster, signal.SIGKILL), within_s=1)
+    pool = lose(cluster, LENDER_KILLED, signal_lender(cluster, signal.SIGKILL, "ended (SIGKILL)"), within_s=1)
 
     ended_well(cluster, LENDER_KILLED, pool)
 
 
 def test_a_frozen_backend_is_told_within_five_seconds_and_replaced(cluster: Cluster) -> None:
-    pool = lose(cluster, LENDER_FROZEN, signal_lender(cluster, signal.SIGSTOP), within_s=5)
+    pool = lose(cluster, LENDER_FROZEN, signal_lender(cluster, signal.SIGSTOP, "was stopped"), within_s=5)
 
     ended_well(cluster, LENDER_FROZEN, pool)
 
 
 def test_a_killed_coordinator_is_told_within_a_second_and_replaced(cluster: Cluster) -> None:
-    pool = lose(cluster, COORDINATOR_KILLED, lambda pool: os.kill(pool["pid"], signal.SIGKILL), within_s=1)
+    pool = lose(cluster, COORDINATOR_KILLED, signal_coordinator(signal.SIGKILL), within_s=1)
 
     ended_well(cluster, COORDINATOR_KILLED, pool)
+
+
+def test_a_frozen_coordinator_is_told_within_five_seconds_and_replaced(cluster: Cluster) -> None:
+    stop = signal_coordinator(signal.SIGSTOP)
+    pool = lose(cluster, COORDINATOR_FROZEN, stop, within_s=5, reason="ENGINE_STALLED")
+
+    ended_well(cluster, COORDINATOR_FROZEN, pool)
 
 
 def test_a_lender_whose_cable_is_pulled_is_told_within_ten_seconds_and_replaced(cluster: Cluster) -> None:
     pulled = []
 
-    def pull(pool: dict[str, Any]) -> None:
+    def pull(pool: dict[str, Any]) -> str:
         pulled.extend(address for address in lenders_of(pool) if address != HEAD)
         cluster.hosts[pulled[0]].link_down()
+        return f"node-{pulled[0].rpartition('.')[2]} is lost"
 
     try:
         pool = lose(cluster, CABLE_PULLED, pull, within_s=10)

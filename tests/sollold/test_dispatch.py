@@ -38,6 +38,7 @@ class Head:
         self.relay = self
         self.unreachable = False
         self.loads = 0
+        self.known = {}
         self.pools = Pools(self, load=self.load, max_queue=10)
         for pool_id in pool_ids:
             self.report(pool_id)
@@ -45,6 +46,7 @@ class Head:
             self,
             self.pools,
             self,
+            explain=self.explain,
             first_byte_timeout_s=first_byte_timeout_s,
             stall_timeout_s=stall_timeout_s,
         )
@@ -53,6 +55,9 @@ class Head:
         instance = Instance(instance_id=pool_id, model=M, state=state, parallel=2)
         self.nodes[f"node-{pool_id}"] = node(f"node-{pool_id}", instances=(instance,))
         self.pools.on_node_changed(f"node-{pool_id}")
+
+    async def explain(self, pool_id, refusal):
+        return self.known.get(pool_id, refusal)
 
     def statuses(self):
         return tuple(self.nodes.values())
@@ -195,6 +200,23 @@ async def test_after_the_first_byte_nothing_is_tried_again_and_the_pool_is_doubt
     for each in again:
         each.cancel()
     await asyncio.gather(*again, return_exceptions=True)
+
+
+async def test_a_broken_stream_says_what_is_known_of_its_pools_end():
+    head = Head("p")
+    head.known["p"] = refuse(Reason.ENGINE_DIED, "the backend on c ended").refusal
+    task = head.request()
+    _, relayed = await head.attempt()
+    relayed.head(200, {})
+    relayed.data(b"x")
+    stream = await task
+    relayed.end(refuse(Reason.ENGINE_DIED, "its backend on b or c was lost").refusal)
+
+    with pytest.raises(SollolError) as caught:
+        [chunk async for chunk in stream]
+    await stream.aclose()
+
+    assert caught.value.refusal == head.known["p"]
 
 
 async def test_attempts_are_bounded_and_the_last_reason_is_told():

@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import pytest
 from msgspec.structs import replace
-from sollol.errors import Reason, Refusal, SollolError, refuse
+from sollol.errors import SUSPECTED_BACKENDS, Reason, Refusal, SollolError, refuse
 from sollol.report import (
     BackendEndpoint,
     CoordinatorPlan,
@@ -234,6 +234,25 @@ class TestLosses:
 
     def test_one_whose_backend_has_ended_is_though_its_coordinator_does_not_know_yet(self):
         assert "backend on b" in losses(self.cluster(b=InstanceState.FAILED), lost_nodes=())[POOL].message
+
+    def test_a_pool_whose_coordinator_is_about_to_be_ended_is_on_one_node_too(self):
+        """It holds its memory until then: the next plan must not be made before."""
+        stalled = refuse(Reason.ENGINE_STALLED, "it was stopped").refusal
+        alone = replace(instance(InstanceState.LOST, lends=False), refusal=stalled)
+
+        assert losses(self.cluster(InstanceState.LOST, refusal=stalled), lost_nodes=()) == {POOL: stalled}
+        assert losses([node("a", instances=(alone,))], lost_nodes=()) == {POOL: stalled}
+        assert remains([node("a", instances=(alone,))], {POOL}) == (("a", POOL),)
+
+    def test_a_coordinator_that_cannot_name_its_lost_backend_is_believed_less_than_the_backends_own_node(self):
+        unsure = refuse(Reason.ENGINE_DIED, "on b or c", numbers={SUSPECTED_BACKENDS: 2}).refusal
+        killed = refuse(Reason.ENGINE_DIED, "the backend on c ended (SIGKILL)").refusal
+        a, b, c = self.cluster(InstanceState.FAILED, refusal=unsure)
+
+        assert losses([a, b, c], lost_nodes=()) == {POOL: unsure}
+        c = node("c", instances=(replace(instance(InstanceState.FAILED), refusal=killed),))
+        assert killed.message in losses([a, b, c], lost_nodes=())[POOL].message
+        assert "node b is lost" in losses([a, b, c], lost_nodes=("b",))[POOL].message
 
     def test_a_backend_that_is_not_reported_yet_is_not_missed(self):
         a, _, c = self.cluster()

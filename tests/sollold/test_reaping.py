@@ -5,7 +5,7 @@ import contextlib
 
 import pytest
 from msgspec.structs import replace
-from sollol.errors import Reason, SollolError, refuse
+from sollol.errors import SUSPECTED_BACKENDS, Reason, SollolError, refuse
 from sollol.report import DeviceShare, Instance, InstanceKind, InstanceState
 
 from sollold import reaping
@@ -26,6 +26,9 @@ SERVES = Instance(
     shares=tuple(DeviceShare(node_id=name, device_id="CPU", layers=4) for name in ("b", "c")),
 )
 DIED = refuse(Reason.ENGINE_DIED, "it aborted").refusal
+OTHER = refuse(Reason.ENGINE_DIED, "its stream broke").refusal
+UNSURE = refuse(Reason.ENGINE_DIED, "its backend on b or c was lost", numbers={SUSPECTED_BACKENDS: 2}).refusal
+KILLED = refuse(Reason.ENGINE_DIED, "the backend on c ended (SIGKILL)").refusal
 
 
 class Cluster:
@@ -70,8 +73,8 @@ class Cluster:
         self.nodes[node_id] = status
         self.reaper.on_node_changed(node_id)
 
-    def coordinator_dies(self):
-        dead = replace(SERVES, state=InstanceState.FAILED, refusal=DIED)
+    def coordinator_dies(self, why=DIED):
+        dead = replace(SERVES, state=InstanceState.FAILED, refusal=why)
         self.changed("a", node("a", instances=(dead,)))
 
     def goes(self, *names, silent_s=LOST_AFTER_S):
@@ -99,14 +102,39 @@ async def test_backends_of_a_dead_coordinator_are_stopped_and_the_pool_is_told_l
 
     await ended(cluster, ("b", POOL), ("c", POOL))
     assert cluster.lost == [(POOL, DIED)]
-    assert cluster.reaper.loss_of(POOL) == DIED
+    assert await cluster.reaper.explained(POOL, OTHER) == DIED
+
+
+async def test_a_backend_that_its_coordinator_cannot_name_is_named_by_its_own_node_a_moment_later(cluster):
+    cluster.hangs = True  # what is left takes its time to end
+    cluster.coordinator_dies(UNSURE)
+    explained = asyncio.create_task(cluster.reaper.explained(POOL, UNSURE))
+    await ended(cluster, ("b", POOL), ("c", POOL))
+    assert not explained.done()
+
+    cluster.changed("c", node("c", instances=(replace(LENDS, state=InstanceState.FAILED, refusal=KILLED),)))
+
+    assert KILLED.message in (await explained).message
+    assert [why.message for _, why in cluster.lost] == [UNSURE.message, (await explained).message]
+
+
+async def test_one_that_nobody_names_is_told_as_it_is_after_a_moment(cluster, monkeypatch):
+    monkeypatch.setattr(reaping, "EXPLAINED_WITHIN_S", 0.05)
+    cluster.coordinator_dies(UNSURE)
+
+    assert await cluster.reaper.explained(POOL, UNSURE) == UNSURE
+    assert await cluster.reaper.explained("another pool", UNSURE) == UNSURE
+
+
+async def test_what_is_certain_is_told_at_once(cluster):
+    assert await asyncio.wait_for(cluster.reaper.explained(POOL, OTHER), reaping.EXPLAINED_WITHIN_S / 2) == OTHER
 
 
 async def test_a_lost_lender_ends_its_coordinator_and_the_other_lender(cluster):
     cluster.goes("b")
 
     await ended(cluster, ("a", POOL), ("c", POOL))
-    assert "node b is lost" in cluster.reaper.loss_of(POOL).message
+    assert "node b is lost" in (await cluster.reaper.explained(POOL, OTHER)).message
 
 
 async def test_what_a_lost_lender_still_runs_is_stopped_when_it_is_back(cluster):

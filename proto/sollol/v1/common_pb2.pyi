@@ -594,7 +594,7 @@ class Instance(google.protobuf.message.Message):
     """The pool it works for."""
     @property
     def refusal(self) -> Global___Refusal:
-        """Why it is FAILED."""
+        """Why it is FAILED, or LOST and about to be ended."""
 
     @property
     def shares(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___DeviceShare]: ...
