@@ -41,7 +41,9 @@ def coordinator_argv(
         model_path: The (first) GGUF file.
         socket_path: Must end in ".sock" and have at most 107 bytes; must not exist when the engine starts.
         gpu_devices: The engine's names of its GPUs, in the engine's order.
-        threads: Used when the plan does not say; 0 leaves the choice to the engine.
+        threads: Used when the plan does not say; 0 leaves the choice to the engine. With backends it is one in any case:
+            our own CPU then holds no layer, and threads that wait by spinning take the cores from a backend beside us
+            (one backend with two threads on two cores: 24 to 70 ms a token beside two threads, 3 to 12 beside one).
         node_id: Our own node, where shares without a node are.
 
     Raises:
@@ -63,7 +65,7 @@ def coordinator_argv(
         "--no-kv-unified",  # each slot has its own share of -c, as the memory model counts it
         *("-b", str(plan.batch)),
         *("-ub", str(plan.ubatch)),
-        *_threads(plan.threads or threads),
+        *_threads(1 if plan.backends else plan.threads or threads),
         *("-ctk", plan.kv_type),
         *("-ctv", plan.kv_type),
         *("--cache-ram", "0"),  # the engine's default would take 8 GiB that nobody reserved

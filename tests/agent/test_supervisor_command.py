@@ -144,6 +144,12 @@ def test_the_threads_of_the_plan_win_over_those_of_the_node() -> None:
     assert value(argv_of(node_threads=3, threads=8), "-t") == "8"
 
 
+def test_a_coordinator_whose_layers_are_all_on_backends_takes_one_thread() -> None:
+    split = {"shares": (*shares(CPU=0), *on("b", CPU=33)), "backends": (lent("b", "CPU"),)}
+    assert value(argv_of(node_threads=3, **split), "-t") == "1"
+    assert value(argv_of(threads=8, **split), "-t") == "1"
+
+
 def test_without_any_number_of_threads_the_engine_chooses() -> None:
     assert "-t" not in argv_of(node_threads=0)
 
