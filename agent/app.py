@@ -24,6 +24,7 @@ from sollol.registry import Registry
 from sollol.report import Instance
 
 from agent import link_probe
+from agent.bandwidth import usable_cores
 from agent.config import AgentConfig
 from agent.engine.find import FoundEngine, find_engine
 from agent.gpus import default_drivers
@@ -57,7 +58,8 @@ async def serve(config: AgentConfig, environ: Mapping[str, str], stop: Stop) -> 
         async with Closing() as closing:
             server = _listening(config)  # before anything is published or ended under this address
             registry = _registry(config, closing)
-            found = await _found_engine(config, environ)
+            threads = config.threads or usable_cores()
+            found = await _found_engine(config, environ, threads)
             ledger = Ledger(clock=time.monotonic, journal=lambda event: _journal(event, reporter))
             inventory = Inventory(_model_roots(config, environ))
             supervisor = _supervisor(
@@ -70,7 +72,7 @@ async def serve(config: AgentConfig, environ: Mapping[str, str], stop: Stop) -> 
                 streams=lambda instance_id: relay.active_streams(instance_id),  # noqa: PLW0108 - defined below
             )
             relay = Relay(supervisor.socket_of, supervisor.failure_of)
-            probe = Probe(drivers=default_drivers(), caps=config.caps, state_dir=places.state)
+            probe = Probe(drivers=default_drivers(), caps=config.caps, state_dir=places.state, threads=threads)
             probe.heard_engine(found.devices if found else ())
             links = Links(probe=link_probe.probe)
             reporter = Reporter(
@@ -167,7 +169,7 @@ def _registry(config: AgentConfig, closing: Closing) -> Registry | None:
     return registry
 
 
-async def _found_engine(config: AgentConfig, environ: Mapping[str, str]) -> FoundEngine | None:
+async def _found_engine(config: AgentConfig, environ: Mapping[str, str], threads: int) -> FoundEngine | None:
     found = await find_engine(
         config.engine_path(), search_path=environ.get("PATH", ""), cache_dir=cache_directory(environ), environ=environ
     )
@@ -175,9 +177,9 @@ async def _found_engine(config: AgentConfig, environ: Mapping[str, str]) -> Foun
         log.warning(
             "engine_missing", hint="`sollol engine build` builds one; `pip install sollol[prebuilt]` brings one"
         )
-    else:
-        log.info("engine_found", source=found.engine.source, path=found.engine.path, build=found.engine.build)
-    return found
+        return None
+    log.info("engine_found", source=found.engine.source, path=found.engine.path, build=found.engine.build)
+    return replace(found, engine=replace(found.engine, threads=threads))
 
 
 def _model_roots(config: AgentConfig, environ: Mapping[str, str]) -> ModelRoots:
@@ -211,7 +213,7 @@ def _supervisor(
         directories=files.Directories(log=places.log, run=places.run, state=places.state),
         limits=Limits(start_timeout_s=config.start_timeout_s, stop_grace_s=config.stop_grace_s),
         streams=streams,
-        threads=config.threads or len(os.sched_getaffinity(0)),
+        threads=found.engine.threads if found else 0,
         site=BackendSite(
             program=found.rpc_server if found else None,
             node_id=config.node_id,

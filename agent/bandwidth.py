@@ -1,15 +1,16 @@
-"""How fast this machine's cores together read its memory: what generating a token on the CPU is bound by.
+"""How fast as many threads as an engine uses read this machine's memory: what generating on the CPU is bound by.
 
 Measured once per boot and kept. The test reads a buffer that is larger than most caches with the C library's `memchr`,
-called through ctypes, which releases the GIL, in one thread per core.
+called through ctypes, which releases the GIL. Fewer threads than cores read slower: half as fast here, 1 of 2.
 """
 
 import ctypes
+import fcntl
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -21,12 +22,15 @@ _SMALLEST_BUFFER_BYTES = 8 << 20
 _FREE_FRACTION = 4
 _MORE_PASSES = 5
 _MEASURE_WITHIN_S = 0.4
+_TURN_WITHIN_S = 3.0
+_TURN_POLL_S = 0.02
+_BOOT_ID = "proc/sys/kernel/random/boot_id"
 _ABSENT, _FILL = 1, 2
 
 
 class _Kept(Struct, frozen=True):
     boot_id: str
-    cores: int
+    threads: int
     bytes_per_s: float
 
 
@@ -40,42 +44,73 @@ def usable_cores() -> int:
 def boot_id(root: Path = Path("/")) -> str:
     """Changes with every boot; empty where the system has none."""
     try:
-        return (root / "proc/sys/kernel/random/boot_id").read_text().strip()
+        return (root / _BOOT_ID).read_text().strip()
     except OSError:  # no Linux
         return ""
 
 
-def cpu_bandwidth(state_dir: Path, *, boot: str, free_bytes: int) -> float:
-    """The CPU's read bandwidth in bytes per second, measured at most once per boot. Blocks for up to half a second.
+def cpu_bandwidth(state_dir: Path, *, boot: str, free_bytes: int, threads: int) -> float:
+    """The CPU's read bandwidth in bytes per second, measured at most once per boot and number of threads.
+
+    Blocks for up to half a second, and while another agent of this machine measures.
 
     Args:
         state_dir: Where the result is kept; not being able to write there only costs the next start a measurement.
         boot: This boot's id; empty: measure always.
         free_bytes: The test takes at most a quarter of it.
+        threads: Those of an engine.
 
     Returns:
         0 when there is too little memory to tell.
     """
     path = state_dir / FILE_NAME
-    cores = usable_cores()
     with suppress(OSError, msgspec.DecodeError):  # none yet, or not ours: measure
         kept = msgspec.json.decode(path.read_bytes(), type=_Kept)
-        if boot and (kept.boot_id, kept.cores) == (boot, cores):
+        if boot and (kept.boot_id, kept.threads) == (boot, threads):
             return kept.bytes_per_s
-    measured = measure(min(_BUFFER_BYTES, free_bytes // _FREE_FRACTION), cores)
+    with _turn():
+        measured = measure(min(_BUFFER_BYTES, free_bytes // _FREE_FRACTION), threads)
     if measured > 0:
         with suppress(OSError):  # a read-only state directory is allowed
-            _write(path, _Kept(boot, cores, measured))
+            _write(path, _Kept(boot, threads, measured))
     return measured
 
 
-def measure(buffer_bytes: int, cores: int) -> float:
-    """Read `buffer_bytes` a few times with `cores` threads; the best pass counts, in bytes per second."""
+@contextmanager
+def _turn() -> Iterator[None]:
+    """Keep agents that start together on one machine from measuring what the others leave them: one at a time.
+
+    The lock is on a file that every Linux has and nobody needs to make. Whoever else holds it costs us a wait only.
+    """
+    try:
+        descriptor = os.open(Path("/") / _BOOT_ID, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # no Linux
+        yield
+        return
+    try:
+        deadline_s = time.monotonic() + _TURN_WITHIN_S
+        while not _locked(descriptor) and time.monotonic() < deadline_s:
+            time.sleep(_TURN_POLL_S)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another agent's turn, or a file system without locks
+        return False
+    return True
+
+
+def measure(buffer_bytes: int, threads: int) -> float:
+    """Read `buffer_bytes` a few times with so many threads; the best pass counts, in bytes per second."""
     if buffer_bytes < _SMALLEST_BUFFER_BYTES:
         return 0.0
     deadline_s = time.perf_counter() + _MEASURE_WITHIN_S
-    size = buffer_bytes // cores
-    buffers = [(ctypes.c_char * size)() for _ in range(cores)]
+    size = buffer_bytes // threads
+    buffers = [(ctypes.c_char * size)() for _ in range(threads)]
     addresses = [ctypes.addressof(buffer) for buffer in buffers]
     _timed(ctypes.memset, addresses, _FILL, size)  # without it every page would be the kernel's one page of zeros
     memchr = ctypes.CDLL(None).memchr
@@ -86,7 +121,7 @@ def measure(buffer_bytes: int, cores: int) -> float:
         if time.perf_counter() + best_s > deadline_s:
             break
         best_s = min(best_s, _timed(memchr, addresses, _ABSENT, size))
-    return size * cores / best_s
+    return size * threads / best_s
 
 
 def _timed(touch: Callable[[int, int, int], object], addresses: list[int], byte: int, size: int) -> float:

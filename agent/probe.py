@@ -34,6 +34,7 @@ class Probe:
         drivers: Asked at every measurement, each in its own thread.
         caps: Device id to the most bytes that may be used there.
         state_dir: Where the measured bandwidth is kept.
+        threads: Those of an engine: the CPU's bandwidth is theirs.
         root: Where `proc` and `sys` are mounted.
     """
 
@@ -43,11 +44,13 @@ class Probe:
         drivers: Sequence[Driver],
         caps: Mapping[str, int],
         state_dir: Path,
+        threads: int,
         root: Path = Path("/"),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._caps = dict(caps)
         self._state_dir = state_dir
+        self._threads = threads
         self._root = root
         self._clock = clock
         self._drivers = tuple(_DriverWatch(driver, clock) for driver in drivers)
@@ -71,7 +74,11 @@ class Probe:
         cpu = self._cpu()
         if self._bandwidth is None:
             self._bandwidth = await asyncio.to_thread(
-                cpu_bandwidth, self._state_dir, boot=boot_id(self._root), free_bytes=cpu.measured_free_bytes
+                cpu_bandwidth,
+                self._state_dir,
+                boot=boot_id(self._root),
+                free_bytes=cpu.measured_free_bytes,
+                threads=self._threads,
             )
         cpu = replace(cpu, bandwidth_bytes_per_s=self._bandwidth)
         ages = {id(gpu): reading.age_s for reading in readings for gpu in reading.value}

@@ -8,10 +8,11 @@ from typing import Protocol
 
 import sollol
 import structlog
+from sollol.engine import Engine
 from sollol.errors import Reason, refuse
 from sollol.link import Link
 from sollol.registry import RegistryUnavailable
-from sollol.report import Device, Engine, Instance, Model, Report, Reservation
+from sollol.report import Device, Instance, Model, Report, Reservation
 
 from agent.bandwidth import boot_id, usable_cores
 from agent.config import AgentConfig

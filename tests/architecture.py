@@ -15,6 +15,7 @@ PURE = (
     "sollold/placement/",
     "proto/sollol/errors.py",
     "proto/sollol/report.py",
+    "proto/sollol/engine.py",
     "proto/sollol/link.py",
     "proto/sollol/memory.py",
     "proto/sollol/compute/",

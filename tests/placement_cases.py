@@ -1,11 +1,10 @@
 """Nodes and models to place, with round figures."""
 
+from sollol.engine import Engine, EngineSource
 from sollol.errors import Refusal
 from sollol.report import (
     Device,
     DeviceKind,
-    Engine,
-    EngineSource,
     Instance,
     Model,
     ModelShape,

@@ -3,10 +3,9 @@
 from random import Random
 
 from msgspec.structs import replace
+from sollol.engine import Engine, EngineSource
 from sollol.report import (
     Device,
-    Engine,
-    EngineSource,
     Instance,
     InstanceState,
     ModelShape,

@@ -11,7 +11,7 @@ from google.protobuf import descriptor_pool
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec import inspect as types
-from sollol import errors, link, report, wire
+from sollol import engine, errors, link, report, wire
 from sollol.errors import SURFACES, Reason, Refusal, Retry, SollolError, refuse
 from sollol.v1 import agent_pb2, cluster_pb2, common_pb2, inference_pb2
 
@@ -20,15 +20,16 @@ MESSAGES = {
     for module in (common_pb2, cluster_pb2, agent_pb2, inference_pb2)
     for name in module.DESCRIPTOR.message_types_by_name
 }
+CONTRACT = (report, link, engine, errors)
 VALUES = [
     kind
-    for module in (report, link, errors)
+    for module in CONTRACT
     for _, kind in inspect.getmembers(module, inspect.isclass)
     if issubclass(kind, msgspec.Struct) and kind.__module__ == module.__name__
 ]
 ENUMS = [
     kind
-    for module in (report, link, errors)
+    for module in CONTRACT
     for _, kind in inspect.getmembers(module, inspect.isclass)
     if issubclass(kind, StrEnum) and kind.__module__ == module.__name__
 ]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import structlog
 from msgspec import Struct
+from sollol.engine import Engine, EngineSource
 from sollol.errors import Reason, SollolError, refuse
-from sollol.report import Engine, EngineSource
 
 from agent.engine.ask import Answer, ask
 from agent.engine.built import BINARY, built_engine

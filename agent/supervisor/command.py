@@ -41,9 +41,10 @@ def coordinator_argv(
         model_path: The (first) GGUF file.
         socket_path: Must end in ".sock" and have at most 107 bytes; must not exist when the engine starts.
         gpu_devices: The engine's names of its GPUs, in the engine's order.
-        threads: Used when the plan does not say; 0 leaves the choice to the engine. With backends it is one in any case:
-            our own CPU then holds no layer, and threads that wait by spinning take the cores from a backend beside us
-            (one backend with two threads on two cores: 24 to 70 ms a token beside two threads, 3 to 12 beside one).
+        threads: Used when the plan does not say; 0 leaves the choice to the engine. With backends it is one thread in
+            any case: our own CPU holds no layer then, and threads that wait spin, and take the cores from a backend
+            beside us (one with two threads on two cores took 24 to 70 ms a token beside two threads, 3 to 12 beside
+            one).
         node_id: Our own node, where shares without a node are.
 
     Raises:

@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from msgspec import Struct, field
 
+from sollol.engine import Engine
 from sollol.errors import Refusal
 from sollol.link import Link, PlanLink
 
@@ -15,13 +16,6 @@ from sollol.link import Link, PlanLink
 class DeviceKind(StrEnum):
     CPU = "CPU"
     GPU = "GPU"
-
-
-class EngineSource(StrEnum):
-    CONFIGURED = "CONFIGURED"
-    PATH = "PATH"
-    BUILT = "BUILT"
-    XLLAMACPP = "XLLAMACPP"
 
 
 class InstanceState(StrEnum):
@@ -55,14 +49,6 @@ class Device(Struct, frozen=True, kw_only=True):
     bandwidth_bytes_per_s: float = 0.0
     unified: bool = False
     usable: bool = True
-
-
-class Engine(Struct, frozen=True, kw_only=True):
-    source: EngineSource
-    path: str
-    build: str
-    rpc: bool = False
-    rpc_protocol: str = ""
 
 
 class ModelShape(Struct, frozen=True, kw_only=True):

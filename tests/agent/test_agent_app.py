@@ -1,6 +1,7 @@
 """The agent as a process: one owner per state directory and port, and an orderly end."""
 
 import asyncio
+import json
 import socket
 import tempfile
 from pathlib import Path
@@ -66,6 +67,18 @@ async def test_at_its_end_engines_are_stopped_and_the_registry_knows_it(ports, h
         assert "task_ended_early" not in events
     assert keys(clean_redis) == set()
     # That no engine is left, the fixture that looks for processes asserts.
+
+
+async def test_the_report_says_how_fast_the_memory_is_for_the_threads_of_its_engines(ports, home, reciting_model):
+    engine, port = write_engine(home / "engine"), ports()
+    flags = agent_flags(home, port=port, engine=engine, model=reciting_model)
+    async with daemon("agent", home, *flags, "--threads", "3") as agent:
+        await agent.says("agent_ready")
+        async with open_channel(f"127.0.0.1:{port}") as channel:
+            asked = await agent_pb2_grpc.AgentServiceStub(channel).GetReport(agent_pb2.GetReportRequest())
+    kept = json.loads((home / "a" / "s" / "bandwidth.json").read_text())
+    assert asked.report.engine.threads == kept["threads"] == 3
+    assert asked.report.devices[0].bandwidth_bytes_per_s == kept["bytes_per_s"] > 0
 
 
 async def test_a_second_agent_with_the_same_state_directory_is_refused(ports, home, reciting_model):

@@ -21,7 +21,7 @@ def listed(device_id: str, description: str, total: int, free: int = 0) -> Simpl
 
 @pytest.fixture(autouse=True)
 def bandwidth_is_known(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(probe_module, "cpu_bandwidth", lambda *_args, **_more: 12.5e9)
+    monkeypatch.setattr(probe_module, "cpu_bandwidth", lambda *_args, threads, **_more: 6.25e9 * threads)
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ class Bench:
         self.now = 0.0
         drivers = [Amd(root)] + ([Nvidia(lambda: nvml)] if nvml else [])
         self.probe = Probe(
-            drivers=drivers, caps=caps or {}, state_dir=root / "state", root=root, clock=lambda: self.now
+            drivers=drivers, caps=caps or {}, state_dir=root / "state", root=root, threads=2, clock=lambda: self.now
         )
 
     async def gpus(self) -> list[Device]:
@@ -196,7 +196,7 @@ async def test_without_nvml_or_driver_there_are_no_nvidia_gpus_and_no_complaints
 
     with capture_logs() as logs:
         assert await Bench(tmp_path, FakeNvml([RTX], broken=True)).gpus() == []
-        probe = Probe(drivers=[Nvidia(not_installed)], caps={}, state_dir=tmp_path, root=tmp_path)
+        probe = Probe(drivers=[Nvidia(not_installed)], caps={}, state_dir=tmp_path, root=tmp_path, threads=2)
         assert len(await probe.measure()) == 1
     assert logs == []
 

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 from msgspec.structs import replace
+from sollol.engine import Engine, EngineSource
 from sollol.errors import Reason, SollolError
 from sollol.link import Link
 from sollol.registry import Registry, RegistryUnavailable
@@ -13,8 +14,6 @@ from sollol.report import (
     Device,
     DeviceKind,
     DeviceShare,
-    Engine,
-    EngineSource,
     Instance,
     InstanceKind,
     InstanceState,

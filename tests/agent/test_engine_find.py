@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 import structlog
+from sollol.engine import EngineSource
 from sollol.errors import Reason, SollolError
-from sollol.report import EngineSource
 
 from agent.engine.built import LLAMA_CPP, build_home
 from agent.engine.find import find_engine

@@ -4,8 +4,9 @@ import asyncio
 
 import pytest
 from msgspec.structs import replace
+from sollol.engine import Engine, EngineSource
 from sollol.errors import Reason, refuse
-from sollol.report import Engine, EngineSource, Instance, InstanceKind, InstanceState
+from sollol.report import Instance, InstanceKind, InstanceState
 
 from sollold.placement import decide
 from tests.loader import DEFAULTS, WISH, setups

@@ -363,6 +363,7 @@ class Engine(google.protobuf.message.Message):
     BUILD_FIELD_NUMBER: builtins.int
     RPC_FIELD_NUMBER: builtins.int
     RPC_PROTOCOL_FIELD_NUMBER: builtins.int
+    THREADS_FIELD_NUMBER: builtins.int
     source: Global___EngineSource.ValueType
     path: builtins.str
     build: builtins.str
@@ -370,6 +371,10 @@ class Engine(google.protobuf.message.Message):
     rpc: builtins.bool
     """Can hold layers on other nodes over RPC, and the protocol version it speaks when it can."""
     rpc_protocol: builtins.str
+    threads: builtins.int
+    """Threads that each engine of this node computes with on the CPU, unless a plan says otherwise; the CPU's measured
+    bandwidth is theirs.
+    """
     def __init__(
         self,
         *,
@@ -378,8 +383,9 @@ class Engine(google.protobuf.message.Message):
         build: builtins.str = ...,
         rpc: builtins.bool = ...,
         rpc_protocol: builtins.str = ...,
+        threads: builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["build", b"build", "path", b"path", "rpc", b"rpc", "rpc_protocol", b"rpc_protocol", "source", b"source"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["build", b"build", "path", b"path", "rpc", b"rpc", "rpc_protocol", b"rpc_protocol", "source", b"source", "threads", b"threads"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Engine: typing_extensions.TypeAlias = Engine
