@@ -15,13 +15,14 @@ MAX_TTL_S = 600.0
 MAX_BYTES = 1 << 50
 _ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _DEVICE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
-# Lowest and highest value of each number that becomes an engine flag.
+# Lowest and highest value of each number of a plan; nearly all become engine flags.
 _RANGES = {
     "parallel": (1, 1024),
     "context_per_slot": (1, 1 << 24),
     "batch": (1, 1 << 16),
     "ubatch": (1, 1 << 16),
     "threads": (0, 1024),
+    "pool_number": (0, 1023),
 }
 _MAX_SHARES = 64
 _MAX_BACKENDS = 15  # the engine's own limit of devices over RPC

@@ -23,6 +23,7 @@ from sollold.front.http import serve as serve_http
 from sollold.history import History
 from sollold.loading import RELEASE_WITHIN_S, Loader
 from sollold.nodes import Nodes
+from sollold.numbers import PoolNumbers
 from sollold.operators import ClusterService
 from sollold.placement import PlacementDefaults, decide
 from sollold.pools import Pools
@@ -50,19 +51,27 @@ async def serve(config: HeadConfig, stop: Stop) -> None:
         def decided(wish: PlacementWish, among: Sequence[NodeStatus]) -> Decision:
             return decide(wish, among, defaults, head_host=config.host)
 
-        # Pools are built later: nothing runs before all are.
-        reaper = Reaper(nodes, on_lost=lambda pool_id, why: pools.forget(pool_id, why))  # noqa: PLW0108 - defined below
+        numbers = PoolNumbers(nodes)
+        pools = Pools(
+            nodes,
+            load=lambda wish, number, told: loader.load(wish, number, told),  # noqa: PLW0108 - defined below
+            numbers=numbers,
+            max_queue=config.max_queue,
+        )
+        reaper = Reaper(nodes, on_lost=pools.forget)
         loader = Loader(
             nodes,
             decide=decided,
             record=history.decided,
             lost=reaper,
+            pools=pools,
+            numbers=numbers,
             reservation_ttl=timedelta(seconds=config.reservation_ttl_s),
             load_timeout_s=config.load_timeout_s,
         )
-        pools = Pools(nodes, load=loader.load, max_queue=config.max_queue)
         nodes.subscribe(reaper.on_node_changed)
         nodes.subscribe(pools.on_node_changed)
+        nodes.subscribe(numbers.on_node_changed)
         dispatch = Dispatch(
             nodes,
             pools,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 import structlog
 from sollol.errors import Reason, Refusal, SollolError, refuse
 
-from sollold.pools import Lease, Pools
+from sollold.pools import Pools
+from sollold.queues import Lease
 from sollold.relay import RelayStream
 from sollold.streams import EngineRequest, ProgressSink
 

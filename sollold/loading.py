@@ -14,6 +14,7 @@ from sollol.errors import Reason, Refusal, SollolError, refuse
 from sollol.report import CoordinatorPlan, Decision, Instance, InstanceState, NodeStatus, PlacementWish, Pool, Progress
 
 from sollold import group
+from sollold.numbers import PoolNumbers
 
 log = structlog.get_logger(__name__)
 
@@ -63,6 +64,13 @@ class LostPools(Protocol):
     async def explained(self, pool_id: str, refusal: Refusal) -> Refusal: ...
 
 
+class UsedPools(Protocol):
+    """What `Pools` is to this module."""
+
+    def forget(self, instance_id: str) -> None: ...
+    def doubt(self, instance_id: str) -> None: ...
+
+
 class ClusterView(Protocol):
     def statuses(self) -> tuple[NodeStatus, ...]: ...
     def link(self, node_id: str) -> Agent: ...
@@ -75,6 +83,7 @@ class Loader:
         decide: Placement, given the wish and the nodes still in question.
         record: Told every decision; must not block.
         lost: Knows what lost pools leave behind; nothing is placed before their memory is free again.
+        pools: Told of each pool whose start went wrong: nobody shall wait for it.
         load_timeout_s: From the first placement to ready, attempts on several nodes together.
     """
 
@@ -85,6 +94,8 @@ class Loader:
         decide: Callable[[PlacementWish, Sequence[NodeStatus]], Decision],
         record: Callable[[Decision], None],
         lost: LostPools,
+        pools: UsedPools,
+        numbers: PoolNumbers,
         reservation_ttl: timedelta,
         load_timeout_s: float,
     ) -> None:
@@ -92,20 +103,23 @@ class Loader:
         self._decide = decide
         self._record = record
         self._lost = lost
+        self._pools = pools
+        self._numbers = numbers
         self._reservation_ttl = reservation_ttl
         self._load_timeout_s = load_timeout_s
         self._releases: set[asyncio.Task[None]] = set()
 
-    async def load(self, wish: PlacementWish, on_progress: Callable[[Progress], None]) -> Pool:
+    async def load(self, wish: PlacementWish, number: int, on_progress: Callable[[Progress], None]) -> Pool:
         """Return a READY pool of the model. When this fails or is cancelled, what it had started is stopped.
 
         Raises:
             SollolError: no node fits (NO_FIT with the node-by-node table), LOAD_TIMEOUT, or the last node's reason for
                 failing.
+            GaveWayError: another head starts, or has started, the very pool that this one would have been.
         """
         try:
             async with asyncio.timeout(self._load_timeout_s):
-                return await self._load_somewhere(wish, on_progress)
+                return await self._load_somewhere(wish, number, on_progress)
         except TimeoutError as error:
             raise refuse(
                 Reason.LOAD_TIMEOUT, f"{wish.model} was not ready within {self._load_timeout_s:.0f} s", retryable=True
@@ -117,14 +131,14 @@ class Loader:
             task.cancel()
         await asyncio.gather(*self._releases, return_exceptions=True)
 
-    async def _load_somewhere(self, wish: PlacementWish, on_progress: Callable[[Progress], None]) -> Pool:
+    async def _load_somewhere(self, wish: PlacementWish, number: int, on_progress: Callable[[Progress], None]) -> Pool:
         failed: dict[str, Refusal] = {}
         await self._lost.settled()
         for _ in range(MAX_ATTEMPTS):
             on_progress(Progress(state="placing"))
             decision = self._placed(wish, failed)
             try:
-                return await self._start(wish.model, decision, on_progress)
+                return await self._start(wish.model, number, decision, on_progress)
             except SollolError as error:
                 refusal = error.refusal
                 node_id = error.node_id if isinstance(error, group.NodeRefusedError) else decision.coordinator
@@ -151,22 +165,27 @@ class Loader:
             raise SollolError(_last_word(failed) if failed else decision.refusal)
         return decision
 
-    async def _start(self, model: str, decision: Decision, on_progress: Callable[[Progress], None]) -> Pool:
+    async def _start(
+        self, model: str, number: int, decision: Decision, on_progress: Callable[[Progress], None]
+    ) -> Pool:
         node_id = decision.coordinator
         if decision.plan is None:
             raise refuse(
                 Reason.MODEL_UNSUPPORTED, f"{model}: its header is not readable on {node_id}, so no plan can be made"
             )
         # The name that was asked for, which on this node may be an alias: queues find the pool under it.
-        plan = replace(decision.plan, model=model)
+        plan = replace(decision.plan, model=model, pool_number=number)
         parts = group.parts_of(plan, node_id)
         links = {part.node_id: self._nodes.link(part.node_id) for part in parts}
         pool_id = new_pool_id(model)
+        lenders = sum(bool(part.lent) for part in parts)
+        log.info("pool_starting", model=model, number=number, pool=pool_id, coordinator=node_id, backends=lenders)
         try:
-            await group.reserve(parts, pool_id, self._reservation_ttl, links.__getitem__)
-            backends = await group.start_backends(parts, pool_id, decision.coordinator_host, links.__getitem__)
-            await links[node_id].start_coordinator(pool_id, replace(plan, backends=backends))
-            instance = await self._ready(links[node_id], pool_id, node_id, on_progress)
+            async with self._numbers.held(pool_id, model, number):
+                await group.reserve(parts, pool_id, self._reservation_ttl, links.__getitem__)
+                backends = await group.start_backends(parts, pool_id, decision.coordinator_host, links.__getitem__)
+                await links[node_id].start_coordinator(pool_id, replace(plan, backends=backends))
+                instance = await self._ready(links[node_id], pool_id, node_id, on_progress)
             _check_started(instance, model, node_id)
         except BaseException as error:
             try:
@@ -174,11 +193,12 @@ class Loader:
             finally:
                 releases = [self._release(link, pool_id) for link in links.values()]
             if not (isinstance(error, SollolError) and error.refusal.reason is Reason.AGENT_UNREACHABLE):
+                self._pools.forget(pool_id)
                 await asyncio.wait(releases, timeout=RELEASE_WITHIN_S)  # the next placement needs the memory
             if blamed is not error:
                 raise blamed from error
             raise
-        log.info("pool_ready", model=model, node=node_id, pool=pool_id, nodes=len(parts))
+        log.info("pool_ready", model=model, number=number, node=node_id, pool=pool_id, nodes=len(parts))
         return Pool(node_id=node_id, instance=instance)
 
     async def _blamed(self, error: BaseException, pool_id: str, parts: Sequence[group.Part]) -> BaseException:
@@ -205,24 +225,24 @@ class Loader:
 
     def _release(self, link: Agent, pool_id: str) -> asyncio.Task[None]:
         """Stop and release what a start left; a task of its own, since the load itself may be cancelled again."""
-        task = asyncio.create_task(_stop_and_release(link, pool_id), name=f"release {pool_id}")
+        task = asyncio.create_task(self._stop_and_release(link, pool_id), name=f"release {pool_id}")
         self._releases.add(task)
         task.add_done_callback(self._releases.discard)
         return task
 
-
-async def _stop_and_release(link: Agent, pool_id: str) -> None:
-    """Ask an agent out of reach a few times. Then its reservation lapses, or the pool shows up as one that is ready."""
-    for pause_s in (*RELEASE_PAUSES_S, 0.0):
-        try:
-            await link.stop(pool_id)
-            await link.release(pool_id)
-        except SollolError as error:
-            if error.refusal.reason is Reason.AGENT_UNREACHABLE and pause_s:
-                await asyncio.sleep(pause_s)
-                continue
-            log.warning("pool_not_released", pool=pool_id, error=str(error))
-        return
+    async def _stop_and_release(self, link: Agent, pool_id: str) -> None:
+        """Ask an agent out of reach a few times. Then its reservation lapses, or the pool shows up as a ready one."""
+        for pause_s in (*RELEASE_PAUSES_S, 0.0):
+            try:
+                await link.stop(pool_id)
+                await link.release(pool_id)
+            except SollolError as error:
+                if error.refusal.reason is Reason.AGENT_UNREACHABLE and pause_s:
+                    await asyncio.sleep(pause_s)
+                    continue
+                log.warning("pool_not_released", pool=pool_id, error=str(error))
+                self._pools.doubt(pool_id)
+            return
 
 
 def _check_started(instance: Instance, model: str, node_id: str) -> None:

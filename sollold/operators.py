@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeAlias
 
 import grpc
@@ -20,6 +20,7 @@ from sollol.v1 import cluster_pb2_grpc as rpc
 from sollold.catalogue import Catalogue
 from sollold.nodes import Nodes
 from sollold.pools import Pools
+from sollold.scaling import MAX_POOLS
 
 log = structlog.get_logger(__name__)
 
@@ -69,7 +70,8 @@ class ClusterService(rpc.ClusterServiceServicer):
         async with _aborting(context):
             wish = _wish(request.wish)
             wish = replace(wish, model=self._catalogue.canonical(wish.model))
-            async for step in _with_progress(lambda told: self._pools.ensure_ready(wish, told)):
+            count = _pool_count(request)
+            async for step in _with_progress(lambda told: self._pools.ensure_ready(wish, told, count=count)):
                 response = pb.LoadResponse()
                 if isinstance(step, Pool):
                     wire.fill(response.pool, step)
@@ -133,19 +135,28 @@ class ClusterService(rpc.ClusterServiceServicer):
 
 
 async def _with_progress(
-    run: Callable[[Callable[[Progress], None]], Awaitable[Pool]],
+    run: Callable[[Callable[[Progress], None]], Awaitable[Sequence[Pool]]],
 ) -> AsyncIterator[Progress | Pool]:
-    """Yield what `run` tells while it runs (a load tells some hundred things at most), then its result."""
+    """Yield what `run` tells while it runs (a load tells some hundred things at most), then each of its pools."""
     told: asyncio.Queue[Progress | None] = asyncio.Queue()
     task = asyncio.ensure_future(run(told.put_nowait))
     task.add_done_callback(lambda _: told.put_nowait(None))
     try:
         while (progress := await told.get()) is not None:
             yield progress
-        yield await task
+        for pool in await task:
+            yield pool
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+def _pool_count(request: pb.LoadRequest) -> int:
+    if not request.HasField("pools"):
+        return 1
+    if not 1 <= request.pools <= MAX_POOLS:
+        raise refuse(Reason.INVALID_REQUEST, f"pools is {request.pools}; use 1 to {MAX_POOLS}")
+    return request.pools
 
 
 def _wish(message: pb.PlacementWish) -> PlacementWish:

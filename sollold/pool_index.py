@@ -6,7 +6,9 @@ failed a stream is left alone until its agent reports again; one that is known t
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 
+from msgspec.structs import replace
 from sollol.errors import Refusal
 from sollol.report import Instance, InstanceKind, InstanceState, NodeStatus, Pool, Report
 
@@ -16,16 +18,22 @@ _PROMISING = frozenset({InstanceState.STARTING, InstanceState.READY})
 
 @dataclass(eq=False)
 class PoolSlots:
-    """One pool and how many of its slots this head uses."""
+    """One pool, how many of its slots this head uses, and how many others used when its agent last reported."""
 
     node_id: str
     instance: Instance
     used: int = 0
+    elsewhere: int = 0
 
     @property
     def free(self) -> int:
         """Below 0 when the pool came back with fewer slots than are in use."""
         return max(1, self.instance.parallel) - self.used
+
+    @property
+    def order(self) -> tuple[int, int, str]:
+        """The highest is taken first: the least busy, of equals the lowest number."""
+        return self.free - self.elsewhere, -self.instance.pool_number, self.instance.instance_id
 
 
 class PoolIndex:
@@ -84,6 +92,7 @@ class PoolIndex:
         if instance.state is InstanceState.READY and instance_id not in self._doubted:
             slots = self._slots.setdefault(instance_id, PoolSlots(node_id, instance))
             slots.instance = instance
+            slots.elsewhere = max(0, instance.active_streams - slots.used)
             self._ready.setdefault(instance.model, {})[instance_id] = slots
         else:
             self._pending.setdefault(instance.model, {})[instance_id] = Pool(node_id=node_id, instance=instance)
@@ -117,7 +126,7 @@ class PoolIndex:
 
     def forget(self, instance_id: str, why: Refusal | None = None) -> None:
         """This pool is gone, whatever older reports say; for good when it is known why."""
-        self._gone[instance_id] = why
+        self._gone[instance_id] = why or self._gone.get(instance_id)
         if len(self._gone) > GONE_REMEMBERED:
             del self._gone[next(iter(self._gone))]
         self._adopted.pop(instance_id, None)
@@ -145,26 +154,33 @@ class PoolIndex:
         pending[instance_id] = Pool(node_id=slots.node_id, instance=slots.instance)
 
     def take(self, model: str) -> PoolSlots | None:
-        """A slot of the usable pool that has most of them free; None when all are in use."""
-        best = max(
-            self._ready.get(model, {}).values(),
-            key=lambda slots: (slots.free, slots.instance.instance_id),
-            default=None,
-        )
-        if best is None or best.free <= 0:
-            return None
-        best.used += 1
+        """A slot of the usable pool that has most of them free; None when this head uses all.
+
+        What others use decides only which pool: reports are a moment old, and engines queue what comes too early.
+        """
+        free = (slots for slots in self._ready.get(model, {}).values() if slots.free > 0)
+        best = max(free, key=attrgetter("order"), default=None)
+        if best is not None:
+            best.used += 1
         return best
 
     def release(self, slots: PoolSlots) -> None:
         slots.used -= 1
         self._drop_unused(slots.instance.instance_id)
 
-    def ready(self, model: str) -> Pool | None:
-        """Some usable pool, whether or not it has a free slot."""
-        for slots in self._ready.get(model, {}).values():
-            return Pool(node_id=slots.node_id, instance=slots.instance)
-        return None
+    def busy(self, instance: Instance) -> Instance:
+        """The instance with the streams it has now, as far as this head knows: its own are newer than any report."""
+        slots = self._slots.get(instance.instance_id)
+        return instance if slots is None else replace(instance, active_streams=slots.used + slots.elsewhere)
+
+    def ready(self, model: str) -> tuple[Pool, ...]:
+        """Every usable pool, whether or not it has a free slot, in the order of their numbers."""
+        pools = [Pool(node_id=slots.node_id, instance=slots.instance) for slots in self._ready.get(model, {}).values()]
+        return tuple(sorted(pools, key=lambda pool: (pool.instance.pool_number, pool.instance.instance_id)))
+
+    def counts(self, model: str) -> tuple[int, int]:
+        """How many pools are usable, and how many may become so."""
+        return len(self._ready.get(model, ())), len(self._pending.get(model, ()))
 
     def pending(self, model: str) -> Pool | None:
         """Some pool that its agent's next report may make usable."""

@@ -5,21 +5,21 @@ event (a request, a finished stream, a report, a load's end) only calls it.
 """
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 import structlog
 from sollol.errors import Reason, Refusal, SollolError, refuse
 from sollol.report import InstanceKind, InstanceState, NodeStatus, PlacementWish, Pool, Progress
 
+from sollold.numbers import GaveWayError
 from sollold.pool_index import PoolIndex, PoolSlots
+from sollold.queues import QUEUED, Lease, ModelQueue, Waiter, Watcher
+from sollold.scaling import Demand, LoadFor, extra_retry_s, load_for
 
 log = structlog.get_logger(__name__)
 
 QUEUE_RETRY_AFTER_S = 5.0
-QUEUED = Progress(state="queued")
 LIVE = frozenset({InstanceState.STARTING, InstanceState.READY, InstanceState.STOPPING})
 
 
@@ -28,100 +28,36 @@ class ClusterView(Protocol):
     def status(self, node_id: str) -> NodeStatus | None: ...
 
 
-class Lease:
-    """One slot of one pool, held for the life of one stream. `release` may be called more than once."""
-
-    def __init__(self, slots: PoolSlots, on_release: Callable[[PoolSlots], None]) -> None:
-        self.model = slots.instance.model
-        self.node_id = slots.node_id
-        self.instance_id = slots.instance.instance_id
-        self._on_release = on_release
-        self._slots: PoolSlots | None = slots
-
-    def release(self) -> None:
-        slots, self._slots = self._slots, None
-        if slots is not None:
-            self._on_release(slots)
-
-
-@dataclass(eq=False)
-class _Waiter:
-    """A request that waits for a slot."""
-
-    granted: "asyncio.Future[Lease]"
-    on_progress: Callable[[Progress], None]
-
-
-@dataclass(eq=False)
-class _Watcher:
-    """An operator who waits for any pool to be ready, loaded under this wish when nothing else loads one."""
-
-    wish: PlacementWish
-    ready: "asyncio.Future[Pool]"
-    on_progress: Callable[[Progress], None]
-
-
-@dataclass(eq=False)
-class _ModelQueue:
-    model: str
-    waiters: "OrderedDict[_Waiter, None]" = field(default_factory=OrderedDict)
-    watchers: dict[_Watcher, None] = field(default_factory=dict)
-    load: asyncio.Task[None] | None = None
-    progress: Progress = QUEUED
-
-    def in_order(self) -> Iterator[_Waiter]:
-        """Take the waiters that still want a slot, one by one."""
-        while self.waiters:
-            waiter = next(iter(self.waiters))
-            if not waiter.granted.done():
-                yield waiter
-            self.waiters.pop(waiter, None)
-
-    def tell(self, progress: Progress) -> None:
-        self.progress = progress
-        everybody: list[_Waiter | _Watcher] = [*self.waiters, *self.watchers]
-        for each in everybody:
-            each.on_progress(progress)
-
-    def announce(self, pool: Pool) -> None:
-        for watcher in self.watchers:
-            if not watcher.ready.done():
-                watcher.ready.set_result(pool)
-        self.watchers.clear()
-
-    def fail(self, refusal: Refusal, wish: PlacementWish | None = None) -> None:
-        """Fail everybody, or only those who asked for this when the wish was a special one."""
-        special = wish is not None and wish != PlacementWish(model=self.model)
-        for watcher in [each for each in self.watchers if not special or each.wish == wish]:
-            del self.watchers[watcher]
-            if not watcher.ready.done():
-                watcher.ready.set_exception(SollolError(refusal))
-        while self.waiters and not special:
-            waiter, _ = self.waiters.popitem(last=False)
-            if not waiter.granted.done():
-                waiter.granted.set_exception(SollolError(refusal))
+class FreeNumbers(Protocol):
+    def lowest_free(self, model: str) -> int: ...
 
 
 class Pools:
     """Owner of the head's queues. The pools themselves are what the agents report.
 
     Args:
-        load: Starts a pool and returns it READY; cancelling it leaves nothing behind.
+        load: Starts the pool of a number and returns it READY; cancelling it leaves nothing behind.
+        numbers: Knows which numbers are free.
         max_queue: Waiting requests per model.
+        limit: How many pools of a model its requests alone may bring up; operators may ask for more.
     """
 
     def __init__(
         self,
         nodes: ClusterView,
         *,
-        load: Callable[[PlacementWish, Callable[[Progress], None]], Awaitable[Pool]],
+        load: Callable[[PlacementWish, int, Callable[[Progress], None]], Awaitable[Pool]],
+        numbers: FreeNumbers,
         max_queue: int,
+        limit: Callable[[str], int] = lambda _model: 1,
     ) -> None:
         self._nodes = nodes
         self._load = load
+        self._numbers = numbers
         self._max_queue = max_queue
+        self._limit = limit
         self._index = PoolIndex()
-        self._queues: dict[str, _ModelQueue] = {}
+        self._queues: dict[str, ModelQueue] = {}
         self._closed = False
 
     async def acquire(self, model: str, on_progress: Callable[[Progress], None]) -> Lease:
@@ -137,7 +73,7 @@ class Pools:
         if not queue.waiters and (slots := self._index.take(model)) is not None:
             return Lease(slots, self._released)
         self._check_room(queue)
-        waiter = _Waiter(asyncio.get_running_loop().create_future(), on_progress)
+        waiter = Waiter(asyncio.get_running_loop().create_future(), on_progress)
         queue.waiters[waiter] = None
         try:
             self.pump(model)
@@ -147,12 +83,12 @@ class Pools:
             self._give_up(queue, waiter)
             raise
 
-    def _open_queue(self, model: str) -> _ModelQueue:
+    def _open_queue(self, model: str) -> ModelQueue:
         if self._closed:
             raise SollolError(_shutting_down())
-        return self._queues.setdefault(model, _ModelQueue(model))
+        return self._queues.setdefault(model, ModelQueue(model))
 
-    def _check_room(self, queue: _ModelQueue) -> None:
+    def _check_room(self, queue: ModelQueue) -> None:
         waiting = len(queue.waiters)
         if waiting >= self._max_queue:
             raise refuse(
@@ -163,7 +99,7 @@ class Pools:
                 numbers={"waiting": waiting},
             )
 
-    def _give_up(self, queue: _ModelQueue, waiter: _Waiter) -> None:
+    def _give_up(self, queue: ModelQueue, waiter: Waiter) -> None:
         queue.waiters.pop(waiter, None)
         granted = waiter.granted
         if granted.done() and not granted.cancelled() and granted.exception() is None:
@@ -173,19 +109,21 @@ class Pools:
         self._index.release(slots)
         self.pump(slots.instance.model)
 
-    async def ensure_ready(self, wish: PlacementWish, on_progress: Callable[[Progress], None]) -> Pool:
-        """Return a ready pool of the model, loading one when there is none; take no slot.
+    async def ensure_ready(
+        self, wish: PlacementWish, on_progress: Callable[[Progress], None], *, count: int = 1
+    ) -> tuple[Pool, ...]:
+        """Return every ready pool of the model, loading as many as are missing to `count`; take no slot.
 
         Joins the load in flight whatever its wish, and requests that come meanwhile join this one.
 
         Raises:
-            SollolError: SHUTTING_DOWN, or why the model could not be loaded.
+            SollolError: SHUTTING_DOWN, or why a pool could not be loaded.
         """
         queue = self._open_queue(wish.model)
         ready = self._index.ready(wish.model)
-        if ready is not None:
+        if len(ready) >= count:
             return ready
-        watcher = _Watcher(wish, asyncio.get_running_loop().create_future(), on_progress)
+        watcher = Watcher(wish, count, asyncio.get_running_loop().create_future(), on_progress)
         queue.watchers[watcher] = None
         try:
             self.pump(wish.model)
@@ -216,7 +154,7 @@ class Pools:
 
     def all(self) -> tuple[Pool, ...]:
         return tuple(
-            Pool(node_id=status.report.node_id, instance=instance)
+            Pool(node_id=status.report.node_id, instance=self._index.busy(instance))
             for status in self._nodes.statuses()
             for instance in status.report.instances
             if instance.kind is InstanceKind.COORDINATOR
@@ -237,13 +175,13 @@ class Pools:
         self._closed = True
         loads = [queue.load for queue in self._queues.values() if queue.load is not None]
         for queue in self._queues.values():
-            queue.fail(_shutting_down())
+            queue.close(_shutting_down())
         for load in loads:
             load.cancel()
         await asyncio.gather(*loads, return_exceptions=True)
 
     def pump(self, model: str) -> None:
-        """Hand free slots to waiters in order; start a load when somebody waits and no pool is there or to come."""
+        """Hand free slots to waiters in order, then load another pool when `scaling` says so."""
         queue = self._queues.get(model)
         if queue is None:
             return
@@ -252,21 +190,41 @@ class Pools:
             if slots is None:
                 break
             waiter.granted.set_result(Lease(slots, self._released))
-        ready = self._index.ready(model)
-        if ready is not None:
-            queue.announce(ready)
-        elif (queue.waiters or queue.watchers) and not (queue.load or self._index.pending(model) or self._closed):
-            wish = PlacementWish(model=model) if queue.waiters else next(iter(queue.watchers)).wish
-            queue.load = asyncio.create_task(self._run_load(queue, wish), name=f"load {model}")
+        if queue.watchers:
+            queue.announce(self._index.ready(model))
+        if (queue.waiters or queue.watchers) and not (queue.load or self._closed):
+            self._load_more(queue)
 
-    async def _run_load(self, queue: _ModelQueue, wish: PlacementWish) -> None:
-        """The single load of a model: its end, good or bad, is everybody's."""
+    def _load_more(self, queue: ModelQueue) -> None:
+        ready, to_come = self._index.counts(queue.model)
+        demand = Demand(
+            waiting=bool(queue.waiters),
+            asked=queue.asked(),
+            ready=ready,
+            to_come=to_come,
+            limit=self._limit(queue.model),
+            held_off=queue.resume is not None,
+        )
+        whose = load_for(demand)
+        if whose is None:
+            return
+        requests = whose is LoadFor.REQUESTS
+        wish = PlacementWish(model=queue.model) if requests else queue.wish_for_more_than(ready)
+        # By what is known now: when another head takes it meanwhile, this load gives way and adds no pool too many.
+        number = self._numbers.lowest_free(queue.model)
+        log.info("pool_wanted", model=queue.model, number=number, wanted_for=whose, waiting=len(queue.waiters))
+        queue.load = asyncio.create_task(self._run_load(queue, wish, number), name=f"load {queue.model}")
+
+    async def _run_load(self, queue: ModelQueue, wish: PlacementWish, number: int) -> None:
+        """The single load of a model: its end is everybody's, unless other pools serve those who wait."""
         # Stands when this task is cancelled: however it ends, nobody waits for a load that is over.
-        failure: Refusal | None = refuse(
-            Reason.STOPPED, f"loading {queue.model} was stopped; ask again to load it", retryable=True
-        ).refusal
+        stopped = _stopped(queue.model)
+        failure: Refusal | None = stopped
         try:
-            self._index.adopt(await self._load(wish, queue.tell))
+            self._index.adopt(await self._load(wish, number, queue.tell))
+            failure = None
+        except GaveWayError as error:
+            log.info("load_gave_way", model=queue.model, why=str(error))
             failure = None
         except SollolError as error:
             failure = error.refusal
@@ -275,13 +233,37 @@ class Pools:
             failure = refuse(Reason.INTERNAL, f"loading {queue.model} failed inside the head: {error!r}").refusal
         finally:
             queue.load = None
-            if failure is None:
-                self.pump(queue.model)
-                queue.tell(QUEUED)
-            else:
-                queue.progress = QUEUED
-                queue.fail(failure, wish)
-                self.pump(queue.model)
+            self._loaded(queue, None if failure is stopped else wish, failure)
+
+    def _loaded(self, queue: ModelQueue, wish: PlacementWish | None, failure: Refusal | None) -> None:
+        """Tell those whom it concerns how a load of this wish ended; None: somebody stopped it."""
+        if failure is None:
+            queue.extra_failures = 0
+            self.pump(queue.model)
+            queue.tell(QUEUED)
+            return
+        queue.progress = QUEUED
+        ready, to_come = self._index.counts(queue.model)
+        if ready and wish in (None, PlacementWish(model=queue.model)):
+            self._hold_off(queue, failure)
+        queue.fail(failure, wish, at_hand=ready + to_come)
+        self.pump(queue.model)
+
+    def _hold_off(self, queue: ModelQueue, failure: Refusal) -> None:
+        """Leave it at the pools there are for a while: those who wait are served by these."""
+        queue.extra_failures += 1
+        pause_s = extra_retry_s(queue.extra_failures, failure.retry_after_s)
+        log.warning("extra_pool_failed", model=queue.model, reason=failure.reason, again_in_s=pause_s)
+        if queue.resume is None and not self._closed:
+            queue.resume = asyncio.get_running_loop().call_later(pause_s, self._resume, queue)
+
+    def _resume(self, queue: ModelQueue) -> None:
+        queue.resume = None
+        self.pump(queue.model)
+
+
+def _stopped(model: str) -> Refusal:
+    return refuse(Reason.STOPPED, f"loading {model} was stopped; ask again to load it", retryable=True).refusal
 
 
 def _shutting_down() -> Refusal:

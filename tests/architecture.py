@@ -28,6 +28,7 @@ PURE = (
     "agent/supervisor/restarts.py",
     "agent/supervisor/command.py",
     "agent/engine/environment.py",
+    "sollold/scaling.py",
 )
 IMPURE_IMPORTS = ("asyncio", "grpc", "redis", "structlog", "time", "random", "aiohttp", "socket", "subprocess")
 # `_pb2` types stop at the gRPC edges.

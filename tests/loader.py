@@ -11,6 +11,7 @@ from sollol.report import Decision, NodeStatus, PlacementWish
 
 from sollold.agent_link import AgentLink
 from sollold.loading import Loader
+from sollold.numbers import PoolNumbers
 from sollold.placement import PlacementDefaults, decide
 from sollold.reaping import Reaper
 from tests.fakes.fake_agent import FakeAgent
@@ -30,11 +31,15 @@ class Setup:
         self.links = {agent.report.node_id: AgentLink(agent.address) for agent in agents}
         self.decisions: list[Decision] = []
         self.progress = []
+        self.forgotten, self.doubted = [], []
+        self.numbers = PoolNumbers(self)
         self.loader = Loader(
             self,
             decide=lambda wish, nodes: decide(wish, nodes, DEFAULTS),
             record=self.decisions.append,
             lost=Reaper(self, on_lost=lambda *_: None),
+            pools=self,
+            numbers=self.numbers,
             reservation_ttl=timedelta(seconds=5),
             load_timeout_s=load_timeout_s,
         )
@@ -45,14 +50,20 @@ class Setup:
     def status(self, node_id):
         return next((status for status in self.statuses() if status.report.node_id == node_id), None)
 
+    def forget(self, instance_id):
+        self.forgotten.append(instance_id)
+
+    def doubt(self, instance_id):
+        self.doubted.append(instance_id)
+
     def link(self, node_id):
         return self.links[node_id]
 
-    async def load(self, wish=WISH):
-        return await self.loader.load(wish, self.progress.append)
+    async def load(self, wish=WISH, number=0):
+        return await self.loader.load(wish, number, self.progress.append)
 
-    def begin(self):
-        return asyncio.create_task(self.load())
+    def begin(self, number=0):
+        return asyncio.create_task(self.load(number=number))
 
     async def failure(self) -> Refusal:
         with pytest.raises(SollolError) as caught:

@@ -57,6 +57,7 @@ class Coordinator(Owner):
             parallel=launch.plan.parallel,
             context_per_slot=launch.plan.context_per_slot,
             shares=launch.plan.shares,
+            pool_number=launch.plan.pool_number,
             started_unix_s=time.time(),
         )
         self._launch = launch

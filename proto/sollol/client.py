@@ -94,17 +94,23 @@ class Client:
         return wire.value(Decision, response.decision)
 
     async def load(self, wish: PlacementWish, on_progress: Callable[[Progress], None] | None = None) -> Pool:
-        """Load a model, or find it loaded, and return its pool; `on_progress` is called on every change."""
-        request = cluster_pb2.LoadRequest(wish=wire.fill(cluster_pb2.PlacementWish(), wish))
-        pool: Pool | None = None
+        """Load a model, or find it loaded, and return a pool; `on_progress` is called on every change."""
+        return (await self.load_pools(wish, 1, on_progress))[0]
+
+    async def load_pools(
+        self, wish: PlacementWish, count: int, on_progress: Callable[[Progress], None] | None = None
+    ) -> tuple[Pool, ...]:
+        """Load as many pools as are missing to `count`; return every ready one, in the order of their numbers."""
+        request = cluster_pb2.LoadRequest(wish=wire.fill(cluster_pb2.PlacementWish(), wish), pools=count)
+        pools: list[Pool] = []
         async with self._answering(self._cluster().Load(request)) as responses:
             async for response in responses:
                 if response.HasField("progress") and on_progress is not None:
                     on_progress(wire.value(Progress, response.progress))
                 if response.HasField("pool"):
-                    pool = wire.value(Pool, response.pool)
-        assert pool is not None, "the last message of Load has the pool"
-        return pool
+                    pools.append(wire.value(Pool, response.pool))
+        assert pools, "the last messages of Load have the pools"
+        return tuple(pools)
 
     async def unload(self, model: str) -> tuple[str, ...]:
         """Stop every pool of a model and return their ids once they are gone."""

@@ -140,6 +140,7 @@ class CoordinatorPlan(Struct, frozen=True, kw_only=True):
     ubatch: int = 512
     threads: int = 0
     backends: tuple[BackendEndpoint, ...] = ()
+    pool_number: int = 0
 
 
 class Instance(Struct, frozen=True, kw_only=True):
@@ -158,6 +159,7 @@ class Instance(Struct, frozen=True, kw_only=True):
     shares: tuple[DeviceShare, ...] = ()
     kind: InstanceKind = InstanceKind.COORDINATOR
     pool_id: str = ""
+    pool_number: int = 0
 
 
 class Reservation(Struct, frozen=True, kw_only=True):
@@ -211,7 +213,7 @@ class PlacementWish(Struct, frozen=True, kw_only=True):
     strategy: str | None = None
     max_nodes: int | None = None
     backends_per_pool: int | None = None
-    allow_reduced_context: bool = False
+    allow_reduced_context: bool | None = None
 
 
 class ScorePart(Struct, frozen=True):

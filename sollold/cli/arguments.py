@@ -131,6 +131,18 @@ def _add_wish(command: argparse.ArgumentParser) -> None:
     command.add_argument("--min-memory", metavar="BYTES", type=_positive, help="free on the node")
     command.add_argument("--pin", metavar="NODE", help="this node or none")
     command.add_argument("--local", action="store_true", help="only the head's own host")
+    command.add_argument(
+        "--max-nodes", metavar="N", type=_positive, help="most nodes that hold the model together; 1: never split it"
+    )
+    command.add_argument(
+        "--backends-per-pool", metavar="N", type=_count, help="exactly so many backends (default: what is fastest)"
+    )
+    command.add_argument(
+        "--allow-reduced-context",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="take the longest context that fits where the asked one does not",
+    )
 
 
 def _add_run(commands: "Subparsers[argparse.ArgumentParser]") -> None:
@@ -147,6 +159,9 @@ def _add_run(commands: "Subparsers[argparse.ArgumentParser]") -> None:
 def _add_pool_commands(commands: "Subparsers[argparse.ArgumentParser]") -> None:
     load = _add(commands, "load", "operate:load", "load a model now and wait until it is ready")
     load.add_argument("model", metavar="MODEL")
+    load.add_argument(
+        "--pools", metavar="N", type=_positive, default=1, help="replicas to bring up side by side: %(default)s"
+    )
     _add_wish(load)
     _add_json(load)
     unload = _add(commands, "unload", "operate:unload", "stop every pool of a model")
@@ -172,6 +187,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
     return number
 
 

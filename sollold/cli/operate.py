@@ -15,22 +15,27 @@ from sollold.cli.place import wish_from
 
 
 def load(options: argparse.Namespace) -> int:
-    pool = ask(options, lambda client: _loaded(client, options))
+    """Prints every ready pool of the model."""
+    pools = ask(options, lambda client: _loaded(client, options))
     if options.json:
-        print_json({"schema": "sollol.load/v1", "pool": msgspec.to_builtins(pool)})
-    else:
-        sys.stdout.write(f"{pool.instance.model} is ready on {pool.node_id} as {pool.instance.instance_id}\n")
+        print_json({"schema": "sollol.load/v1", "pools": msgspec.to_builtins(pools)})
+        return 0
+    for pool in pools:
+        instance = pool.instance
+        sys.stdout.write(
+            f"{instance.model}: pool {instance.pool_number} is ready on {pool.node_id} as {instance.instance_id}\n"
+        )
     return 0
 
 
-async def _loaded(client: Client, options: argparse.Namespace) -> Pool:
+async def _loaded(client: Client, options: argparse.Namespace) -> tuple[Pool, ...]:
     status = StatusLine()
 
     def show(progress: Progress) -> None:
         status.show(progress_text(progress))
 
     try:
-        return await client.load(wish_from(options), on_progress=show)
+        return await client.load_pools(wish_from(options), options.pools, on_progress=show)
     finally:
         status.clear()
 

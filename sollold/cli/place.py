@@ -26,6 +26,9 @@ def wish_from(options: argparse.Namespace) -> PlacementWish:
         pinned_node=options.pin,
         local=options.local,
         strategy=options.strategy,
+        max_nodes=options.max_nodes,
+        backends_per_pool=options.backends_per_pool,
+        allow_reduced_context=options.allow_reduced_context,
     )
 
 

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -29,14 +30,17 @@ def models(options: argparse.Namespace) -> int:
 
 def pools(options: argparse.Namespace) -> int:
     found = ask(options, lambda client: client.pools())
-    ordered = sorted(found, key=lambda pool: (pool.instance.model, pool.instance.instance_id))
+    ordered = sorted(found, key=attrgetter("instance.model", "instance.pool_number", "instance.instance_id"))
     _print(options, "pools", ordered, _POOL_HEAD, [row for pool in ordered for row in _pool_rows(pool)])
     return 0
 
 
 _NODE_HEAD = ("NODE", "ADDRESS", "SEEN", "STATE", "CPUS", "MEMORY FREE / TOTAL", "MODELS", "POOLS", "ENGINE")
 _MODEL_HEAD = ("MODEL", "SIZE", "ARCHITECTURE", "QUANTIZATION", "CONTEXT", "NODES", "STATE")
-_POOL_HEAD = ("POOL", "MODEL", "NODE", "STATE", "STREAMS", "CONTEXT", "MEMORY")
+_POOL_HEAD = (
+    *("MODEL", "POOL", "STATE", "SLOTS USED / FREE", "CONTEXT", "ID"),
+    *("NODE", "DEVICE", "LAYERS", "MEMORY"),
+)
 
 
 def _print(
@@ -89,26 +93,21 @@ def _model_row(model: AvailableModel) -> tuple[str, ...]:
 
 
 def _pool_rows(pool: Pool) -> list[tuple[str, ...]]:
-    """The coordinator's node first; then a row for each node that lends to it."""
+    """One row for each device that the pool has memory on; what is said of the pool as a whole stands in the first."""
     instance = pool.instance
     percent = f" {instance.percent:.0f} %" if instance.state == "STARTING" else ""
     why = f" ({instance.refusal.reason})" if instance.refusal is not None else ""
-    by_node: dict[str, list[str]] = {pool.node_id: []}
-    for share in instance.shares:
-        by_node.setdefault(share.node_id or pool.node_id, []).append(_share_text(share))
-    own, *lenders = by_node.items()
-    first = (
-        instance.instance_id,
+    whole = (
         instance.model,
-        pool.node_id,
+        str(instance.pool_number),
         f"{instance.state}{percent}{why}",
-        f"{instance.active_streams} / {instance.parallel}",
+        f"{instance.active_streams} / {max(0, instance.parallel - instance.active_streams)}",
         str(instance.context_per_slot),
-        ", ".join(own[1]),
+        instance.instance_id,
     )
-    return [first, *(("", "", node_id, "lends", "", "", ", ".join(texts)) for node_id, texts in lenders)]
+    devices = [_share_row(pool.node_id, share) for share in instance.shares] or [(pool.node_id, "-", "-", "-")]
+    return [(*(whole if at == 0 else ("",) * len(whole)), *row) for at, row in enumerate(devices)]
 
 
-def _share_text(share: DeviceShare) -> str:
-    layers = layers_text(share)
-    return f"{share.device_id} {bytes_text(share.total_bytes)}{f' layers {layers}' if share.layers else ''}"
+def _share_row(coordinator: str, share: DeviceShare) -> tuple[str, ...]:
+    return (share.node_id or coordinator, share.device_id, layers_text(share), bytes_text(share.total_bytes))

@@ -82,7 +82,7 @@ def job_for(wish: PlacementWish, defaults: PlacementDefaults, *, head_host: str 
         own_hosts=LOOPBACK_HOSTS | ({head_host} if head_host else set()),
         max_nodes=_within("max_nodes", wish.max_nodes, MAX_NODES, MAX_NODES),
         backends_per_pool=_backends(wish.backends_per_pool),
-        allow_reduced_context=wish.allow_reduced_context,
+        allow_reduced_context=bool(wish.allow_reduced_context),
         links=defaults.links,
         takes_any_node=not (wish.require or wish.min_cpus or wish.min_memory_bytes or wish.pinned_node or wish.local),
     )

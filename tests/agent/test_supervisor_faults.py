@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from sollol.errors import Reason, SollolError
 from sollol.report import Instance, InstanceState
 
@@ -27,6 +28,12 @@ async def test_a_start_returns_at_once_and_its_watch_ends_when_it_serves(tmp_pat
     assert changes[-1].state is InstanceState.READY
     assert changes[-1].pid > 0
     assert changes[-1].percent == 100
+
+
+async def test_a_pool_says_which_of_its_models_pools_it_is(tmp_path: Path) -> None:
+    async with supervising(tmp_path, fake_engine()) as supervisor:
+        ready = await started(supervisor, "p", replace(plan_of("m"), pool_number=3))
+    assert ready.pool_number == 3
 
 
 async def test_watchers_see_the_percent_rise(tmp_path: Path) -> None:

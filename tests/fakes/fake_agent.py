@@ -41,6 +41,7 @@ class FakeAgent(agent_pb2_grpc.AgentServiceServicer):
         self.watchers = 0
         self._news = asyncio.Event()
         self._models: dict[str, str] = {}
+        self._numbers: dict[str, int] = {}
         self._server: grpc.aio.Server | None = None
 
     def tell(self, **changes: Any) -> None:
@@ -121,6 +122,7 @@ class FakeAgent(agent_pb2_grpc.AgentServiceServicer):
             wire.fill(response.refusal, self.refusals["StartCoordinator"])
         else:
             self._models[request.pool_id] = request.plan.model
+            self._numbers[request.pool_id] = request.plan.pool_number
             self.plans.append(wire.value(CoordinatorPlan, request.plan))
             wire.fill(response.instance, self._instance(request.pool_id, InstanceState.STARTING))
         return response
@@ -152,7 +154,12 @@ class FakeAgent(agent_pb2_grpc.AgentServiceServicer):
     def _instance(self, instance_id: str, state: InstanceState) -> Instance:
         failure = self.failure if state is InstanceState.FAILED else None
         return Instance(
-            instance_id=instance_id, model=self._models[instance_id], state=state, parallel=2, refusal=failure
+            instance_id=instance_id,
+            model=self._models[instance_id],
+            state=state,
+            parallel=2,
+            refusal=failure,
+            pool_number=self._numbers[instance_id],
         )
 
     def pools(self, name: str) -> list[str]:

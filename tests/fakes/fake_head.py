@@ -3,18 +3,28 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from msgspec.structs import replace
 from sollol import wire
 from sollol.channels import new_server, refusal_abort
 from sollol.errors import Reason, Refusal, refuse
 from sollol.inference import AvailableModel, Piece
-from sollol.report import Instance, InstanceState, NodeStatus, PlacementWish, Pool, Progress
+from sollol.report import DeviceShare, Instance, InstanceState, NodeStatus, PlacementWish, Pool, Progress
 from sollol.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 from sollold.placement import PlacementDefaults, decide
 from tests.placement_cases import MODEL, cpu, gpu, node
 
 NODES: tuple[NodeStatus, ...] = (node("big", cpu(), gpu()), node("small", cpu(free=2**30), engine=False))
-POOL = Pool(node_id="big", instance=Instance(instance_id="tiny-0", model=MODEL, state=InstanceState.READY, parallel=4))
+READY = Instance(instance_id="tiny-0", model=MODEL, state=InstanceState.READY, parallel=4, active_streams=1)
+SHARES = (
+    DeviceShare(device_id="CPU", layers=0, total_bytes=2**29),
+    DeviceShare(node_id="small", device_id="CPU", layers=21, first_layer=0, last_layer=20, total_bytes=2**31),
+    DeviceShare(device_id="CUDA0", layers=12, first_layer=21, last_layer=31, total_bytes=2**30),
+)
+POOLS = (
+    Pool(node_id="big", instance=replace(READY, shares=SHARES)),
+    Pool(node_id="small", instance=replace(READY, instance_id="tiny-1", pool_number=1, active_streams=0)),
+)
 UNKNOWN = refuse(Reason.MODEL_NOT_FOUND, "no node has a model named 'nope'; closest: tiny:8b").refusal
 DEAD = Refusal(reason=Reason.ENGINE_DIED, message="the engine died", log_lines=("last words",))
 
@@ -33,7 +43,8 @@ class FakeHead(cluster_pb2_grpc.ClusterServiceServicer, inference_pb2_grpc.Infer
 
     async def ListPools(self, _request, _context):  # noqa: N802 - gRPC's name
         response = cluster_pb2.ListPoolsResponse()
-        wire.fill(response.pools.add(), POOL)
+        for pool in reversed(POOLS):
+            wire.fill(response.pools.add(), pool)
         return response
 
     async def ListModels(self, _request, _context):  # noqa: N802 - gRPC's name
@@ -53,7 +64,8 @@ class FakeHead(cluster_pb2_grpc.ClusterServiceServicer, inference_pb2_grpc.Infer
         if request.wish.model == "nope":
             await refusal_abort(context, UNKNOWN)
         yield cluster_pb2.LoadResponse(progress=wire.fill(inference_pb2.Progress(), Progress(state="loading")))
-        yield cluster_pb2.LoadResponse(pool=wire.fill(cluster_pb2.Pool(), POOL))
+        for pool in POOLS[: request.pools]:
+            yield cluster_pb2.LoadResponse(pool=wire.fill(cluster_pb2.Pool(), pool))
 
     async def Unload(self, request, _context):  # noqa: N802 - gRPC's name
         return cluster_pb2.UnloadResponse(instance_ids=["tiny-0"] if request.model == MODEL else [])

@@ -36,7 +36,7 @@ async def test_nodes_models_and_pools_are_tables_for_people(head):
     for command, shown in (
         ("nodes", ("NODE", "big", "CUDA0 24.00 GiB / 24.00 GiB", "none: run `sollol engine build` there")),
         ("models", (MODEL, "warm", "ENGINE_DIED: the engine died")),
-        ("pools", ("tiny-0", "READY", "0 / 4")),
+        ("pools", ("tiny-0", "READY", "1 / 3")),
     ):
         status, out, err = await sollol("--head", address, command)
 
@@ -46,10 +46,25 @@ async def test_nodes_models_and_pools_are_tables_for_people(head):
             assert text in out
 
 
+async def test_pools_are_listed_by_number_with_the_layers_and_bytes_of_each_device(head):
+    _, address = head
+
+    _, out, _ = await sollol("--head", address, "pools")
+
+    head_row, *rows = [line.split() for line in out.splitlines()]
+    assert " ".join(head_row) == "MODEL POOL STATE SLOTS USED / FREE CONTEXT ID NODE DEVICE LAYERS MEMORY"
+    assert rows == [
+        [MODEL, "0", "READY", "1", "/", "3", "0", "tiny-0", "big", "CPU", "none", "512.00", "MiB"],
+        ["small", "CPU", "0-20", "2.00", "GiB"],
+        ["big", "CUDA0", "21-31", "+", "output", "1.00", "GiB"],
+        [MODEL, "1", "READY", "0", "/", "4", "0", "tiny-1", "small", "-", "-", "-"],
+    ]
+
+
 async def test_every_read_has_json_with_a_schema(head):
     _, address = head
 
-    for command, length in (("nodes", len(NODES)), ("models", 2), ("pools", 1)):
+    for command, length in (("nodes", len(NODES)), ("models", 2), ("pools", 2)):
         _, out, _ = await sollol("--head", address, command, "--json")
 
         assert f"sollol.{command}/v1" == json.loads(out)["schema"]
@@ -73,6 +88,11 @@ async def test_place_sends_the_whole_wish_and_shows_the_decision(head):
         "ssd",
         "--require",
         "a=b",
+        "--max-nodes",
+        "3",
+        "--backends-per-pool",
+        "0",
+        "--no-allow-reduced-context",
     ]
 
     status, out, _ = await sollol(
@@ -90,6 +110,9 @@ async def test_place_sends_the_whole_wish_and_shows_the_decision(head):
         require=("a=b",),
         min_cpus=2,
         pinned_node="big",
+        max_nodes=3,
+        backends_per_pool=0,
+        allow_reduced_context=False,
     )
     assert [expected] == servicer.asked
     assert status == 5
@@ -161,7 +184,11 @@ async def test_an_engine_that_dies_mid_stream_is_said_after_what_came(head):
 async def test_load_unload_and_logs(head):
     _, address = head
 
-    assert await sollol("--head", address, "load", MODEL) == (0, "tiny:8b is ready on big as tiny-0\n", "")
+    assert await sollol("--head", address, "load", MODEL) == (0, "tiny:8b: pool 0 is ready on big as tiny-0\n", "")
+    _, out, _ = await sollol("--head", address, "load", MODEL, "--pools", "2")
+    assert out.splitlines()[1] == "tiny:8b: pool 1 is ready on small as tiny-1"
+    _, out, _ = await sollol("--head", address, "load", MODEL, "--json")
+    assert [pool["instance"]["pool_number"] for pool in json.loads(out)["pools"]] == [0]
     assert await sollol("--head", address, "unload", MODEL) == (0, "stopped tiny-0\n", "")
     assert await sollol("--head", address, "unload", "x") == (0, "", "no pool of x was running\n")
     assert await sollol("--head", address, "logs", MODEL, "-n", "2") == (0, "line 0\nline 1\n", "")
@@ -199,7 +226,18 @@ async def test_help_lists_the_commands_and_imports_nothing_heavy():
 
 @pytest.mark.parametrize(
     "words",
-    [(), ("fly",), ("run",), ("up", "--agents", "0"), ("up", "--http-port", "70000"), ("place", "m", "--policy", "x")],
+    [
+        (),
+        ("fly",),
+        ("run",),
+        ("up", "--agents", "0"),
+        ("up", "--http-port", "70000"),
+        ("place", "m", "--policy", "x"),
+        ("place", "m", "--max-nodes", "0"),
+        ("place", "m", "--backends-per-pool", "-1"),
+        ("place", "m", "--pools", "2"),
+        ("load", "m", "--pools", "0"),
+    ],
 )
 async def test_wrong_usage_is_exit_2(words):
     status, out, err = await sollol(*words)

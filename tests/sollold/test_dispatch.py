@@ -7,6 +7,7 @@ from sollol.errors import Reason, SollolError, refuse
 from sollol.report import Instance, InstanceState, Pool
 
 from sollold.dispatch import POOL_FAILED, Dispatch
+from sollold.numbers import PoolNumbers
 from sollold.pools import Pools
 from sollold.relay_stream import RelayStream
 from sollold.streams import EngineRequest
@@ -39,7 +40,7 @@ class Head:
         self.unreachable = False
         self.loads = 0
         self.known = {}
-        self.pools = Pools(self, load=self.load, max_queue=10)
+        self.pools = Pools(self, load=self.load, numbers=PoolNumbers(self), max_queue=10)
         for pool_id in pool_ids:
             self.report(pool_id)
         self.dispatch = Dispatch(
@@ -69,7 +70,7 @@ class Head:
         assert name == "alias"
         return M
 
-    async def load(self, wish, on_progress):
+    async def load(self, wish, number, on_progress):
         self.loads += 1
         if self.loads == 1:
             raise refuse(Reason.ENGINE_DIED, "every node's engine died")

@@ -12,6 +12,7 @@ from sollol.report import Instance, InstanceState, PlacementWish, Pool, Progress
 from sollol.v1 import cluster_pb2, cluster_pb2_grpc
 
 from sollold.catalogue import Catalogue
+from sollold.numbers import PoolNumbers
 from sollold.operators import ClusterService
 from sollold.placement import PlacementDefaults, decide
 from sollold.pools import Pools
@@ -38,7 +39,7 @@ class Head:
         self.nodes = {"a": node("a")}
         self.stopped, self.loads = [], []
         self.stop_fails = None
-        self.pools = Pools(self, load=self.load, max_queue=10)
+        self.pools = Pools(self, load=self.load, numbers=PoolNumbers(self), max_queue=10)
         catalogue = Catalogue(self, stale_after_s=8.0)
         self.service = ClusterService(
             self, self.pools, catalogue, decide=lambda wish: decide(wish, self.statuses(), DEFAULTS)
@@ -57,7 +58,7 @@ class Head:
         self.nodes["a"] = node("a", instances=instances)
         self.pools.on_node_changed("a")
 
-    async def load(self, wish, on_progress):
+    async def load(self, wish, number, on_progress):
         on_progress(Progress(state="placing"))
         ended = asyncio.get_running_loop().create_future()
         self.loads.append((wish, ended))
@@ -183,7 +184,7 @@ async def test_unloading_stops_every_pool_that_has_a_process(served):
     assert sorted(await client.unload(M)) == ["p", "q"]
     assert sorted(head.stopped) == ["p", "q"]
     head.report(instance("p"))
-    assert head.pools._index.ready(M) is None, "an old report does not bring it back"
+    assert head.pools._index.ready(M) == (), "an old report does not bring it back"
 
 
 async def test_unloading_ends_a_load_in_flight_and_tells_who_waits_for_it(served):
@@ -214,7 +215,7 @@ async def test_a_pool_that_cannot_be_stopped_is_told_and_used_again_when_it_repo
     assert sorted(head.stopped) == ["p", "q"], "the others are asked all the same"
     head.report(instance("p"))
 
-    assert head.pools._index.ready(M) is not None
+    assert len(head.pools._index.ready(M)) == 1
 
 
 async def test_a_log_is_found_by_pool_or_by_model_the_ready_and_newest_first(served):
@@ -268,3 +269,29 @@ def test_pools_of_lost_nodes_are_listed_until_they_are_forgotten():
     head.nodes["a"] = replace(head.nodes["a"], connected=False)
 
     assert head.pools.all() == (Pool(node_id="a", instance=instance()),)
+
+
+async def test_several_pools_are_brought_up_and_come_in_the_order_of_their_numbers(served):
+    head, client, _ = served
+    steps = asyncio.create_task(client.load_pools(PlacementWish(model=M), 2))
+    for number in (0, 1):
+        await wait_until(lambda number=number: len(head.loads) == number + 1, what=f"loading pool {number}")
+        head.loads[number][1].set_result(
+            Pool(node_id="a", instance=replace(instance(f"p{number}"), pool_number=number))
+        )
+
+    pools = await steps
+
+    assert [pool.instance.pool_number for pool in pools] == [0, 1]
+    assert await client.load(PlacementWish(model=M)) == pools[0]
+
+
+@pytest.mark.parametrize("count", [0, 65])
+async def test_a_number_of_pools_that_makes_no_sense_is_refused(served, count):
+    head, client, _ = served
+
+    refusal = await refused(client.load_pools(PlacementWish(model=M), count))
+
+    assert refusal.reason is Reason.INVALID_REQUEST
+    assert "use 1 to 64" in refusal.message
+    assert not head.loads

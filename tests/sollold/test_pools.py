@@ -5,71 +5,19 @@ import gc
 
 import pytest
 from sollol.errors import Reason, SollolError, refuse
-from sollol.report import Instance, InstanceState, PlacementWish, Pool, Progress
+from sollol.report import InstanceState, PlacementWish, Pool, Progress
 
-from sollold.pools import QUEUED, Pools
-from tests.placement_cases import node
+from sollold.queues import QUEUED
+from tests.placement_cases import MODEL as M
+from tests.pool_cluster import Cluster, instance, reason_of, settle
 from tests.waiting import wait_until
 
-M = "tiny:8b"
-STARTING, READY, FAILED = InstanceState.STARTING, InstanceState.READY, InstanceState.FAILED
-
-
-def instance(pool_id="p0", state=READY, parallel=2, model=M, percent=0.0):
-    return Instance(instance_id=pool_id, model=model, state=state, parallel=parallel, percent=percent)
-
-
-class Cluster:
-    """Nodes whose reports the test writes, and loads that the test ends."""
-
-    def __init__(self, max_queue=2000):
-        self.nodes = {}
-        self.loads = []
-        self.sinks = []
-        self.pools = Pools(self, load=self.load, max_queue=max_queue)
-
-    def statuses(self):
-        return tuple(self.nodes.values())
-
-    def status(self, node_id):
-        return self.nodes.get(node_id)
-
-    async def load(self, wish, on_progress):
-        ended = asyncio.get_running_loop().create_future()
-        self.loads.append((wish, ended))
-        self.sinks.append(on_progress)
-        return await ended
-
-    def report(self, *instances, node_id="n0"):
-        self.nodes[node_id] = node(node_id, instances=instances)
-        self.pools.on_node_changed(node_id)
-
-    def lose(self, node_id="n0"):
-        status = self.nodes[node_id]
-        self.nodes[node_id] = type(status)(report=status.report, report_age_s=0.0, connected=False)
-        self.pools.on_node_changed(node_id)
-
-    def ask(self, model=M, sink=lambda _: None):
-        return asyncio.create_task(self.pools.acquire(model, sink))
-
-    async def loading(self, count=1):
-        await wait_until(lambda: len(self.loads) == count, what=f"{count} loads began")
-        return self.loads[-1][1]
+STARTING, FAILED = InstanceState.STARTING, InstanceState.FAILED
 
 
 @pytest.fixture
 def cluster():
     return Cluster()
-
-
-async def settle():
-    """Let everything that can go on do so."""
-    for _ in range(5):
-        await asyncio.sleep(0)
-
-
-def reason_of(task):
-    return task.exception().refusal.reason
 
 
 async def test_a_warm_pool_is_used_at_once_and_the_one_with_most_free_slots_first(cluster):
@@ -383,7 +331,7 @@ async def test_an_operators_load_and_requests_are_one_load(cluster):
     cluster.sinks[0](Progress(state="loading", percent=1.0))
     ended.set_result(Pool(node_id="n0", instance=instance(parallel=1)))
 
-    assert (await operator).instance.instance_id == (await another).instance.instance_id == "p0"
+    assert [pool.instance.instance_id for pool in (*await operator, *await another)] == ["p0", "p0"]
     assert (await request).instance_id == "p0"
     assert len(cluster.loads) == 1
     assert Progress(state="loading", percent=1.0) in told

@@ -188,12 +188,14 @@ class PlacementWish(google.protobuf.message.Message):
         strategy: builtins.str | None = ...,
         max_nodes: builtins.int | None = ...,
         backends_per_pool: builtins.int | None = ...,
-        allow_reduced_context: builtins.bool = ...,
+        allow_reduced_context: builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_backends_per_pool", b"_backends_per_pool", "_context_per_slot", b"_context_per_slot", "_kv_type", b"_kv_type", "_max_nodes", b"_max_nodes", "_min_cpus", b"_min_cpus", "_min_memory_bytes", b"_min_memory_bytes", "_parallel", b"_parallel", "_pinned_node", b"_pinned_node", "_policy", b"_policy", "_strategy", b"_strategy", "backends_per_pool", b"backends_per_pool", "context_per_slot", b"context_per_slot", "kv_type", b"kv_type", "max_nodes", b"max_nodes", "min_cpus", b"min_cpus", "min_memory_bytes", b"min_memory_bytes", "parallel", b"parallel", "pinned_node", b"pinned_node", "policy", b"policy", "strategy", b"strategy"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_allow_reduced_context", b"_allow_reduced_context", "_backends_per_pool", b"_backends_per_pool", "_context_per_slot", b"_context_per_slot", "_kv_type", b"_kv_type", "_max_nodes", b"_max_nodes", "_min_cpus", b"_min_cpus", "_min_memory_bytes", b"_min_memory_bytes", "_parallel", b"_parallel", "_pinned_node", b"_pinned_node", "_policy", b"_policy", "_strategy", b"_strategy", "allow_reduced_context", b"allow_reduced_context", "backends_per_pool", b"backends_per_pool", "context_per_slot", b"context_per_slot", "kv_type", b"kv_type", "max_nodes", b"max_nodes", "min_cpus", b"min_cpus", "min_memory_bytes", b"min_memory_bytes", "parallel", b"parallel", "pinned_node", b"pinned_node", "policy", b"policy", "strategy", b"strategy"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_backends_per_pool", b"_backends_per_pool", "_context_per_slot", b"_context_per_slot", "_kv_type", b"_kv_type", "_max_nodes", b"_max_nodes", "_min_cpus", b"_min_cpus", "_min_memory_bytes", b"_min_memory_bytes", "_parallel", b"_parallel", "_pinned_node", b"_pinned_node", "_policy", b"_policy", "_strategy", b"_strategy", "allow_reduced_context", b"allow_reduced_context", "backends_per_pool", b"backends_per_pool", "context_per_slot", b"context_per_slot", "kv_type", b"kv_type", "local", b"local", "max_nodes", b"max_nodes", "min_cpus", b"min_cpus", "min_memory_bytes", b"min_memory_bytes", "model", b"model", "parallel", b"parallel", "pinned_node", b"pinned_node", "policy", b"policy", "prefer", b"prefer", "require", b"require", "strategy", b"strategy"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_allow_reduced_context", b"_allow_reduced_context", "_backends_per_pool", b"_backends_per_pool", "_context_per_slot", b"_context_per_slot", "_kv_type", b"_kv_type", "_max_nodes", b"_max_nodes", "_min_cpus", b"_min_cpus", "_min_memory_bytes", b"_min_memory_bytes", "_parallel", b"_parallel", "_pinned_node", b"_pinned_node", "_policy", b"_policy", "_strategy", b"_strategy", "allow_reduced_context", b"allow_reduced_context", "backends_per_pool", b"backends_per_pool", "context_per_slot", b"context_per_slot", "kv_type", b"kv_type", "local", b"local", "max_nodes", b"max_nodes", "min_cpus", b"min_cpus", "min_memory_bytes", b"min_memory_bytes", "model", b"model", "parallel", b"parallel", "pinned_node", b"pinned_node", "policy", b"policy", "prefer", b"prefer", "require", b"require", "strategy", b"strategy"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__allow_reduced_context: typing_extensions.TypeAlias = typing.Literal["allow_reduced_context"]
+    _WhichOneofArgType__allow_reduced_context: typing_extensions.TypeAlias = typing.Literal["_allow_reduced_context", b"_allow_reduced_context"]
     _WhichOneofReturnType__backends_per_pool: typing_extensions.TypeAlias = typing.Literal["backends_per_pool"]
     _WhichOneofArgType__backends_per_pool: typing_extensions.TypeAlias = typing.Literal["_backends_per_pool", b"_backends_per_pool"]
     _WhichOneofReturnType__context_per_slot: typing_extensions.TypeAlias = typing.Literal["context_per_slot"]
@@ -214,6 +216,8 @@ class PlacementWish(google.protobuf.message.Message):
     _WhichOneofArgType__policy: typing_extensions.TypeAlias = typing.Literal["_policy", b"_policy"]
     _WhichOneofReturnType__strategy: typing_extensions.TypeAlias = typing.Literal["strategy"]
     _WhichOneofArgType__strategy: typing_extensions.TypeAlias = typing.Literal["_strategy", b"_strategy"]
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__allow_reduced_context) -> _WhichOneofReturnType__allow_reduced_context | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__backends_per_pool) -> _WhichOneofReturnType__backends_per_pool | None: ...
     @typing.overload
@@ -484,17 +488,24 @@ class LoadRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     WISH_FIELD_NUMBER: builtins.int
+    POOLS_FIELD_NUMBER: builtins.int
+    pools: builtins.int
+    """How many pools there shall be at least; absent: 1."""
     @property
     def wish(self) -> Global___PlacementWish: ...
     def __init__(
         self,
         *,
         wish: Global___PlacementWish | None = ...,
+        pools: builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["wish", b"wish"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_pools", b"_pools", "pools", b"pools", "wish", b"wish"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["wish", b"wish"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_pools", b"_pools", "pools", b"pools", "wish", b"wish"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__pools: typing_extensions.TypeAlias = typing.Literal["pools"]
+    _WhichOneofArgType__pools: typing_extensions.TypeAlias = typing.Literal["_pools", b"_pools"]
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pools) -> _WhichOneofReturnType__pools | None: ...
 
 Global___LoadRequest: typing_extensions.TypeAlias = LoadRequest
 
@@ -508,7 +519,7 @@ class LoadResponse(google.protobuf.message.Message):
     def progress(self) -> sollol.v1.inference_pb2.Progress: ...
     @property
     def pool(self) -> Global___Pool:
-        """Present on the last message."""
+        """Present on the last messages: one for each ready pool of the model, in the order of their numbers."""
 
     def __init__(
         self,

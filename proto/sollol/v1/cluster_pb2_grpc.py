@@ -93,7 +93,7 @@ class ClusterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Load(self, request, context):
-        """Loads a model now, streaming progress; returns at once when a pool is already ready.
+        """Loads a model now, streaming progress; returns at once when as many pools as asked for are already ready.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,7 +34,7 @@ class ClusterServiceStub:
     Place: grpc.UnaryUnaryMultiCallable[sollol.v1.cluster_pb2.PlaceRequest, sollol.v1.cluster_pb2.PlaceResponse]
     """Dry run: decides as a request would, changes nothing."""
     Load: grpc.UnaryStreamMultiCallable[sollol.v1.cluster_pb2.LoadRequest, sollol.v1.cluster_pb2.LoadResponse]
-    """Loads a model now, streaming progress; returns at once when a pool is already ready."""
+    """Loads a model now, streaming progress; returns at once when as many pools as asked for are already ready."""
     Unload: grpc.UnaryUnaryMultiCallable[sollol.v1.cluster_pb2.UnloadRequest, sollol.v1.cluster_pb2.UnloadResponse]
     """Stops every pool of a model and waits until they are gone."""
     TailPoolLog: grpc.UnaryStreamMultiCallable[sollol.v1.cluster_pb2.TailPoolLogRequest, sollol.v1.cluster_pb2.TailPoolLogResponse]
@@ -52,7 +52,7 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     Place: grpc.aio.UnaryUnaryMultiCallable[sollol.v1.cluster_pb2.PlaceRequest, sollol.v1.cluster_pb2.PlaceResponse]  # type: ignore[assignment]
     """Dry run: decides as a request would, changes nothing."""
     Load: grpc.aio.UnaryStreamMultiCallable[sollol.v1.cluster_pb2.LoadRequest, sollol.v1.cluster_pb2.LoadResponse]  # type: ignore[assignment]
-    """Loads a model now, streaming progress; returns at once when a pool is already ready."""
+    """Loads a model now, streaming progress; returns at once when as many pools as asked for are already ready."""
     Unload: grpc.aio.UnaryUnaryMultiCallable[sollol.v1.cluster_pb2.UnloadRequest, sollol.v1.cluster_pb2.UnloadResponse]  # type: ignore[assignment]
     """Stops every pool of a model and waits until they are gone."""
     TailPoolLog: grpc.aio.UnaryStreamMultiCallable[sollol.v1.cluster_pb2.TailPoolLogRequest, sollol.v1.cluster_pb2.TailPoolLogResponse]  # type: ignore[assignment]
@@ -91,7 +91,7 @@ class ClusterServiceServicer(metaclass=abc.ABCMeta):
         request: sollol.v1.cluster_pb2.LoadRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[sollol.v1.cluster_pb2.LoadResponse], collections.abc.AsyncIterator[sollol.v1.cluster_pb2.LoadResponse]]:
-        """Loads a model now, streaming progress; returns at once when a pool is already ready."""
+        """Loads a model now, streaming progress; returns at once when as many pools as asked for are already ready."""
 
     @abc.abstractmethod
     def Unload(

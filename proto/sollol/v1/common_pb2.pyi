@@ -583,6 +583,7 @@ class Instance(google.protobuf.message.Message):
     SHARES_FIELD_NUMBER: builtins.int
     KIND_FIELD_NUMBER: builtins.int
     POOL_ID_FIELD_NUMBER: builtins.int
+    POOL_NUMBER_FIELD_NUMBER: builtins.int
     instance_id: builtins.str
     """A coordinator's is the pool id that the caller chose; a backend's is the pool id and ".backend"."""
     model: builtins.str
@@ -598,6 +599,8 @@ class Instance(google.protobuf.message.Message):
     kind: Global___InstanceKind.ValueType
     pool_id: builtins.str
     """The pool it works for."""
+    pool_number: builtins.int
+    """A coordinator's: which of its model's pools this is, from 0. Stays the same for the life of the pool."""
     @property
     def refusal(self) -> Global___Refusal:
         """Why it is FAILED, or LOST and about to be ended."""
@@ -620,10 +623,11 @@ class Instance(google.protobuf.message.Message):
         shares: collections.abc.Iterable[Global___DeviceShare] | None = ...,
         kind: Global___InstanceKind.ValueType = ...,
         pool_id: builtins.str = ...,
+        pool_number: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_refusal", b"_refusal", "refusal", b"refusal"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_refusal", b"_refusal", "active_streams", b"active_streams", "context_per_slot", b"context_per_slot", "instance_id", b"instance_id", "kind", b"kind", "model", b"model", "parallel", b"parallel", "percent", b"percent", "pid", b"pid", "pool_id", b"pool_id", "refusal", b"refusal", "shares", b"shares", "started_unix_s", b"started_unix_s", "state", b"state"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_refusal", b"_refusal", "active_streams", b"active_streams", "context_per_slot", b"context_per_slot", "instance_id", b"instance_id", "kind", b"kind", "model", b"model", "parallel", b"parallel", "percent", b"percent", "pid", b"pid", "pool_id", b"pool_id", "pool_number", b"pool_number", "refusal", b"refusal", "shares", b"shares", "started_unix_s", b"started_unix_s", "state", b"state"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__refusal: typing_extensions.TypeAlias = typing.Literal["refusal"]
     _WhichOneofArgType__refusal: typing_extensions.TypeAlias = typing.Literal["_refusal", b"_refusal"]
@@ -917,6 +921,7 @@ class CoordinatorPlan(google.protobuf.message.Message):
     THREADS_FIELD_NUMBER: builtins.int
     SHARES_FIELD_NUMBER: builtins.int
     BACKENDS_FIELD_NUMBER: builtins.int
+    POOL_NUMBER_FIELD_NUMBER: builtins.int
     model: builtins.str
     parallel: builtins.int
     context_per_slot: builtins.int
@@ -926,6 +931,8 @@ class CoordinatorPlan(google.protobuf.message.Message):
     ubatch: builtins.int
     threads: builtins.int
     """0: the agent chooses (its cores)."""
+    pool_number: builtins.int
+    """Which of the model's pools this is: the lowest number that none of them had when it was started."""
     @property
     def shares(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___DeviceShare]:
         """In the order of the layers. On one node the CPU's share comes first and holds the front layers, GPUs follow. With
@@ -948,8 +955,9 @@ class CoordinatorPlan(google.protobuf.message.Message):
         threads: builtins.int = ...,
         shares: collections.abc.Iterable[Global___DeviceShare] | None = ...,
         backends: collections.abc.Iterable[Global___BackendEndpoint] | None = ...,
+        pool_number: builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["backends", b"backends", "batch", b"batch", "context_per_slot", b"context_per_slot", "kv_type", b"kv_type", "model", b"model", "parallel", b"parallel", "shares", b"shares", "threads", b"threads", "ubatch", b"ubatch"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["backends", b"backends", "batch", b"batch", "context_per_slot", b"context_per_slot", "kv_type", b"kv_type", "model", b"model", "parallel", b"parallel", "pool_number", b"pool_number", "shares", b"shares", "threads", b"threads", "ubatch", b"ubatch"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___CoordinatorPlan: typing_extensions.TypeAlias = CoordinatorPlan
