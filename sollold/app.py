@@ -25,6 +25,7 @@ from sollold.loading import RELEASE_WITHIN_S, Loader
 from sollold.nodes import Nodes
 from sollold.numbers import PoolNumbers
 from sollold.operators import ClusterService
+from sollold.options import Options
 from sollold.placement import PlacementDefaults, decide
 from sollold.pools import Pools
 from sollold.reaping import Reaper
@@ -47,9 +48,10 @@ async def serve(config: HeadConfig, stop: Stop) -> None:
         history = History(written=registry is not None)
         catalogue = Catalogue(nodes, stale_after_s=config.stale_after_s)
         defaults = _placement_defaults(config)
+        options = Options(config.models, known=catalogue.known)
 
         def decided(wish: PlacementWish, among: Sequence[NodeStatus]) -> Decision:
-            return decide(wish, among, defaults, head_host=config.host)
+            return decide(options.complete(wish), among, defaults, head_host=config.host)
 
         numbers = PoolNumbers(nodes)
         pools = Pools(
@@ -57,6 +59,7 @@ async def serve(config: HeadConfig, stop: Stop) -> None:
             load=lambda wish, number, told: loader.load(wish, number, told),  # noqa: PLW0108 - defined below
             numbers=numbers,
             max_queue=config.max_queue,
+            limit=options.pools,
         )
         reaper = Reaper(nodes, on_lost=pools.forget)
         loader = Loader(
@@ -69,17 +72,9 @@ async def serve(config: HeadConfig, stop: Stop) -> None:
             reservation_ttl=timedelta(seconds=config.reservation_ttl_s),
             load_timeout_s=config.load_timeout_s,
         )
-        nodes.subscribe(reaper.on_node_changed)
-        nodes.subscribe(pools.on_node_changed)
-        nodes.subscribe(numbers.on_node_changed)
-        dispatch = Dispatch(
-            nodes,
-            pools,
-            catalogue,
-            explain=reaper.explained,
-            first_byte_timeout_s=config.first_byte_timeout_s,
-            stall_timeout_s=config.stall_timeout_s,
-        )
+        for listener in (reaper.on_node_changed, pools.on_node_changed, numbers.on_node_changed):
+            nodes.subscribe(listener)
+        dispatch = _dispatch(config, nodes, pools, catalogue, reaper)
         if registry is not None:
             closing.run("history", history.run(registry), stop, within_s=STEP_WITHIN_S)
         closing.run("nodes", nodes.run(), stop, within_s=STEP_WITHIN_S)
@@ -94,6 +89,17 @@ async def serve(config: HeadConfig, stop: Stop) -> None:
         stop.announce_ready()
         log.info("head_ready", http=f"{config.listen}:{config.http_port}", grpc=f"{config.listen}:{config.grpc_port}")
         await stop.wait()
+
+
+def _dispatch(config: HeadConfig, nodes: Nodes, pools: Pools, catalogue: Catalogue, reaper: Reaper) -> Dispatch:
+    return Dispatch(
+        nodes,
+        pools,
+        catalogue,
+        explain=reaper.explained,
+        first_byte_timeout_s=config.first_byte_timeout_s,
+        stall_timeout_s=config.stall_timeout_s,
+    )
 
 
 def _registry(config: HeadConfig, closing: Closing) -> Registry | None:

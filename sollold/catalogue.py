@@ -49,6 +49,13 @@ class Catalogue:
         warm = _warm(live)
         return tuple(replace(model, warm=True) if model.name in warm else model for model in self._merged)
 
+    def known(self, name: str) -> str | None:
+        """The model's own name for a name or alias; None when no node has it."""
+        if self._names_version != self._nodes.models_version:
+            self._names = _names(self._nodes.statuses())
+            self._names_version = self._nodes.models_version
+        return self._names.get(name)
+
     def canonical(self, name: str) -> str:
         """The model's own name for a name or alias.
 
@@ -57,10 +64,7 @@ class Catalogue:
                 naming the closest names.
         """
         check_model_name(name)
-        if self._names_version != self._nodes.models_version:
-            self._names = _names(self._nodes.statuses())
-            self._names_version = self._nodes.models_version
-        found = self._names.get(name)
+        found = self.known(name)
         if found is not None:
             return found
         if not self.ready():

@@ -2,8 +2,10 @@
 
 from typing import Annotated
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 from sollol.config_types import LogFormat, LogLevel, Port, Positive, Seconds
+
+from sollold.options import KvType, ModelOptions, Policy, Strategy, check_tables
 
 
 class HeadConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -23,22 +25,14 @@ class HeadConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         tuple[str, ...], Meta(description="Agents (host:port) to watch even when the registry does not list them")
     ] = ()
     policy: Annotated[
-        str,
-        Meta(
-            pattern="^(fit|classic)$",
-            description="How nodes are chosen; fit falls back to classic for models without a readable header",
-        ),
+        Policy, Meta(description="How nodes are chosen; fit falls back to classic for models without a readable header")
     ] = "fit"
-    strategy: Annotated[
-        str, Meta(pattern="^(pack|spread)$", description="What decides between plans that are equally fast")
-    ] = "pack"
+    strategy: Annotated[Strategy, Meta(description="What decides between plans that are equally fast")] = "pack"
     context_per_slot: Annotated[
         Positive, Meta(description="Tokens of context per request, clamped to what the model was trained for")
     ] = 4096
     parallel: Annotated[Positive, Meta(description="Requests one coordinator generates for at the same time")] = 4
-    kv_type: Annotated[
-        str, Meta(pattern="^(f32|f16|bf16|q8_0|q4_0|q4_1|iq4_nl|q5_0|q5_1)$", description="Type of the KV cache")
-    ] = "f16"
+    kv_type: Annotated[KvType, Meta(description="Type of the KV cache")] = "f16"
     stale_after_s: Annotated[Seconds, Meta(description="A node silent for longer takes no new model")] = 8.0
     forget_after_s: Annotated[Seconds, Meta(description="A node silent for longer is not listed any more")] = 60.0
     reservation_ttl_s: Annotated[
@@ -55,3 +49,10 @@ class HeadConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     exit_with_parent: Annotated[
         bool, Meta(description="Leave when standard input ends; `sollol up` starts its children so")
     ] = False
+    models: Annotated[
+        dict[str, ModelOptions],
+        Meta(description="Options of the model of that name; those in `default` are for all that say nothing else"),
+    ] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_tables(self.models)

@@ -29,6 +29,7 @@ PURE = (
     "agent/supervisor/command.py",
     "agent/engine/environment.py",
     "sollold/scaling.py",
+    "sollold/options.py",
 )
 IMPURE_IMPORTS = ("asyncio", "grpc", "redis", "structlog", "time", "random", "aiohttp", "socket", "subprocess")
 # `_pb2` types stop at the gRPC edges.

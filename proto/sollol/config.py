@@ -3,36 +3,27 @@
 Entry points hand in argv and the environment; nothing else in the project looks at either.
 """
 
-import difflib
-import math
-import re
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import msgspec
-from msgspec import inspect
 from msgspec.structs import FieldInfo, fields
 
 from sollol import __version__
-from sollol.config_text import default, expected, help_text, is_bool, plain_type, render, toml_value
-from sollol.errors import Reason, Refusal, SollolError
+from sollol.config_text import help_text, is_bool, render
+from sollol.config_values import ConfigError, Given, convert, is_many, line_of, unknown
+
+__all__ = ["ConfigError", "Loaded", "check_listen", "is_loopback", "load", "load_or_exit"]
 
 T = TypeVar("T", bound=msgspec.Struct)
 Name = Literal["agent", "head"]
 _PROGRAMS = {"agent": "sollol-agent", "head": "sollold"}
 _ACTIONS = ("help", "version", "check-config", "print-config")
-
-
-class ConfigError(SollolError):
-    """Raised when a setting is unknown, of the wrong type or out of range; the message says which and where."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(Refusal(reason=Reason.INVALID_REQUEST, message=message))
 
 
 @dataclass(frozen=True)
@@ -44,17 +35,8 @@ class Loaded(Generic[T]):
 
 
 @dataclass(frozen=True)
-class _Given:
-    """One setting as one source gives it; environment and flags give text, still to be read."""
-
-    content: Any
-    origin: str
-    is_text: bool = True
-
-
-@dataclass(frozen=True)
 class _Flags:
-    given: dict[str, _Given]
+    given: dict[str, Given]
     actions: set[str]
     config_file: Path | None
 
@@ -127,7 +109,7 @@ def _leave(text: str) -> None:
 
 
 def _read_flags(settings: Mapping[str, FieldInfo], argv: Sequence[str]) -> _Flags:
-    given: dict[str, _Given] = {}
+    given: dict[str, Given] = {}
     actions: set[str] = set()
     config_file: Path | None = None
     words = iter(argv)
@@ -139,12 +121,12 @@ def _read_flags(settings: Mapping[str, FieldInfo], argv: Sequence[str]) -> _Flag
         if name in _ACTIONS:
             actions.add(name)
         elif (setting := _negated(settings, name)) and not equals:
-            given[setting] = _Given("false", f"flag {flag}")
+            given[setting] = Given("false", f"flag {flag}")
         elif (info := settings.get(name.replace("-", "_"))) and is_bool(info):
-            given[info.name] = _Given(text if equals else "true", f"flag {flag}")
+            given[info.name] = Given(text if equals else "true", f"flag {flag}")
         else:
             if info is None and name != "config":
-                raise _unknown(
+                raise unknown(
                     name, f"flag {flag}", [*(item.replace("_", "-") for item in settings), *_ACTIONS, "config"]
                 )
             content = text if equals else next(words, None)
@@ -152,10 +134,10 @@ def _read_flags(settings: Mapping[str, FieldInfo], argv: Sequence[str]) -> _Flag
                 raise ConfigError(f"flag {flag}: needs a value")
             if info is None:
                 config_file = Path(content)
-            elif info.name in given and _is_many(info):
-                given[info.name] = _Given(f"{given[info.name].content},{content}", f"flag {flag}")
+            elif info.name in given and is_many(info):
+                given[info.name] = Given(f"{given[info.name].content},{content}", f"flag {flag}")
             else:
-                given[info.name] = _Given(content, f"flag {flag}")
+                given[info.name] = Given(content, f"flag {flag}")
     return _Flags(given, actions, config_file)
 
 
@@ -164,23 +146,19 @@ def _negated(settings: Mapping[str, FieldInfo], name: str) -> str | None:
     return info.name if info is not None and name.startswith("no-") and is_bool(info) else None
 
 
-def _is_many(info: FieldInfo) -> bool:
-    return isinstance(plain_type(info.type), inspect.VarTupleType | inspect.DictType)
-
-
-def _read_environment(settings: Mapping[str, FieldInfo], prefix: str, environ: Mapping[str, str]) -> dict[str, _Given]:
-    given: dict[str, _Given] = {}
+def _read_environment(settings: Mapping[str, FieldInfo], prefix: str, environ: Mapping[str, str]) -> dict[str, Given]:
+    given: dict[str, Given] = {}
     for variable, text in environ.items():
         if not variable.startswith(prefix):
             continue
         name = variable.removeprefix(prefix).lower()
         if name not in settings or variable != prefix + name.upper():
-            raise _unknown(variable, "environment", [prefix + item.upper() for item in settings])
-        given[name] = _Given(text, f"environment {variable}")
+            raise unknown(variable, "environment", [prefix + item.upper() for item in settings])
+        given[name] = Given(text, f"environment {variable}")
     return given
 
 
-def _read_file(settings: Mapping[str, FieldInfo], path: Path) -> dict[str, _Given]:
+def _read_file(settings: Mapping[str, FieldInfo], path: Path) -> dict[str, Given]:
     try:
         source = path.read_bytes().decode()
         table = tomllib.loads(source)
@@ -190,26 +168,19 @@ def _read_file(settings: Mapping[str, FieldInfo], path: Path) -> dict[str, _Give
         raise ConfigError(f"file {path}: not UTF-8 text (byte {error.start})") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"file {path}: not TOML: {error}") from error
-    for name in table:
+    lines = source.splitlines()
+    given: dict[str, Given] = {}
+    for name, content in table.items():
+        line = line_of(lines, name)
+        origin = f"file {path}" if line is None else f"file {path} line {line}"
         if name not in settings:
-            raise _unknown(name, f"file {path}{_line_of(source, name)}", list(settings))
-    return {
-        name: _Given(content, f"file {path}{_line_of(source, name)}", is_text=False) for name, content in table.items()
-    }
+            raise unknown(name, origin, list(settings))
+        given[name] = Given(content, origin, is_text=False, lines=lines)
+    return given
 
 
-def _line_of(source: str, name: str) -> str:
-    pattern = re.compile(rf"""\s*\[*\s*["']?{re.escape(name)}["']?\s*[].=]""")
-    return next((f" line {number}" for number, line in enumerate(source.splitlines(), 1) if pattern.match(line)), "")
-
-
-def _unknown(name: str, where: str, known: list[str]) -> ConfigError:
-    closest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return ConfigError(f'{where}: unknown setting "{name}"; the closest one is "{closest[0]}"')
-
-
-def _build(kind: type[T], settings: Mapping[str, FieldInfo], given: Mapping[str, _Given]) -> Loaded[T]:
-    contents = {name: _convert(settings[name], item) for name, item in given.items()}
+def _build(kind: type[T], settings: Mapping[str, FieldInfo], given: Mapping[str, Given]) -> Loaded[T]:
+    contents = {name: convert(settings[name], item) for name, item in given.items()}
     try:
         value = kind(**contents)
     except ValueError as error:  # a settings class's own __post_init__: rules over several settings
@@ -218,30 +189,3 @@ def _build(kind: type[T], settings: Mapping[str, FieldInfo], given: Mapping[str,
     if isinstance(listen, str):
         check_listen(listen, bool(getattr(value, "insecure", False)))
     return Loaded(value, {name: given[name].origin if name in given else "default" for name in settings})
-
-
-def _convert(info: FieldInfo, item: _Given) -> Any:
-    content = _split(info, item) if item.is_text and _is_many(info) else item.content
-    try:
-        found = msgspec.convert(content, info.type, strict=not item.is_text)
-    except msgspec.ValidationError as error:
-        raise _wrong(info, item) from error
-    if isinstance(found, float) and not math.isfinite(found):
-        raise _wrong(info, item)
-    return found
-
-
-def _wrong(info: FieldInfo, item: _Given) -> ConfigError:
-    got = toml_value(item.content) if isinstance(item.content, str | int | float | list | dict) else str(item.content)
-    return ConfigError(
-        f"{item.origin}: {info.name} must be {expected(info.type)}, got {got} (default {toml_value(default(info))})"
-    )
-
-
-def _split(info: FieldInfo, item: _Given) -> tuple[str, ...] | dict[str, str]:
-    parts = tuple(part.strip() for part in item.content.split(",") if part.strip())
-    if isinstance(plain_type(info.type), inspect.VarTupleType):
-        return parts
-    if wrong := [part for part in parts if "=" not in part]:
-        raise ConfigError(f'{item.origin}: {info.name} is a table, write key=value instead of "{wrong[0]}"')
-    return {key.strip(): text.strip() for key, _, text in (part.partition("=") for part in parts)}

@@ -13,8 +13,18 @@ from sollol.redaction import redact
 
 def plain_type(kind: Any) -> inspect.Type:
     """The type behind `Annotated[..., Meta(description=...)]`."""
-    info = inspect.type_info(kind)
+    return _plain(inspect.type_info(kind))
+
+
+def _plain(info: inspect.Type) -> inspect.Type:
     return info.type if isinstance(info, inspect.Metadata) else info
+
+
+def options_of(kind: Any) -> type[msgspec.Struct] | None:
+    """The options in each table of a setting that is a table of tables; None for any other setting."""
+    plain = plain_type(kind)
+    inner = _plain(plain.value_type) if isinstance(plain, inspect.DictType) else None
+    return inner.cls if isinstance(inner, inspect.StructType) else None
 
 
 def description(kind: Any) -> str:
@@ -37,6 +47,8 @@ def _expected(info: inspect.Type) -> str:
             text = "int" + _range(info)
         case inspect.FloatType():
             text = "number" + _range(info)
+        case inspect.UnionType():  # of a type and None, for what need not be set
+            text = _expected(next(_plain(each) for each in info.types if not isinstance(each, inspect.NoneType)))
         case inspect.VarTupleType():
             text = f"list of {_expected(info.item_type)}"
         case inspect.DictType():
@@ -61,7 +73,11 @@ def _range(info: inspect.IntType | inspect.FloatType) -> str:
 
 
 def toml_value(content: Any) -> str:
-    """One setting's value in TOML."""
+    """One setting's value in TOML. Options that are not set are left out."""
+    if isinstance(content, msgspec.Struct):
+        content = {
+            name: said for name in content.__struct_fields__ if (said := getattr(content, name)) not in (None, ())
+        }
     if isinstance(content, Mapping):
         pairs = ", ".join(f"{toml_value(key)} = {toml_value(item)}" for key, item in content.items())
         return f"{{ {pairs} }}" if pairs else "{}"
@@ -92,12 +108,24 @@ def help_text(kind: type[msgspec.Struct], *, program: str, prefix: str, default_
         "",
     ]
     for info in fields(kind):
+        options = options_of(info.type)
+        if options is not None:
+            lines.extend(_tables_text(info, options))
+            continue
         flag = info.name.replace("_", "-")
         shown = f"--[no-]{flag}" if is_bool(info) else f"--{flag} ({expected(info.type)})"
         lines.append(f"  {shown}, default {toml_value(default(info))}")
         if text := description(info.type):
             lines.append(f"        {text}")
     return "\n".join(lines)
+
+
+def _tables_text(info: FieldInfo, options: type[msgspec.Struct]) -> list[str]:
+    return [
+        f'  [{info.name}."NAME"], in the file only',
+        f"        {description(info.type)}:",
+        *(f"        {option.name} ({expected(option.type)}): {description(option.type)}" for option in fields(options)),
+    ]
 
 
 def is_bool(info: FieldInfo) -> bool:

@@ -16,7 +16,7 @@ from sollold.placement.filters import Filter, filters_for, find_model, free_byte
 from sollold.placement.fit import FitPolicy
 from sollold.placement.job import Job, PlacementDefaults, job_for
 from sollold.placement.split import best_split
-from sollold.placement.together import free_together, with_less_context, with_split
+from sollold.placement.together import free_together, too_few_lenders, with_less_context, with_split
 
 MOST_ROWS = 32  # of the table in a refusal's message; the record itself has every node
 
@@ -138,7 +138,7 @@ def _cluster_refusal(
         return msgspec.structs.replace(
             problems[0], message=f"every copy of {decision.model} is unusable: {problems[0].message}"
         )
-    return _no_fit(decision, *free_together(job, nodes, decision.nodes))
+    return too_few_lenders(job, nodes) or _no_fit(job, decision, *free_together(job, nodes, decision.nodes))
 
 
 def _refused_as(verdict: NodeVerdict, reason: Reason) -> bool:
@@ -152,11 +152,13 @@ def _not_found(name: str, nodes: Sequence[NodeStatus]) -> Refusal:
     return Refusal(reason=Reason.MODEL_NOT_FOUND, message=f"no node has a model named {quoted(name)}; {hint}")
 
 
-def _no_fit(decision: Decision, usable: int, together: int) -> Refusal:
+def _no_fit(job: Job, decision: Decision, usable: int, together: int) -> Refusal:
     """A retryable reason on any node (it may come back, or stop something) makes the whole worth retrying."""
     refusals = [verdict.refusal for verdict in decision.nodes if verdict.refusal is not None]
     counts = Counter(refusal.reason.value for refusal in refusals)
     summary = ", ".join(f"{reason} on {count}" for reason, count in sorted(counts.items()))
+    if job.backends_per_pool:
+        summary = f"not with exactly {job.backends_per_pool} backends{f' ({summary})' if summary else ''}"
     retryable = any(refusal.retry is Retry.RETRYABLE for refusal in refusals)
     largest = max(decision.nodes, key=lambda verdict: (_largest_layers(verdict), verdict.free_bytes))
     numbers = largest.refusal.numbers if largest.refusal is not None else {}

@@ -81,7 +81,7 @@ def job_for(wish: PlacementWish, defaults: PlacementDefaults, *, head_host: str 
         # A node that reports a loopback address can only be on the head's own machine.
         own_hosts=LOOPBACK_HOSTS | ({head_host} if head_host else set()),
         max_nodes=_within("max_nodes", wish.max_nodes, MAX_NODES, MAX_NODES),
-        backends_per_pool=_backends(wish.backends_per_pool),
+        backends_per_pool=_backends(wish.backends_per_pool, wish.max_nodes),
         allow_reduced_context=bool(wish.allow_reduced_context),
         links=defaults.links,
         takes_any_node=not (wish.require or wish.min_cpus or wish.min_memory_bytes or wish.pinned_node or wish.local),
@@ -111,10 +111,15 @@ def _within(what: str, given: int | None, default: int, most: int) -> int:
     return number
 
 
-def _backends(given: int | None) -> int | None:
-    if given is not None and not 0 <= given <= MAX_BACKENDS:
-        raise refuse(Reason.INVALID_REQUEST, f"backends_per_pool is {given}; use 0 to {MAX_BACKENDS}")
-    return given
+def _backends(backends: int | None, max_nodes: int | None) -> int | None:
+    """Every backend is on a node of its own, and one of them may be the coordinator's."""
+    if backends is None:
+        return None
+    most = MAX_BACKENDS if max_nodes is None else min(MAX_BACKENDS, max_nodes)
+    if not 0 <= backends <= most:
+        limit = "" if max_nodes is None or most == MAX_BACKENDS else f", since max_nodes is {max_nodes}"
+        raise refuse(Reason.INVALID_REQUEST, f"backends_per_pool is {backends}; use 0 to {most}{limit}")
+    return backends
 
 
 def _labels(given: tuple[str, ...]) -> tuple[tuple[str, str | None], ...]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from msgspec.structs import replace
+from sollol.errors import Reason, Refusal, Retry
 from sollol.memory import CELLS
 from sollol.report import Decision, DeviceShare, Model, NodeStatus, NodeVerdict
 
@@ -53,6 +54,22 @@ def free_together(job: Job, nodes: Sequence[NodeStatus], verdicts: Sequence[Node
         if verdict.refusal is None or only_short(verdict) or may_lend(job, node)
     ]
     return len(usable), sum(free_bytes(node.report) for node in usable)
+
+
+def too_few_lenders(job: Job, nodes: Sequence[NodeStatus]) -> Refusal | None:
+    """Why there cannot be as many backends as asked for: each is on a node of its own."""
+    if job.policy != "fit" or not job.backends_per_pool:
+        return None
+    able = sum(may_lend(job, node) for node in nodes)
+    if able >= job.backends_per_pool:
+        return None
+    return Refusal(
+        reason=Reason.NO_FIT,
+        message=f"{job.backends_per_pool} backends are asked for, and {able} of {len(nodes)} nodes can lend: a backend "
+        "needs a node with a fresh report, an engine with RPC, and the required labels; ask for fewer, or add nodes",
+        retry=Retry.RETRYABLE if len(nodes) >= job.backends_per_pool else Retry.FATAL,
+        numbers={"nodes": len(nodes), "needed_backends": job.backends_per_pool, "usable_nodes": able},
+    )
 
 
 def with_less_context(

@@ -111,6 +111,12 @@ class ByHand(Cluster):
         ports = ("--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port))
         return self._daemon("head", "sollold", *ports, *flags)
 
+    def start_another_head(self, name: str, *flags: str) -> str:
+        """Returns where its HTTP is."""
+        http_port, grpc_port = self._new_port(), self._new_port()
+        self._daemon(name, "sollold", "--http-port", str(http_port), "--grpc-port", str(grpc_port), *flags)
+        return f"http://127.0.0.1:{http_port}"
+
     def start_agent(self, node: str, *flags: str) -> subprocess.Popen[bytes]:
         """Start it, or start it again with the same port and directories."""
         if node not in self._ports:

@@ -7,6 +7,7 @@ from sollol.errors import SURFACES
 
 from agent.config import AgentConfig
 from sollold.config import HeadConfig
+from sollold.options import ModelOptions
 
 NO_FILE = Path("/nonexistent/agent.toml")
 
@@ -218,7 +219,11 @@ def test_help_describes_every_setting(kind, name, capsys):
     assert left.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     for info in fields(kind):
-        at = next(n for n, line in enumerate(lines) if info.name.replace("_", "-") in line and line.startswith("  --"))
+        at = next(
+            n
+            for n, line in enumerate(lines)
+            if info.name.replace("_", "-") in line and line.startswith(("  --", "  ["))
+        )
         assert len(lines[at + 1].strip()) > 10, f"{info.name} has no description"
 
 
@@ -226,3 +231,96 @@ def test_version_names_the_program(capsys):
     with pytest.raises(SystemExit):
         agent("--version")
     assert capsys.readouterr().out.startswith("sollol-agent ")
+
+
+HEAD_TABLES = """\
+parallel = 2
+
+[models.default]
+pools = 2
+
+[models."llama3.1:70b"]
+max_nodes = 3
+require = ["gpu_node"]
+"""
+
+
+def head(tmp_path, text, *argv, environ=None):
+    file = written(tmp_path / "head.toml", text)
+    return load(HeadConfig, name="head", argv=argv, environ=environ or {}, default_file=file)
+
+
+def head_refusal(tmp_path, text, *argv, environ=None):
+    with pytest.raises(ConfigError) as caught:
+        head(tmp_path, text, *argv, environ=environ)
+    return caught.value.refusal.message.replace(f"file {tmp_path}/head.toml", "file")
+
+
+def test_tables_of_options_are_read_by_name(tmp_path):
+    loaded = head(tmp_path, HEAD_TABLES)
+
+    assert list(loaded.value.models) == ["default", "llama3.1:70b"]
+    assert loaded.value.models["default"].pools == 2
+    assert loaded.value.models["llama3.1:70b"].require == ("gpu_node",)
+    assert loaded.value.models["llama3.1:70b"].pools is None
+    assert loaded.origins["models"] == f"file {tmp_path}/head.toml line 3"
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("pool = 3", 'line 9, [models."llama3.1:70b"]: unknown setting "pool"; the closest one is "pools"'),
+        ("pools = 0", 'line 9, [models."llama3.1:70b"]: pools must be int from 1 to 64, got 0'),
+        ("pools = 65", "got 65"),
+        ('pools = "2"', 'got "2"'),
+        ("strategy = 'best'", "strategy must be pack|spread"),
+        ("allow_reduced_context = 1", "allow_reduced_context must be true|false, got 1"),
+        ("prefer = 'x'", 'prefer must be list of text, got "x" (default [])'),
+        ("min_memory_bytes = -1", "min_memory_bytes must be int of 0 or more, got -1"),
+    ],
+)
+def test_a_wrong_option_is_refused_like_a_setting_with_its_line_and_table(tmp_path, line, complaint):
+    assert complaint in head_refusal(tmp_path, f"{HEAD_TABLES}{line}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("models = 3", "line 1: models are tables such as"),
+        ("[models]\npools = 3", "line 1: models are tables such as"),
+        ("models.x.pols = 3", 'file line 1, [models."x"]: unknown setting "pols"'),
+        ("models = { x = { pools = 0 } }", 'file line 1, [models."x"]: pools must be'),
+        ('[models."../x"]\npools = 3', "[models.\"../x\"]: the model name '../x' contains '..'"),
+        ("[models.x]\nrequire = ['=a']", "[models.\"x\"]: label '=a' has no name"),
+        (
+            "[models.default]\nmax_nodes = 2\n[models.x]\nbackends_per_pool = 3",
+            '[models."x"]: backends_per_pool is 3; use 0 to 2, since max_nodes is 2',
+        ),
+    ],
+)
+def test_what_every_request_for_a_model_would_be_refused_for_is_refused_in_the_file(tmp_path, text, complaint):
+    assert complaint in head_refusal(tmp_path, text)
+
+
+def test_tables_of_options_come_from_a_file_only(tmp_path):
+    assert "flag --models: models are tables" in head_refusal(tmp_path, "", "--models", "x=1")
+    assert "environment SOLLOL_HEAD_MODELS" in head_refusal(tmp_path, "", environ={"SOLLOL_HEAD_MODELS": "x=1"})
+
+
+def test_printed_tables_of_options_are_read_back_as_they_were(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        head(tmp_path, HEAD_TABLES, "--print-config")
+    printed = capsys.readouterr().out
+
+    assert 'models = { "default" = { "pools" = 2 }' in printed
+    assert head(tmp_path, printed).value == head(tmp_path, HEAD_TABLES).value
+
+
+def test_help_shows_every_option(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        head(tmp_path, "", "--help")
+
+    shown = capsys.readouterr().out
+    assert '[models."NAME"], in the file only' in shown
+    for option in fields(ModelOptions):
+        assert f"\n        {option.name} (" in shown

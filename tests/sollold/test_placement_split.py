@@ -6,7 +6,7 @@ from math import isclose
 
 import pytest
 from msgspec.structs import replace
-from sollol.errors import Reason, SollolError
+from sollol.errors import Reason, Retry, SollolError
 from sollol.report import Decision, DeviceShare, Instance, InstanceState, NodeStatus, ScorePart
 
 from sollold.placement import PlacementDefaults, decide
@@ -197,10 +197,32 @@ def test_max_nodes_and_backends_per_pool_bind():
     assert case.decide(max_nodes=4).plan is not None
 
 
-@pytest.mark.parametrize("wrong", [{"max_nodes": 0}, {"max_nodes": 17}, {"backends_per_pool": 16}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"max_nodes": 0}, {"max_nodes": 17}, {"backends_per_pool": 16}, {"backends_per_pool": 3, "max_nodes": 2}],
+)
 def test_numbers_that_mean_nothing_are_refused(wrong):
     with pytest.raises(SollolError, match="INVALID_REQUEST"):
         two_halves().decide(**wrong)
+
+
+def test_more_backends_than_nodes_that_can_lend_are_refused_with_both_numbers():
+    case = two_halves().add("c", cpu(), engine=False)
+    case.nodes[2] = replace(case.nodes[2], report=replace(case.nodes[2].report, engine=None))
+    few, many = case.decide(backends_per_pool=3).refusal, case.decide(backends_per_pool=9).refusal
+
+    assert few.reason is many.reason is Reason.NO_FIT
+    assert "3 backends are asked for, and 2 of 3 nodes can lend" in few.message
+    assert few.numbers == {"nodes": 3, "needed_backends": 3, "usable_nodes": 2}
+    assert (few.retry, many.retry) == (Retry.RETRYABLE, Retry.FATAL)
+
+
+def test_backends_that_could_be_but_hold_nothing_are_said_to_be_the_reason():
+    case = Case().add("a", cpu(free=14 * GIB), file=True).add("b", cpu(free=GIB // 8))
+    refusal = case.decide(backends_per_pool=2).refusal
+
+    assert refusal.reason is Reason.NO_FIT
+    assert "not with exactly 2 backends" in refusal.message
 
 
 def test_what_fits_nowhere_is_refused_with_what_the_nodes_have_together():
