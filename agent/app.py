@@ -35,6 +35,9 @@ from agent.probe import Probe
 from agent.relay import Relay
 from agent.reporter import Reporter
 from agent.server import AgentService
+from agent.speeds import FILE_NAME as SPEEDS_FILE
+from agent.speeds import Speeds
+from agent.streams import Streams
 from agent.supervisor import files
 from agent.supervisor.lending import BackendSite
 from agent.supervisor.owner import Limits
@@ -62,30 +65,28 @@ async def serve(config: AgentConfig, environ: Mapping[str, str], stop: Stop) -> 
             found = await _found_engine(config, environ, threads)
             ledger = Ledger(clock=time.monotonic, journal=lambda event: _journal(event, reporter))
             inventory = Inventory(_model_roots(config, environ))
+            streams = Streams()
             supervisor = _supervisor(
-                config,
-                environ,
-                places,
-                found=found,
-                inventory=inventory,
-                ledger=ledger,
-                streams=lambda instance_id: relay.active_streams(instance_id),  # noqa: PLW0108 - defined below
+                config, environ, places, found=found, inventory=inventory, ledger=ledger, streams=streams
             )
-            relay = Relay(supervisor.socket_of, supervisor.failure_of)
-            probe = Probe(drivers=default_drivers(), caps=config.caps, state_dir=places.state, threads=threads)
-            probe.heard_engine(found.devices if found else ())
+            relay = Relay(supervisor.socket_of, supervisor.failure_of, streams)
+            speeds = _speeds(places, found, supervisor, inventory, on_change=lambda: reporter.changed())  # noqa: PLW0108 - defined below
+            streams.subscribe(speeds.streams_changed)
+            probe = _probe(config, places, found, threads)
             links = Links(probe=link_probe.probe)
             reporter = Reporter(
                 config=config,
                 probe=probe,
                 inventory=inventory,
                 ledger=ledger,
-                supervisor=_Busy(supervisor, relay),
+                supervisor=_Busy(supervisor, streams, speeds),
+                speeds=speeds,
                 links=links,
                 engine=found.engine if found else None,
                 registry=registry,
             )
             supervisor.subscribe(lambda _: reporter.changed())
+            closing.run("speeds", speeds.run(), stop, within_s=STEP_WITHIN_S)
             await supervisor.reap_leftovers()
             closing.run("report", reporter.run(), stop, within_s=STEP_WITHIN_S)
             closing.add("engines", supervisor.close, within_s=config.stop_grace_s + 2 * STEP_WITHIN_S)
@@ -131,15 +132,20 @@ async def _before_stop(awaited: Coroutine[Any, Any, object], stop: Stop) -> bool
 
 
 class _Busy:
-    """The supervisor's instances, each with the streams that the relay carries for it."""
+    """The supervisor's instances, each with the streams that the relay carries for it, and its speed."""
 
-    def __init__(self, supervisor: Supervisor, relay: Relay) -> None:
+    def __init__(self, supervisor: Supervisor, streams: Streams, speeds: Speeds) -> None:
         self._supervisor = supervisor
-        self._relay = relay
+        self._streams = streams
+        self._speeds = speeds
 
     def instances(self) -> tuple[Instance, ...]:
         return tuple(
-            replace(instance, active_streams=self._relay.active_streams(instance.instance_id))
+            replace(
+                instance,
+                active_streams=self._streams.active(instance.instance_id),
+                observed_ms_per_token=self._speeds.observed_ms(instance.instance_id),
+            )
             for instance in self._supervisor.instances()
         )
 
@@ -203,7 +209,7 @@ def _supervisor(
     found: FoundEngine | None,
     inventory: Inventory,
     ledger: Ledger,
-    streams: Callable[[str], int],
+    streams: Streams,
 ) -> Supervisor:
     return Supervisor(
         engine=found.argv if found else (),
@@ -212,7 +218,7 @@ def _supervisor(
         environment=environ,
         directories=files.Directories(log=places.log, run=places.run, state=places.state),
         limits=Limits(start_timeout_s=config.start_timeout_s, stop_grace_s=config.stop_grace_s),
-        streams=streams,
+        streams=streams.active,
         threads=found.engine.threads if found else 0,
         site=BackendSite(
             program=found.rpc_server if found else None,
@@ -223,6 +229,33 @@ def _supervisor(
         ),
         on_gone=lambda instance: ledger.freed(instance.pool_id, instance.instance_id),
     )
+
+
+def _probe(config: AgentConfig, places: Directories, found: FoundEngine | None, threads: int) -> Probe:
+    probe = Probe(drivers=default_drivers(), caps=config.caps, state_dir=places.state, threads=threads)
+    probe.heard_engine(found.devices if found else ())
+    return probe
+
+
+def _speeds(
+    places: Directories,
+    found: FoundEngine | None,
+    supervisor: Supervisor,
+    inventory: Inventory,
+    *,
+    on_change: Callable[[], None],
+) -> Speeds:
+    speeds = Speeds(
+        places.state / SPEEDS_FILE,
+        engine=found.engine.build if found else "",
+        threads=found.engine.threads if found else 0,
+        plan_of=supervisor.plan_of,
+        socket_of=supervisor.socket_of,
+        identity_of=lambda name: inventory.model(name).identity,
+        on_change=on_change,
+    )
+    supervisor.subscribe(speeds.instance_changed)
+    return speeds
 
 
 def _listening(config: AgentConfig) -> grpc.aio.Server:

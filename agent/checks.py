@@ -29,6 +29,7 @@ _MAX_BACKENDS = 15  # the engine's own limit of devices over RPC
 _MAX_HOSTS = 16
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")  # a name or an IPv4 address
 _MAX_LAYERS = 4096
+_MAX_MS_PER_TOKEN = 1e9
 _MAX_NODE_ID = 255
 _MAX_PORT = 65535
 
@@ -143,6 +144,10 @@ def check_plan(plan: CoordinatorPlan) -> None:
     devices = [(share.node_id, share.device_id, share.layers > 0) for share in plan.shares]
     if len(set(devices)) != len(devices):
         raise _invalid("a plan names each device of a node once")
+    if not 0 <= plan.predicted_ms_per_token <= _MAX_MS_PER_TOKEN:  # NaN fails too
+        raise _invalid(
+            f"plan.predicted_ms_per_token is {plan.predicted_ms_per_token}, not 0 to {_MAX_MS_PER_TOKEN:.0f}"
+        )
     if len(plan.backends) > _MAX_BACKENDS:
         raise _invalid(f"a plan has at most {_MAX_BACKENDS} backends, not {len(plan.backends)}")
     for backend in plan.backends:
@@ -190,6 +195,7 @@ def _check_endpoint(backend: BackendEndpoint) -> None:
         raise _invalid(f"the backend on {backend.host} lends no device")
     for device_id in backend.device_ids:
         _check_device(device_id)
+    _check_within("threads", backend.threads)
 
 
 def _check_host(host: str) -> None:

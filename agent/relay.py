@@ -6,9 +6,7 @@ callbacks; a stream's task only opens the connection and says how it ended.
 """
 
 import asyncio
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +18,7 @@ from sollol.v1 import agent_pb2
 
 from agent.engine_client import EngineProtocolError, Exchange, connect, request_bytes
 from agent.outbox import Lane, Outbox
+from agent.streams import Streams
 
 GATHER_S = 0.002
 MAX_STREAMS = 4096
@@ -64,25 +63,15 @@ class Relay:
     Args:
         socket_of: The unix socket of a ready instance; raises SollolError for others.
         failure_of: Why an instance's process is gone, once its supervisor knows; None before.
+        streams: Told of every stream.
     """
 
-    def __init__(self, socket_of: Callable[[str], Path], failure_of: Callable[[str], Refusal | None]) -> None:
+    def __init__(
+        self, socket_of: Callable[[str], Path], failure_of: Callable[[str], Refusal | None], streams: Streams
+    ) -> None:
         self.socket_of = socket_of
         self.failure_of = failure_of
-        self._active: Counter[str] = Counter()
-
-    def active_streams(self, instance_id: str) -> int:
-        return self._active[instance_id]
-
-    @contextmanager
-    def counted(self, instance_id: str) -> Iterator[None]:
-        self._active[instance_id] += 1
-        try:
-            yield
-        finally:
-            self._active[instance_id] -= 1
-            if not self._active[instance_id]:
-                del self._active[instance_id]
+        self.streams = streams
 
     async def serve(self, context: RelayContext) -> None:
         """Serve one head's call until it ends; its streams end with it."""
@@ -211,7 +200,7 @@ class _Stream:
             self._exchange.abort()
 
     async def run(self) -> None:
-        with self._relay.counted(self._instance_id):
+        with self._relay.streams.counted(self._instance_id):
             refusal = await self._outcome()
         self._call.end(self.lane, refusal)
 

@@ -13,6 +13,7 @@ from sollol.errors import Reason, refuse
 from sollol.link import Link
 from sollol.registry import RegistryUnavailable
 from sollol.report import Device, Instance, Model, Report, Reservation
+from sollol.speed import SpeedObservation
 
 from agent.bandwidth import boot_id, usable_cores
 from agent.config import AgentConfig
@@ -54,6 +55,10 @@ class Measured(Protocol):
     def all(self) -> tuple[Link, ...]: ...
 
 
+class Observing(Protocol):
+    def observations(self) -> tuple[SpeedObservation, ...]: ...
+
+
 class NoticeBoard(Protocol):
     async def publish(self, report: Report, lease_s: float) -> None: ...
 
@@ -76,6 +81,7 @@ class Reporter:
         ledger: Promises,
         supervisor: Running,
         links: Measured,
+        speeds: Observing,
         engine: Engine | None,
         registry: NoticeBoard | None,
         wall_clock: Callable[[], float] = time.time,
@@ -85,6 +91,7 @@ class Reporter:
         self._ledger = ledger
         self._supervisor = supervisor
         self._links = links
+        self._speeds = speeds
         self._engine = engine
         self._registry = registry
         self._wall_clock = wall_clock
@@ -193,6 +200,7 @@ class Reporter:
             labels=dict(config.labels),
             version=sollol.__version__,
             links=self._links.all(),
+            speeds=self._speeds.observations(),
         )
         news, self._news = self._news, asyncio.Event()
         news.set()

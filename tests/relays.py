@@ -12,6 +12,7 @@ from sollol.errors import Reason, Refusal, refuse
 from sollol.v1 import agent_pb2_grpc
 
 from agent.relay import Relay
+from agent.streams import Streams
 
 Script = Callable[["Conversation"], Awaitable[None]]
 
@@ -95,7 +96,7 @@ class RelayNode:
     failures: dict[str, Refusal] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.relay = Relay(self.socket_of, self.failures.get)
+        self.relay = Relay(self.socket_of, self.failures.get, Streams())
 
     def socket_of(self, instance_id: str) -> Path:
         if instance_id not in self.sockets:

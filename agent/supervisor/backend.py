@@ -195,7 +195,11 @@ class Backend(Owner):
     def _ready(self, status: Status) -> None:
         site, wish = self._launch.site, self._launch.wish
         self._endpoint = BackendEndpoint(
-            node_id=site.node_id, host=site.host, port=status.port, device_ids=wish.device_ids
+            node_id=site.node_id,
+            host=site.host,
+            port=status.port,
+            device_ids=wish.device_ids,
+            threads=self._launch.threads,
         )
         self._announce(state=after(self.view.state, Event.HEALTHY), percent=100.0)
         log.info("backend_ready", pool=wish.pool_id, port=status.port, devices=wish.device_ids)

@@ -58,8 +58,10 @@ class Coordinator(Owner):
             context_per_slot=launch.plan.context_per_slot,
             shares=launch.plan.shares,
             pool_number=launch.plan.pool_number,
+            predicted_ms_per_token=launch.plan.predicted_ms_per_token,
             started_unix_s=time.time(),
         )
+        self.plan = launch.plan
         self._launch = launch
         super().__init__(view, launch.files, limits, on_change=on_change, on_gone=on_gone, wait_after=wait_after)
 

@@ -253,6 +253,11 @@ class Supervisor:
             self._find(instance_id)
         return path
 
+    def plan_of(self, instance_id: str) -> CoordinatorPlan | None:
+        """What a coordinator runs; None for backends and for what is unknown."""
+        owner = self._owners.get(instance_id)
+        return owner.plan if isinstance(owner, Coordinator) else None
+
     def pid_of(self, instance_id: str) -> int:
         """0 when it does not run; raises SollolError: INSTANCE_NOT_FOUND."""
         return self._find(instance_id).view.pid

@@ -11,6 +11,7 @@ from msgspec import Struct, field
 from sollol.engine import Engine
 from sollol.errors import Refusal
 from sollol.link import Link, PlanLink
+from sollol.speed import SpeedObservation
 
 
 class DeviceKind(StrEnum):
@@ -120,6 +121,7 @@ class BackendEndpoint(Struct, frozen=True, kw_only=True):
     host: str
     port: int
     device_ids: tuple[str, ...]
+    threads: int = 0
 
 
 class CoordinatorPlan(Struct, frozen=True, kw_only=True):
@@ -141,6 +143,7 @@ class CoordinatorPlan(Struct, frozen=True, kw_only=True):
     threads: int = 0
     backends: tuple[BackendEndpoint, ...] = ()
     pool_number: int = 0
+    predicted_ms_per_token: float = 0.0
 
 
 class Instance(Struct, frozen=True, kw_only=True):
@@ -160,6 +163,8 @@ class Instance(Struct, frozen=True, kw_only=True):
     kind: InstanceKind = InstanceKind.COORDINATOR
     pool_id: str = ""
     pool_number: int = 0
+    predicted_ms_per_token: float = 0.0
+    observed_ms_per_token: float = 0.0
 
 
 class Reservation(Struct, frozen=True, kw_only=True):
@@ -189,6 +194,7 @@ class Report(Struct, frozen=True, kw_only=True):
     cordoned: bool = False
     version: str = ""
     links: tuple[Link, ...] = ()
+    speeds: tuple[SpeedObservation, ...] = ()
 
     @property
     def address(self) -> str:

@@ -9,6 +9,7 @@ from sollol.v1 import agent_pb2, common_pb2
 
 from agent import relay as relay_module
 from agent.engine_client import connect
+from agent.streams import Streams
 from tests.relays import RelayNode, ScriptedEngine, agent_stub
 from tests.waiting import wait_until
 
@@ -201,11 +202,11 @@ async def test_cancel_closes_the_engines_connection_at_once(engine_for, node, he
     await engine_for(script)
     await head.open()
     await wait_until(head.data, what="the first chunk")
-    assert node.relay.active_streams("pool-0") == 1
+    assert node.relay.streams.active("pool-0") == 1
     await head.cancel()
     await asyncio.wait_for(closed.wait(), 1)
     assert reason(await head.ended()) == "CANCELLED"
-    await wait_until(lambda: node.relay.active_streams("pool-0") == 0, what="no active stream")
+    await wait_until(lambda: node.relay.streams.active("pool-0") == 0, what="no active stream")
 
 
 async def test_a_stream_cancelled_with_its_opening_never_reaches_the_engine(engine_for, head):
@@ -231,7 +232,7 @@ async def test_a_head_that_leaves_frees_every_slot(engine_for, node, stub):
     await wait_until(lambda: head.head(1) and head.head(2), what="both streams running")
     await head.close()
     await wait_until(lambda: len(gone) == 2, within_s=1, what="both engine connections closed")
-    await wait_until(lambda: node.relay.active_streams("pool-0") == 0, what="no active stream")
+    await wait_until(lambda: node.relay.streams.active("pool-0") == 0, what="no active stream")
 
 
 async def test_a_stream_without_credit_waits_while_others_go_on(engine_for, head):
@@ -389,8 +390,8 @@ class LostCall:
 
 
 async def test_a_call_that_is_lost_ends_its_streams_and_is_no_error():
-    relay = relay_module.Relay(lambda _: None, lambda _: None)
+    relay = relay_module.Relay(lambda _: None, lambda _: None, Streams())
 
     await asyncio.wait_for(relay.serve(LostCall()), 5)
 
-    assert relay.active_streams("pool-0") == 0
+    assert relay.streams.active("pool-0") == 0

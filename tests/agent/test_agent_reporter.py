@@ -20,6 +20,7 @@ from sollol.report import (
     Model,
     Report,
 )
+from sollol.speed import SpeedObservation
 from structlog.testing import capture_logs
 
 from agent import reporter as reporter_module
@@ -43,6 +44,7 @@ class Node:
         self.models: tuple[Model, ...] = (LLAMA,)
         self.running: tuple[Instance, ...] = ()
         self.links: tuple[Link, ...] = ()
+        self.speeds: tuple[SpeedObservation, ...] = ()
         self.measurements = self.scans = 0
         self.go_on_scanning = threading.Event()
         self.go_on_scanning.set()
@@ -54,6 +56,7 @@ class Node:
             ledger=self.ledger,
             supervisor=self,
             links=self,
+            speeds=self,
             engine=ENGINE,
             registry=registry,
             wall_clock=lambda: 1_700_000_000.0,
@@ -75,6 +78,9 @@ class Node:
 
     def all(self) -> tuple[Link, ...]:
         return self.links
+
+    def observations(self) -> tuple[SpeedObservation, ...]:
+        return self.speeds
 
 
 @asynccontextmanager
@@ -98,9 +104,10 @@ async def test_a_report_says_all_that_the_node_knows_of_itself():
     node = Node(host="192.168.1.20", port=7462, labels={"rack": "attic"})
     node.running = (Instance(instance_id="p", model="llama", state=InstanceState.READY),)
     node.links = (Link(node_id="bigbox", rtt_s=0.001, bytes_per_s=1e8, age_s=3.0),)
+    node.speeds = (SpeedObservation(identity="1", devices="CPU x2, KV f16", layers=(9,), ms_per_token=12.5),)
     async with running(node) as reporter:
         report = reporter.current()
-    assert report.links == node.links
+    assert (report.links, report.speeds) == (node.links, node.speeds)
     assert (report.node_id, report.address, report.labels) == ("laptop", "192.168.1.20:7462", {"rack": "attic"})
     assert (report.engine, report.models, report.instances) == (ENGINE, (LLAMA,), node.running)
     assert (report.sequence, report.measured_unix_s, report.version) == (1, 1_700_000_000.0, "0.1.0")

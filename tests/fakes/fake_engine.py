@@ -73,7 +73,8 @@ class Engine:
         self.slots = [Slot(number) for number in range(flags.slots)]
         self.free = asyncio.Semaphore(flags.slots)
         self.streams: set[asyncio.Task[None]] = set()
-        self.decodes = 0
+        self.decodes = self.predicted = 0
+        self.predicted_s = 0.0
 
     async def run(self) -> int:
         server = await self.bind()
@@ -195,7 +196,13 @@ class Engine:
             ],
         }
         if path == "/metrics":
-            await reply.whole(200, "text/plain", f"llamacpp:n_decode_total {self.decodes}\n".encode())
+            figures = {
+                "n_decode_total": self.decodes,
+                "tokens_predicted_total": self.predicted,
+                "tokens_predicted_seconds_total": f"{self.predicted_s:.6g}",
+            }
+            page = "".join(f"llamacpp:{name} {figure}\n" for name, figure in figures.items())
+            await reply.whole(200, "text/plain", page.encode())
         elif path in pages:
             await reply.json(200, pages[path])
         else:
@@ -256,6 +263,8 @@ class Engine:
             slot.decoded, slot.remaining = number + 1, answer.count - number - 1
             if answer.stream:
                 await reply.event(answer.token(number))
+        self.predicted += answer.count
+        self.predicted_s += asyncio.get_running_loop().time() - begin
         await self.fault(answer.count, reply)
         if answer.stream:
             await reply.end_stream(answer.endings(), done=answer.path != "/completion")

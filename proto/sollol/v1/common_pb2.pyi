@@ -584,6 +584,8 @@ class Instance(google.protobuf.message.Message):
     KIND_FIELD_NUMBER: builtins.int
     POOL_ID_FIELD_NUMBER: builtins.int
     POOL_NUMBER_FIELD_NUMBER: builtins.int
+    PREDICTED_MS_PER_TOKEN_FIELD_NUMBER: builtins.int
+    OBSERVED_MS_PER_TOKEN_FIELD_NUMBER: builtins.int
     instance_id: builtins.str
     """A coordinator's is the pool id that the caller chose; a backend's is the pool id and ".backend"."""
     model: builtins.str
@@ -601,6 +603,9 @@ class Instance(google.protobuf.message.Message):
     """The pool it works for."""
     pool_number: builtins.int
     """A coordinator's: which of its model's pools this is, from 0. Stays the same for the life of the pool."""
+    predicted_ms_per_token: builtins.float
+    """Of a coordinator: what its plan's head predicted, and what was observed of this model on this plan; 0: not known."""
+    observed_ms_per_token: builtins.float
     @property
     def refusal(self) -> Global___Refusal:
         """Why it is FAILED, or LOST and about to be ended."""
@@ -624,10 +629,12 @@ class Instance(google.protobuf.message.Message):
         kind: Global___InstanceKind.ValueType = ...,
         pool_id: builtins.str = ...,
         pool_number: builtins.int = ...,
+        predicted_ms_per_token: builtins.float = ...,
+        observed_ms_per_token: builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_refusal", b"_refusal", "refusal", b"refusal"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_refusal", b"_refusal", "active_streams", b"active_streams", "context_per_slot", b"context_per_slot", "instance_id", b"instance_id", "kind", b"kind", "model", b"model", "parallel", b"parallel", "percent", b"percent", "pid", b"pid", "pool_id", b"pool_id", "pool_number", b"pool_number", "refusal", b"refusal", "shares", b"shares", "started_unix_s", b"started_unix_s", "state", b"state"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_refusal", b"_refusal", "active_streams", b"active_streams", "context_per_slot", b"context_per_slot", "instance_id", b"instance_id", "kind", b"kind", "model", b"model", "observed_ms_per_token", b"observed_ms_per_token", "parallel", b"parallel", "percent", b"percent", "pid", b"pid", "pool_id", b"pool_id", "pool_number", b"pool_number", "predicted_ms_per_token", b"predicted_ms_per_token", "refusal", b"refusal", "shares", b"shares", "started_unix_s", b"started_unix_s", "state", b"state"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__refusal: typing_extensions.TypeAlias = typing.Literal["refusal"]
     _WhichOneofArgType__refusal: typing_extensions.TypeAlias = typing.Literal["_refusal", b"_refusal"]
@@ -704,9 +711,12 @@ class BackendEndpoint(google.protobuf.message.Message):
     HOST_FIELD_NUMBER: builtins.int
     PORT_FIELD_NUMBER: builtins.int
     DEVICE_IDS_FIELD_NUMBER: builtins.int
+    THREADS_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     host: builtins.str
     port: builtins.int
+    threads: builtins.int
+    """Threads that it computes with on the CPU."""
     @property
     def device_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The devices that the backend lends, in its order."""
@@ -718,8 +728,9 @@ class BackendEndpoint(google.protobuf.message.Message):
         host: builtins.str = ...,
         port: builtins.int = ...,
         device_ids: collections.abc.Iterable[builtins.str] | None = ...,
+        threads: builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["device_ids", b"device_ids", "host", b"host", "node_id", b"node_id", "port", b"port"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["device_ids", b"device_ids", "host", b"host", "node_id", b"node_id", "port", b"port", "threads", b"threads"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___BackendEndpoint: typing_extensions.TypeAlias = BackendEndpoint
@@ -773,6 +784,48 @@ class Reservation(google.protobuf.message.Message):
 Global___Reservation: typing_extensions.TypeAlias = Reservation
 
 @typing.final
+class SpeedObservation(google.protobuf.message.Message):
+    """How fast one model ran on one plan: one stream at a time, and no other coordinator of its node generating meanwhile."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    IDENTITY_FIELD_NUMBER: builtins.int
+    DEVICES_FIELD_NUMBER: builtins.int
+    LAYERS_FIELD_NUMBER: builtins.int
+    MS_PER_TOKEN_FIELD_NUMBER: builtins.int
+    TOKENS_FIELD_NUMBER: builtins.int
+    PREDICTED_MS_PER_TOKEN_FIELD_NUMBER: builtins.int
+    identity: builtins.str
+    """Of the model's file on the coordinator's node."""
+    devices: builtins.str
+    """The devices that held layers, in the order of the layers: "CPU x4 + CUDA0, KV f16", with the threads of each CPU.
+    Those of other nodes are "node/device".
+    """
+    ms_per_token: builtins.float
+    tokens: builtins.int
+    """Generated so far in the samples behind it."""
+    predicted_ms_per_token: builtins.float
+    """What the plan of the newest sample predicted."""
+    @property
+    def layers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """How many layers each of them held."""
+
+    def __init__(
+        self,
+        *,
+        identity: builtins.str = ...,
+        devices: builtins.str = ...,
+        layers: collections.abc.Iterable[builtins.int] | None = ...,
+        ms_per_token: builtins.float = ...,
+        tokens: builtins.int = ...,
+        predicted_ms_per_token: builtins.float = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["devices", b"devices", "identity", b"identity", "layers", b"layers", "ms_per_token", b"ms_per_token", "predicted_ms_per_token", b"predicted_ms_per_token", "tokens", b"tokens"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___SpeedObservation: typing_extensions.TypeAlias = SpeedObservation
+
+@typing.final
 class Report(google.protobuf.message.Message):
     """What a node says of itself."""
 
@@ -811,6 +864,7 @@ class Report(google.protobuf.message.Message):
     CORDONED_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
     LINKS_FIELD_NUMBER: builtins.int
+    SPEEDS_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     host: builtins.str
     """Address other nodes reach this one at, and the agent's gRPC port there."""
@@ -839,6 +893,10 @@ class Report(google.protobuf.message.Message):
     def links(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Link]:
         """Those that this node has measured, by the other's node id."""
 
+    @property
+    def speeds(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___SpeedObservation]:
+        """What was observed of the models that this node coordinated, the newest first."""
+
     def __init__(
         self,
         *,
@@ -858,10 +916,11 @@ class Report(google.protobuf.message.Message):
         cordoned: builtins.bool = ...,
         version: builtins.str = ...,
         links: collections.abc.Iterable[Global___Link] | None = ...,
+        speeds: collections.abc.Iterable[Global___SpeedObservation] | None = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_engine", b"_engine", "engine", b"engine"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_engine", b"_engine", "boot_id", b"boot_id", "cordoned", b"cordoned", "cpu_count", b"cpu_count", "devices", b"devices", "engine", b"engine", "host", b"host", "instances", b"instances", "labels", b"labels", "links", b"links", "measured_unix_s", b"measured_unix_s", "models", b"models", "node_id", b"node_id", "port", b"port", "reservations", b"reservations", "sequence", b"sequence", "version", b"version"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_engine", b"_engine", "boot_id", b"boot_id", "cordoned", b"cordoned", "cpu_count", b"cpu_count", "devices", b"devices", "engine", b"engine", "host", b"host", "instances", b"instances", "labels", b"labels", "links", b"links", "measured_unix_s", b"measured_unix_s", "models", b"models", "node_id", b"node_id", "port", b"port", "reservations", b"reservations", "sequence", b"sequence", "speeds", b"speeds", "version", b"version"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__engine: typing_extensions.TypeAlias = typing.Literal["engine"]
     _WhichOneofArgType__engine: typing_extensions.TypeAlias = typing.Literal["_engine", b"_engine"]
@@ -922,6 +981,7 @@ class CoordinatorPlan(google.protobuf.message.Message):
     SHARES_FIELD_NUMBER: builtins.int
     BACKENDS_FIELD_NUMBER: builtins.int
     POOL_NUMBER_FIELD_NUMBER: builtins.int
+    PREDICTED_MS_PER_TOKEN_FIELD_NUMBER: builtins.int
     model: builtins.str
     parallel: builtins.int
     context_per_slot: builtins.int
@@ -933,6 +993,8 @@ class CoordinatorPlan(google.protobuf.message.Message):
     """0: the agent chooses (its cores)."""
     pool_number: builtins.int
     """Which of the model's pools this is: the lowest number that none of them had when it was started."""
+    predicted_ms_per_token: builtins.float
+    """By bytes, bandwidth and hops alone: without corrections, and as if nobody else used the devices. 0: not predicted."""
     @property
     def shares(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___DeviceShare]:
         """In the order of the layers. On one node the CPU's share comes first and holds the front layers, GPUs follow. With
@@ -956,8 +1018,9 @@ class CoordinatorPlan(google.protobuf.message.Message):
         shares: collections.abc.Iterable[Global___DeviceShare] | None = ...,
         backends: collections.abc.Iterable[Global___BackendEndpoint] | None = ...,
         pool_number: builtins.int = ...,
+        predicted_ms_per_token: builtins.float = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["backends", b"backends", "batch", b"batch", "context_per_slot", b"context_per_slot", "kv_type", b"kv_type", "model", b"model", "parallel", b"parallel", "pool_number", b"pool_number", "shares", b"shares", "threads", b"threads", "ubatch", b"ubatch"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["backends", b"backends", "batch", b"batch", "context_per_slot", b"context_per_slot", "kv_type", b"kv_type", "model", b"model", "parallel", b"parallel", "pool_number", b"pool_number", "predicted_ms_per_token", b"predicted_ms_per_token", "shares", b"shares", "threads", b"threads", "ubatch", b"ubatch"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___CoordinatorPlan: typing_extensions.TypeAlias = CoordinatorPlan

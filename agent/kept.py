@@ -1,0 +1,57 @@
+"""Small values in the state directory that outlive a restart. What cannot be understood is set aside, never obeyed."""
+
+import os
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import structlog
+from msgspec import Struct
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+
+class _File(Struct):
+    version: int
+    content: msgspec.Raw
+
+
+def load(path: Path, kind: type[T], *, version: int) -> T | None:
+    """What `save` wrote; None when there is nothing.
+
+    A file that is damaged, or of another version, is renamed to `NAME.bad` and told of: the start goes on without it.
+    """
+    try:
+        file = msgspec.json.decode(path.read_bytes(), type=_File)
+        if file.version == version:
+            return msgspec.json.decode(file.content, type=kind)
+        problem = f"it has version {file.version}, not {version}"
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        log.warning("kept_file_unreadable", path=str(path), problem=str(error))
+        return None
+    except msgspec.DecodeError as error:
+        problem = str(error)
+    log.warning("kept_file_set_aside", path=str(path), problem=problem)
+    try:
+        path.replace(path.with_name(path.name + ".bad"))
+    except OSError as error:
+        log.warning("kept_file_not_set_aside", path=str(path), problem=str(error))
+    return None
+
+
+def save(path: Path, content: object, *, version: int) -> None:
+    """Replace the file by a whole new one. Blocks on the disk.
+
+    Raises:
+        OSError: the directory cannot be written, or is full; the old file is as it was.
+    """
+    fresh = path.with_name(path.name + ".new")
+    with fresh.open("wb") as file:
+        file.write(msgspec.json.encode({"version": version, "content": content}))
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)

@@ -1,0 +1,63 @@
+"""What outlives a restart, and what does not."""
+
+from pathlib import Path
+
+import pytest
+from msgspec import Struct
+from structlog.testing import capture_logs
+
+from agent.kept import load, save
+
+
+class Shelf(Struct):
+    books: tuple[str, ...]
+
+
+SHELF = Shelf(("Emma", "Ulysses"))
+
+
+def test_what_was_saved_is_there_after_a_restart(tmp_path: Path):
+    path = tmp_path / "shelf.json"
+    assert load(path, Shelf, version=1) is None
+    save(path, SHELF, version=1)
+    assert load(path, Shelf, version=1) == SHELF
+    assert [each.name for each in tmp_path.iterdir()] == ["shelf.json"]
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b"",
+        b"nonsense",
+        b'{"version": 1}',
+        b'{"version": 1, "content": {"books": 3}}',
+        b'{"version": 2, "content": {"books": []}}',
+        b'{"version": 1, "content": {"books": ["Em',
+    ],
+)
+def test_a_file_that_cannot_be_understood_is_set_aside_and_told_of(tmp_path: Path, damaged: bytes):
+    path = tmp_path / "shelf.json"
+    path.write_bytes(damaged)
+    with capture_logs() as told:
+        assert load(path, Shelf, version=1) is None
+    assert not path.exists()
+    assert (tmp_path / "shelf.json.bad").read_bytes() == damaged
+    assert [(line["event"], line["path"]) for line in told] == [("kept_file_set_aside", str(path))]
+    save(path, SHELF, version=1)
+    assert load(path, Shelf, version=1) == SHELF
+
+
+def test_a_file_that_cannot_be_read_or_set_aside_keeps_nobody_from_starting(tmp_path: Path):
+    (tmp_path / "a directory").mkdir()
+    with capture_logs() as told:
+        assert load(tmp_path / "a directory", Shelf, version=1) is None
+    assert [line["event"] for line in told] == ["kept_file_unreadable"]
+
+
+def test_when_writing_fails_what_was_kept_before_stays(tmp_path: Path):
+    path = tmp_path / "shelf.json"
+    save(path, SHELF, version=1)
+    (tmp_path / "shelf.json.new").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        save(path, Shelf(()), version=1)
+    assert load(path, Shelf, version=1) == SHELF
