@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from sollol import __version__
 
 DEFAULT_HEAD = "127.0.0.1:7461"
+MOST, MOST_BYTES = 2**31 - 1, 2**63 - 1  # what the contract's numbers hold
 EXIT_CODES = """\
 exit codes: 0 done · 1 bug · 2 wrong usage or request · 3 head or node unavailable · 4 not found · 5 refused
 (no room, not now) · 6 an engine or a child process broke · 130 interrupted"""
@@ -113,6 +114,15 @@ def _add_place(commands: "Subparsers[argparse.ArgumentParser]") -> None:
         help='without a head, over a JSON list of {"host", "cpu_ram_mb", "gpu_vram_mb", "has_gpu"}; "-" is standard '
         "input; policy classic, since such a list knows no model file",
     )
+    place.add_argument(
+        "--what-if",
+        metavar="NAME=VALUE",
+        nargs="+",
+        action="append",
+        default=[],
+        help="compare with this variant, as `--what-if context=32768 kv=q8_0`; repeatable, a row each; names: "
+        "context, parallel, kv, policy, strategy, max_nodes, backends, pin",
+    )
     _add_wish(place)
     _add_json(place)
 
@@ -128,7 +138,7 @@ def _add_wish(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--prefer", metavar="LABEL", action="append", default=[], help="wins a tie; repeatable")
     command.add_argument("--min-cpus", metavar="N", type=_positive)
-    command.add_argument("--min-memory", metavar="BYTES", type=_positive, help="free on the node")
+    command.add_argument("--min-memory", metavar="BYTES", type=_bytes, help="free on the node")
     command.add_argument("--pin", metavar="NODE", help="this node or none")
     command.add_argument("--local", action="store_true", help="only the head's own host")
     command.add_argument(
@@ -184,21 +194,22 @@ def _add_json(command: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
+    return _within(text, 1, MOST)
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
-    return number
+    return _within(text, 0, MOST)
+
+
+def _bytes(text: str) -> int:
+    return _within(text, 1, MOST_BYTES)
+
+
+def _within(text: str, least: int, most: int) -> int:
+    if not text.strip().isdecimal() or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} to {most}")
+    return int(text)
 
 
 def _port(text: str) -> int:
-    number = int(text)
-    if not 1 <= number <= 65535:
-        raise argparse.ArgumentTypeError(f"{text} is not a port (1 to 65535)")
-    return number
+    return _within(text, 1, 65535)

@@ -2,12 +2,17 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sollol.errors import SURFACES, Reason, refuse
 from sollol.report import Decision, PlacementWish
 
-from sollold.cli.output import print_json
+from sollold.cli.output import print_json, print_table
+
+if TYPE_CHECKING:
+    from sollol.client import Client
 
 MAX_LIST_BYTES = 64 << 20
 
@@ -34,35 +39,68 @@ def wish_from(options: argparse.Namespace) -> PlacementWish:
 
 def place(options: argparse.Namespace) -> int:
     """Exit status 0 when there is a place, else that of the refusal's reason."""
+    if options.what_if:
+        return _compare(options)
     from sollold.placement.explain import as_json, explain
 
-    decision = _offline(options) if options.nodes else _asked(options)
+    (decision,) = _decided(options, [wish_from(options)])
     if options.json:
         print_json(as_json(decision))
     else:
         sys.stdout.write(explain(decision) + "\n")
+    return _exit_code(decision)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    """Exit status 0 when any variant has a place, else that of what was asked."""
+    from sollold.cli.variants import variants
+    from sollold.placement.compare import COLUMNS, compared
+    from sollold.placement.explain import as_json
+
+    named = variants(wish_from(options), options.what_if)
+    decisions = _decided(options, [wish for _, wish in named])
+    rows = [(name, decision) for (name, _), decision in zip(named, decisions, strict=True)]
+    if options.json:
+        listed = [{"variant": name, **as_json(decision)} for name, decision in rows]
+        print_json({"schema": "sollol.what-if/v1", "decisions": listed})
+    else:
+        print_table(COLUMNS, compared(rows))
+    return 0 if any(decision.refusal is None for decision in decisions) else _exit_code(decisions[0])
+
+
+def _exit_code(decision: Decision) -> int:
     return 0 if decision.refusal is None else SURFACES[decision.refusal.reason].exit_code
 
 
-def _offline(options: argparse.Namespace) -> Decision:
+def _decided(options: argparse.Namespace, wishes: Sequence[PlacementWish]) -> list[Decision]:
+    return _offline(options, wishes) if options.nodes else _asked(options, wishes)
+
+
+def _offline(options: argparse.Namespace, wishes: Sequence[PlacementWish]) -> list[Decision]:
     import msgspec
 
     from sollold.placement import PlacementDefaults, decide
     from sollold.placement.offline import nodes_from_json
 
-    if options.policy == "fit":
-        message = "policy fit needs the model's GGUF header, which no node list has: leave --policy off, or ask a head"
+    if any(wish.policy == "fit" for wish in wishes):
+        message = (
+            "policy fit needs the model's GGUF header, which no node list has: leave the policy out, or ask a head"
+        )
         raise refuse(Reason.INVALID_REQUEST, message)
     if options.nodes == "-":
         text = sys.stdin.buffer.read(MAX_LIST_BYTES)
     else:
         with Path(options.nodes).open("rb") as file:
             text = file.read(MAX_LIST_BYTES)
-    wish = msgspec.structs.replace(wish_from(options), policy="classic")
-    return decide(wish, nodes_from_json(text), PlacementDefaults(), files_known=False)
+    nodes = nodes_from_json(text)
+    classic = [msgspec.structs.replace(wish, policy="classic") for wish in wishes]
+    return [decide(wish, nodes, PlacementDefaults(), files_known=False) for wish in classic]
 
 
-def _asked(options: argparse.Namespace) -> Decision:
+def _asked(options: argparse.Namespace, wishes: Sequence[PlacementWish]) -> list[Decision]:
     from sollold.cli.connection import ask
 
-    return ask(options, lambda client: client.place(wish_from(options)))
+    async def decisions(client: "Client") -> list[Decision]:
+        return [await client.place(wish) for wish in wishes]
+
+    return ask(options, decisions)

@@ -9,25 +9,13 @@ from sollol.report import PlacementWish
 
 from tests.fakes.fake_head import NODES, fake_head
 from tests.placement_cases import MODEL
+from tests.sollol_command import sollol
 
 
 @pytest.fixture
 async def head():
     async with fake_head() as running:
         yield running
-
-
-async def sollol(*words, stdin=b"", env=None):
-    """Exit status, standard output and standard error of one command."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "sollold.cli", *words),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env=env,
-    )
-    out, err = await asyncio.wait_for(process.communicate(stdin), 20)
-    return process.returncode, out.decode(), err.decode()
 
 
 async def test_nodes_models_and_pools_are_tables_for_people(head):
@@ -236,7 +224,13 @@ async def test_help_lists_the_commands_and_imports_nothing_heavy():
         ("place", "m", "--max-nodes", "0"),
         ("place", "m", "--backends-per-pool", "-1"),
         ("place", "m", "--pools", "2"),
+        ("place", "m", "--context", "99999999999"),
+        ("place", "m", "--parallel", "-1"),
+        ("place", "m", "--min-cpus", "many"),
+        ("place", "--what-if", "context=1"),
+        ("place", "m", "--what-if"),
         ("load", "m", "--pools", "0"),
+        ("load", "m", "--what-if", "context=1"),
     ],
 )
 async def test_wrong_usage_is_exit_2(words):
