@@ -17,6 +17,7 @@ import grpc.aio
 import structlog
 from msgspec.structs import replace
 from sollol.channels import new_server
+from sollol.config import is_loopback
 from sollol.directories import Directories, cache_directory, directories
 from sollol.errors import Reason, refuse
 from sollol.lifecycle import Closing, Stop
@@ -39,6 +40,7 @@ from agent.speeds import FILE_NAME as SPEEDS_FILE
 from agent.speeds import Speeds
 from agent.streams import Streams
 from agent.supervisor import files
+from agent.supervisor.endpoints import TcpSite
 from agent.supervisor.lending import BackendSite
 from agent.supervisor.owner import Limits
 from agent.supervisor.supervisor import Supervisor
@@ -66,11 +68,12 @@ async def serve(config: AgentConfig, environ: Mapping[str, str], stop: Stop) -> 
             ledger = Ledger(clock=time.monotonic, journal=lambda event: _journal(event, reporter))
             inventory = Inventory(_model_roots(config, environ))
             streams = Streams()
+            key = config.coordinator_key()
             supervisor = _supervisor(
-                config, environ, places, found=found, inventory=inventory, ledger=ledger, streams=streams
+                config, environ, places, found=found, inventory=inventory, ledger=ledger, streams=streams, key=key
             )
-            relay = Relay(supervisor.socket_of, supervisor.failure_of, streams)
-            speeds = _speeds(places, found, supervisor, inventory, on_change=lambda: reporter.changed())  # noqa: PLW0108 - defined below
+            relay = Relay(supervisor.socket_of, supervisor.failure_of, streams, key)
+            speeds = _speeds(places, found, supervisor, inventory, key, on_change=lambda: reporter.changed())  # noqa: PLW0108 - defined below
             streams.subscribe(speeds.streams_changed)
             probe = _probe(config, places, found, threads)
             links = Links(probe=link_probe.probe)
@@ -210,7 +213,9 @@ def _supervisor(
     inventory: Inventory,
     ledger: Ledger,
     streams: Streams,
+    key: str,
 ) -> Supervisor:
+    tcp = TcpSite(listen=config.listen, host=_reached_at(config), ports=config.coordinator_ports(), key=key)
     return Supervisor(
         engine=found.argv if found else (),
         gpu_devices=tuple(device.device_id for device in found.devices) if found else (),
@@ -227,8 +232,14 @@ def _supervisor(
             listen=config.listen,
             ports=config.rpc_port_range(),
         ),
+        tcp=tcp if config.coordinator_listen == "tcp" else None,
         on_gone=lambda instance: ledger.freed(instance.pool_id, instance.instance_id),
     )
+
+
+def _reached_at(config: AgentConfig) -> str:
+    """The address at which what listens on `listen` is reached: `host` names all of this node's."""
+    return config.listen if is_loopback(config.listen) else config.host
 
 
 def _probe(config: AgentConfig, places: Directories, found: FoundEngine | None, threads: int) -> Probe:
@@ -242,6 +253,7 @@ def _speeds(
     found: FoundEngine | None,
     supervisor: Supervisor,
     inventory: Inventory,
+    key: str,
     *,
     on_change: Callable[[], None],
 ) -> Speeds:
@@ -253,6 +265,7 @@ def _speeds(
         socket_of=supervisor.socket_of,
         identity_of=lambda name: inventory.model(name).identity,
         on_change=on_change,
+        key=key,
     )
     supervisor.subscribe(speeds.instance_changed)
     return speeds

@@ -1,11 +1,16 @@
 """Every setting of the agent. Environment `SOLLOL_AGENT_<NAME>`, file `/etc/sollol/agent.toml`, flags `--name`."""
 
+import re
 import socket
 from pathlib import Path
 from typing import Annotated
 
 from msgspec import Meta, Struct, field
+from sollol.config import ConfigError, is_loopback
 from sollol.config_types import LogFormat, LogLevel, NotNegative, Port, Seconds
+
+COORDINATOR_PORTS = 64
+_KEY = re.compile(r"[A-Za-z0-9._~+/=-]{8,512}")  # what HTTP takes as a bearer token
 
 
 class AgentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -35,6 +40,19 @@ class AgentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     rpc_ports: Annotated[
         str, Meta(min_length=1, description="First and last port for lending this node's devices to other nodes")
     ] = "7500-7699"
+    coordinator_listen: Annotated[
+        str,
+        Meta(
+            pattern="^(unix|tcp)$",
+            description="tcp: engines listen on a port of `listen` too, for tools that shall reach them past the head",
+        ),
+    ] = "unix"
+    coordinator_port: Annotated[
+        int, Meta(ge=1024, le=32_704, description="The first of 64 ports for that, a pool each, the lowest free one")
+    ] = 18_080
+    coordinator_key_file: Annotated[
+        str, Meta(description="A file with the key that engines on a port ask of everybody; empty: none")
+    ] = ""
     caps: Annotated[
         dict[str, NotNegative], Meta(description="The most bytes to use on a device, by device id (CPU, CUDA0)")
     ] = field(default_factory=dict)
@@ -65,6 +83,41 @@ class AgentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     def __post_init__(self) -> None:
         self.rpc_port_range()
+        if self.coordinator_listen == "tcp":
+            self._check_coordinators()
+
+    def _check_coordinators(self) -> None:
+        if not (is_loopback(self.listen) or self.insecure or self.coordinator_key_file):
+            raise ValueError(
+                f'coordinator_listen = "tcp" with listen = "{self.listen}" lets anyone there use the engines: name a '
+                "coordinator_key_file, or set insecure = true if you trust that whole network"
+            )
+        ports, lent = self.coordinator_ports(), self.rpc_port_range()
+        if ports.start < lent.stop and lent.start < ports.stop:
+            raise ValueError(
+                f"coordinator_port is {ports.start}, and {ports.start} to {ports.stop - 1} overlap with rpc_ports"
+            )
+
+    def coordinator_ports(self) -> range:
+        return range(self.coordinator_port, self.coordinator_port + COORDINATOR_PORTS)
+
+    def coordinator_key(self) -> str:
+        """The key in the file, empty when none is named; lines that begin with # are comments.
+
+        Raises:
+            ConfigError: the file cannot be read, or has no key or more than one.
+        """
+        if not self.coordinator_key_file:
+            return ""
+        path = Path(self.coordinator_key_file).expanduser()
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="ascii").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"coordinator_key_file = {path}: cannot be read: {error}") from error
+        keys = [line for line in lines if line and not line.startswith("#")]
+        if len(keys) != 1 or not _KEY.fullmatch(keys[0]):
+            raise ConfigError(f"coordinator_key_file = {path}: must hold one key of A-Z a-z 0-9 . _ ~ + / = -")
+        return keys[0]
 
     def expanded_model_dirs(self) -> tuple[Path, ...]:
         return tuple(Path(item).expanduser() for item in self.model_dirs)

@@ -236,6 +236,11 @@ class Exchange(asyncio.Protocol):
             self._transport.abort()
 
 
+def authorization(key: str) -> dict[str, str]:
+    """The headers that show an engine its key; none without one."""
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 def request_bytes(method: str, path: str, headers: Mapping[str, str], body: bytes) -> bytes:
     """Write an HTTP/1.1 request; the caller has checked method, path and headers for line breaks."""
     lines = [f"{method} {path} HTTP/1.1", "Host: engine", "Connection: close"]

@@ -16,7 +16,7 @@ from sollol.channels import refusal_abort
 from sollol.errors import Reason, Refusal, SollolError, refuse
 from sollol.v1 import agent_pb2
 
-from agent.engine_client import EngineProtocolError, Exchange, connect, request_bytes
+from agent.engine_client import EngineProtocolError, Exchange, authorization, connect, request_bytes
 from agent.outbox import Lane, Outbox
 from agent.streams import Streams
 
@@ -64,14 +64,20 @@ class Relay:
         socket_of: The unix socket of a ready instance; raises SollolError for others.
         failure_of: Why an instance's process is gone, once its supervisor knows; None before.
         streams: Told of every stream.
+        key: What the engines ask of whoever asks them; empty: nothing.
     """
 
     def __init__(
-        self, socket_of: Callable[[str], Path], failure_of: Callable[[str], Refusal | None], streams: Streams
+        self,
+        socket_of: Callable[[str], Path],
+        failure_of: Callable[[str], Refusal | None],
+        streams: Streams,
+        key: str = "",
     ) -> None:
         self.socket_of = socket_of
         self.failure_of = failure_of
         self.streams = streams
+        self.authorization = authorization(key)
 
     async def serve(self, context: RelayContext) -> None:
         """Serve one head's call until it ends; its streams end with it."""
@@ -224,7 +230,7 @@ class _Stream:
         request, self._request = self._request, None
         if request is None or self.lane.ended:  # cancelled before it began
             return
-        exchange = Exchange(_engine_request(request), self._on_head, self._on_body)
+        exchange = Exchange(_engine_request(request, self._relay.authorization), self._on_head, self._on_body)
         del request
         path = self._relay.socket_of(self._instance_id)
         self._exchange = exchange
@@ -259,7 +265,7 @@ class _Stream:
         return refuse(Reason.ENGINE_DIED, message, retryable=True).refusal
 
 
-def _engine_request(request: agent_pb2.Open) -> bytes:
+def _engine_request(request: agent_pb2.Open, ours: dict[str, str]) -> bytes:
     if (request.method, request.path) not in ALLOWED:
         message = f"{request.method[:16]} {request.path[:80]} is not an inference route that agents relay"
         raise refuse(Reason.PATH_NOT_ALLOWED, message)
@@ -267,7 +273,7 @@ def _engine_request(request: agent_pb2.Open) -> bytes:
     for name, text in headers.items():
         if not (text.isascii() and text.isprintable()):
             raise refuse(Reason.INVALID_REQUEST, f"header {name} has characters that HTTP does not allow")
-    return request_bytes(request.method, request.path, headers, request.body)
+    return request_bytes(request.method, request.path, headers | ours, request.body)
 
 
 def _opened_twice(number: int) -> Refusal:

@@ -52,6 +52,7 @@ class Speeds:
         socket_of: By instance id; raises SollolError for one that is not ready.
         identity_of: Of a model by its name; raises SollolError when it is gone.
         on_change: Called when there is a new observation.
+        key: What the engines ask of whoever asks them; empty: nothing.
     """
 
     def __init__(
@@ -64,7 +65,9 @@ class Speeds:
         socket_of: Callable[[str], Path],
         identity_of: Callable[[str], str],
         on_change: Callable[[], None],
+        key: str = "",
     ) -> None:
+        self._key = key
         self._path, self._engine, self._threads = path, engine, threads
         self._plan_of, self._socket_of, self._identity_of = plan_of, socket_of, identity_of
         self._on_change = on_change
@@ -146,7 +149,7 @@ class Speeds:
             return False
         opened = watched.opened
         try:
-            answer = await ask(self._socket_of(instance_id), "/metrics")
+            answer = await ask(self._socket_of(instance_id), "/metrics", self._key)
         except SollolError:  # it has ended
             return False
         counters = counters_of(answer.body) if answer is not None else None

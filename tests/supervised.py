@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 from sollol.report import CoordinatorPlan, DeviceShare, Instance, InstanceState
 
+from agent.supervisor.endpoints import TcpSite
 from agent.supervisor.files import Directories
 from agent.supervisor.lending import BackendSite, BackendWish
 from agent.supervisor.owner import Limits
@@ -61,6 +62,7 @@ async def supervising(
     restarts: RestartPolicy | None = None,
     on_gone: Callable[[Instance], None] = lambda _: None,
     site: BackendSite = NOTHING_TO_LEND,
+    tcp: TcpSite | None = None,
     streams: Callable[[str], int] = lambda _: 0,
 ) -> AsyncIterator[Supervisor]:
     supervisor = Supervisor(
@@ -71,6 +73,7 @@ async def supervising(
         directories=directories(tmp_path),
         limits=limits,
         site=site,
+        tcp=tcp,
         streams=streams,
         threads=1,
         restarts=restarts,

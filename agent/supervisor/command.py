@@ -14,13 +14,15 @@ CPU = "CPU"
 EXIT_LINE = b"cmd_router_to_child:exit\n"
 
 
-def coordinator_environment(base: Mapping[str, str]) -> dict[str, str]:
+def coordinator_environment(base: Mapping[str, str], *, key: str = "") -> dict[str, str]:
     """Return the environment of a coordinator: from scratch, and with progress lines on standard output.
+
+    A key is asked of everybody, on the unix socket too. It is here because anybody can read a command line.
 
     llama-server takes the mere presence of this variable for "a router started me". It then prints load progress, and
     ends when its standard input does.
     """
-    return engine_environment(base) | {"LLAMA_SERVER_ROUTER_PORT": "1"}
+    return engine_environment(base) | {"LLAMA_SERVER_ROUTER_PORT": "1"} | ({"LLAMA_API_KEY": key} if key else {})
 
 
 def coordinator_argv(
@@ -32,6 +34,8 @@ def coordinator_argv(
     gpu_devices: tuple[str, ...],
     threads: int,
     node_id: str = "",
+    listen: str = "",
+    port: int = 0,
 ) -> tuple[str, ...]:
     """Return the whole command line of a coordinator.
 
@@ -46,6 +50,8 @@ def coordinator_argv(
             beside us (one with two threads on two cores took 24 to 70 ms a token beside two threads, 3 to 12 beside
             one).
         node_id: Our own node, where shares without a node are.
+        listen: The address to listen on beside the socket.
+        port: There; 0: on the socket only.
 
     Raises:
         SollolError: INVALID_REQUEST when the plan names a device that is not here, no layers, or no room for a token.
@@ -54,7 +60,7 @@ def coordinator_argv(
     placement = _over_backends(plan, gpu_devices, node_id) if plan.backends else _placement(plan.shares, gpu_devices)
     return (
         *prefix,
-        *("--host", str(socket_path)),
+        *(("--host", f"{socket_path},{listen}", "--port", str(port)) if port else ("--host", str(socket_path))),
         *("-m", str(model_path)),
         *("--alias", plan.model),
         "--offline",  # never fetch anything

@@ -4,7 +4,7 @@ import asyncio
 from pathlib import Path
 from typing import NamedTuple
 
-from agent.engine_client import EngineProtocolError, Exchange, connect, request_bytes
+from agent.engine_client import EngineProtocolError, Exchange, authorization, connect, request_bytes
 
 _TIMEOUT_S = 0.5
 
@@ -14,11 +14,14 @@ class Answer(NamedTuple):
     body: bytes
 
 
-async def ask(socket: Path, path: str) -> Answer | None:
-    """GET `path` once; None before it listens, and when it is too busy to answer within half a second."""
+async def ask(socket: Path, path: str, key: str = "") -> Answer | None:
+    """GET `path` once, with the engine's key when it has one.
+
+    None before it listens, and when it is too busy to answer within half a second.
+    """
     statuses: list[int] = []
     pieces: list[bytes] = []
-    request = request_bytes("GET", path, {}, b"")
+    request = request_bytes("GET", path, authorization(key), b"")
     exchange = Exchange(request, lambda status, _headers: statuses.append(status), pieces.append)
     try:
         async with asyncio.timeout(_TIMEOUT_S):

@@ -27,7 +27,13 @@ _READ_BYTES = 64 * 1024
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything to start one coordinator; its instance id is its pool's id. `streams`: those it has open now."""
+    """Everything to start one coordinator; its instance id is its pool's id.
+
+    Attributes:
+        endpoint: Where it is reached, for people.
+        key: What it asks of whoever asks it.
+        streams: Those it has open now.
+    """
 
     instance_id: str
     plan: CoordinatorPlan
@@ -35,6 +41,8 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     environment: Mapping[str, str]
     files: InstanceFiles
     streams: Callable[[], int]
+    endpoint: str = ""
+    key: str = ""
 
 
 class Coordinator(Owner):
@@ -58,6 +66,7 @@ class Coordinator(Owner):
             context_per_slot=launch.plan.context_per_slot,
             shares=launch.plan.shares,
             pool_number=launch.plan.pool_number,
+            endpoint=launch.endpoint,
             predicted_ms_per_token=launch.plan.predicted_ms_per_token,
             started_unix_s=time.time(),
         )
@@ -78,6 +87,7 @@ class Coordinator(Owner):
                     process.pid,
                     self._launch.plan,
                     self.files.socket,
+                    key=self._launch.key,
                     streams=self._launch.streams,
                     every_s=self._limits.freeze_poll_s,
                 )

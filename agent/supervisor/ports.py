@@ -1,4 +1,4 @@
-"""The loopback ports that backends get, from one range; two starts at the same time never get the same one."""
+"""The ports that backends and coordinators get, each from one range; two starts at a time never get the same one."""
 
 import socket
 
@@ -6,13 +6,15 @@ LOOPBACK = "127.0.0.1"
 
 
 class Ports:
-    def __init__(self, ports: range) -> None:
-        self.range = ports
+    """The ports of one address of this machine."""
+
+    def __init__(self, ports: range, host: str = LOOPBACK) -> None:
+        self.range, self._host = ports, host
         self._claimed: set[int] = set()
 
     def claim(self, besides: frozenset[int] = frozenset()) -> int | None:
         """Return the first port that nobody listens on, claimed until `give_back`; None when all are taken."""
-        free = (port for port in self.range if port not in self._claimed | besides and _is_free(port))
+        free = (port for port in self.range if port not in self._claimed | besides and _is_free(self._host, port))
         port = next(free, None)
         if port is not None:
             self._claimed.add(port)
@@ -22,12 +24,12 @@ class Ports:
         self._claimed.discard(port)
 
 
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         # As servers do: a port on which only old connections linger is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((LOOPBACK, port))
+            probe.bind((host, port))
             probe.listen(1)
         except OSError:
             return False

@@ -1,6 +1,7 @@
 """How long a model that keeps dying must wait for its next start. Pure: times are any monotonic clock's seconds."""
 
 from msgspec import Struct
+from sollol.errors import Reason, refuse
 
 
 class RestartPolicy(Struct, frozen=True, kw_only=True):
@@ -34,3 +35,28 @@ def retry_after_s(history: History, *, now_s: float) -> float:
     if not history.wait_s:
         return 0.0
     return max(0.0, history.deaths[-1] + history.wait_s - now_s)
+
+
+class Deaths:
+    """Owner of what is known of each model's unexpected exits here."""
+
+    def __init__(self, policy: RestartPolicy) -> None:
+        self._policy = policy
+        self._histories: dict[str, History] = {}
+
+    def check(self, model: str, *, now_s: float) -> None:
+        """Accept a start of this model.
+
+        Raises:
+            SollolError: BACKING_OFF.
+        """
+        wait_s = retry_after_s(self._histories.get(model, History()), now_s=now_s)
+        if wait_s > 0:
+            message = f"{model} died {self._policy.deaths} times in short order here; see the log of its last start"
+            raise refuse(Reason.BACKING_OFF, message, retryable=True, retry_after_s=wait_s)
+
+    def add(self, model: str, *, now_s: float) -> float:
+        """Take in one more; returns the seconds until its next start is allowed."""
+        history = after_death(self._histories.get(model, History()), self._policy, now_s=now_s)
+        self._histories[model] = history
+        return retry_after_s(history, now_s=now_s)

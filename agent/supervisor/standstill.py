@@ -31,12 +31,20 @@ class Standstill:
     Args:
         streams: How many requests it has; it is asked nothing while it has none.
         every_s: The least time between two looks.
+        key: What it asks of whoever asks it.
     """
 
     def __init__(
-        self, pid: int, plan: CoordinatorPlan, socket: Path, *, streams: Callable[[], int], every_s: float
+        self,
+        pid: int,
+        plan: CoordinatorPlan,
+        socket: Path,
+        *,
+        streams: Callable[[], int],
+        every_s: float,
+        key: str = "",
     ) -> None:
-        self._pid, self._socket, self._streams = pid, socket, streams
+        self._pid, self._socket, self._key, self._streams = pid, socket, key, streams
         idle = "generates and has computed nothing"
         self._watch = FreezeWatch(computes_here=_computes_here(plan), idle=idle, slack_ticks=_SLACK_TICKS)
         self._every_s, self._next_s = every_s, 0.0
@@ -56,7 +64,7 @@ class Standstill:
 
     async def _generates(self) -> bool:
         """Whether it says so. One that is too busy with its readers to answer is not blamed for that."""
-        answer = await ask(self._socket, "/slots")
+        answer = await ask(self._socket, "/slots", self._key)
         if answer is None or answer.status != 200:
             return False
         try:

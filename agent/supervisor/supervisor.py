@@ -2,23 +2,22 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
-from functools import partial
 from pathlib import Path
 
 import structlog
 from sollol.errors import Reason, Refusal, Retry, refuse
 from sollol.report import BackendEndpoint, CoordinatorPlan, Instance, InstanceKind, InstanceState
 
-from agent.engine.environment import engine_environment
 from agent.supervisor import leftovers
 from agent.supervisor.backend import Backend
-from agent.supervisor.command import coordinator_argv, coordinator_environment
+from agent.supervisor.endpoints import Endpoints, TcpSite
 from agent.supervisor.files import Directories, files_of, remove_oldest_logs
-from agent.supervisor.instance import Coordinator, Launch
-from agent.supervisor.lending import BackendLaunch, BackendSite, BackendWish, backend_id, forwarder_id
+from agent.supervisor.instance import Coordinator
+from agent.supervisor.launches import Launches
+from agent.supervisor.lending import BackendSite, BackendWish, backend_id, forwarder_id
 from agent.supervisor.owner import Limits, Owner
 from agent.supervisor.ports import Ports
-from agent.supervisor.restarts import History, RestartPolicy, after_death, retry_after_s
+from agent.supervisor.restarts import Deaths, RestartPolicy
 from agent.supervisor.state import SETTLED
 
 log = structlog.get_logger(__name__)
@@ -38,6 +37,7 @@ class Supervisor:
         resolve: The file of a model by name; raises SollolError for names it does not know.
         environment: Our own environment; engines get what they need of it and nothing else.
         site: How this node lends its devices.
+        tcp: How coordinators listen beside their unix sockets; None: not at all.
         streams: How many streams an instance has open now.
         threads: Per engine, when nobody says; 0 leaves it to the engine.
         on_gone: Called when an instance's process is gone, before anybody is told: gives its reservation back.
@@ -53,21 +53,28 @@ class Supervisor:
         directories: Directories,
         limits: Limits,
         site: BackendSite,
+        tcp: TcpSite | None = None,
         streams: Callable[[str], int] = lambda _: 0,
         threads: int = 0,
         restarts: RestartPolicy | None = None,
         on_gone: Callable[[Instance], None] = lambda _: None,
     ) -> None:
-        self._engine, self._gpu_devices, self._threads = engine, gpu_devices, threads
-        self._resolve = resolve
-        self._environment = dict(environment)
-        self._site, self._ports = site, Ports(site.ports)
-        self._streams = streams
+        self._ports, self._endpoints = Ports(site.ports), Endpoints(tcp)
+        self._launches = Launches(
+            engine=engine,
+            gpu_devices=gpu_devices,
+            threads=threads,
+            resolve=resolve,
+            environment=environment,
+            directories=directories,
+            site=site,
+            endpoints=self._endpoints,
+            streams=streams,
+        )
         self._directories, self._limits = directories, limits
-        self._restarts = restarts or RestartPolicy()
+        self._deaths = Deaths(restarts or RestartPolicy())
         self._on_gone = on_gone
         self._owners: dict[str, Owner] = {}
-        self._histories: dict[str, History] = {}
         self._watchers: dict[str, set[asyncio.Queue[Instance]]] = {}
         self._subscribers: list[Callable[[Instance], None]] = []
         self._closing = False
@@ -82,20 +89,24 @@ class Supervisor:
 
         Raises:
             SollolError: BACKING_OFF (the model keeps dying here), INSTANCE_NOT_READY (this pool is just stopping),
-                ENGINE_MISSING, INVALID_REQUEST, SHUTTING_DOWN, or whatever `resolve` says of the model.
+                ENGINE_MISSING, PORT_TAKEN, INVALID_REQUEST, SHUTTING_DOWN, or whatever `resolve` says of the model.
         """
         existing = self._owners.get(pool_id)
         if existing is not None and existing.view.state in (InstanceState.STARTING, InstanceState.READY):
             return existing.view
         self._check_start(pool_id, existing)
-        self._check_model(plan.model)
-        launch = self._launch(pool_id, plan)
+        self._deaths.check(plan.model, now_s=self._now_s())
+        launch = self._launches.coordinator(pool_id, plan)
         self._make_room(pool_id)
         coordinator = Coordinator(
-            launch, self._limits, on_change=self._changed, on_gone=self._on_gone, wait_after=self._wait_after
+            launch, self._limits, on_change=self._changed, on_gone=self._coordinator_gone, wait_after=self._wait_after
         )
         self._owners[pool_id] = coordinator
         return coordinator.view
+
+    def _coordinator_gone(self, instance: Instance) -> None:
+        self._endpoints.give_back(instance.instance_id)
+        self._on_gone(instance)
 
     async def start_backend(self, wish: BackendWish) -> BackendEndpoint:
         """Start a backend and its forwarder, and return where to reach it once it answers and can be reached.
@@ -111,7 +122,7 @@ class Supervisor:
         if isinstance(existing, Backend) and existing.view.state in (InstanceState.STARTING, InstanceState.READY):
             return await existing.endpoint()
         self._check_start(wish.pool_id, existing)
-        launch = self._backend_launch(instance_id, wish)
+        launch = self._launches.backend(instance_id, wish)
         self._make_room(instance_id)
         backend = Backend(launch, self._limits, self._ports, on_change=self._changed, on_gone=self._on_gone)
         self._owners[instance_id] = backend
@@ -139,43 +150,6 @@ class Supervisor:
         if existing is not None and existing.is_live:
             message = f"{pool_id} is just stopping; ask again when it is gone, or under another id"
             raise refuse(Reason.INSTANCE_NOT_READY, message, retryable=True, retry_after_s=self._limits.stop_grace_s)
-
-    def _check_model(self, model: str) -> None:
-        if not self._engine:
-            raise refuse(Reason.ENGINE_MISSING, "this node has no llama-server; run `sollol engine build`")
-        wait_s = retry_after_s(self._histories.get(model, History()), now_s=self._now_s())
-        if wait_s > 0:
-            message = f"{model} died {self._restarts.deaths} times in short order here; see the log of its last start"
-            raise refuse(Reason.BACKING_OFF, message, retryable=True, retry_after_s=wait_s)
-
-    def _launch(self, pool_id: str, plan: CoordinatorPlan) -> Launch:
-        files = files_of(pool_id, self._directories)
-        argv = coordinator_argv(
-            self._engine,
-            plan,
-            model_path=self._resolve(plan.model),
-            socket_path=files.socket,
-            gpu_devices=self._gpu_devices,
-            threads=self._threads,
-            node_id=self._site.node_id,
-        )
-        environment = coordinator_environment(self._environment)
-        streams = partial(self._streams, pool_id)
-        return Launch(instance_id=pool_id, plan=plan, argv=argv, environment=environment, files=files, streams=streams)
-
-    def _backend_launch(self, instance_id: str, wish: BackendWish) -> BackendLaunch:
-        if self._site.program is None:
-            message = f"node {self._site.node_id} has no ggml-rpc-server beside its engine; run `sollol engine build`"
-            raise refuse(Reason.ENGINE_MISSING, message, retryable=True)
-        return BackendLaunch(
-            wish=wish,
-            site=self._site,
-            program=self._site.program,
-            threads=wish.threads or self._threads,
-            environment=engine_environment(self._environment),
-            files=files_of(instance_id, self._directories),
-            forwarder_files=files_of(forwarder_id(wish.pool_id), self._directories),
-        )
 
     async def watch(self, instance_id: str) -> AsyncIterator[Instance]:
         """Yield the present state, then every change; ends after READY, FAILED or STOPPED.
@@ -281,10 +255,7 @@ class Supervisor:
             callback(instance)
 
     def _wait_after(self, instance: Instance) -> float:
-        before = self._histories.get(instance.model, History())
-        history = after_death(before, self._restarts, now_s=self._now_s())
-        self._histories[instance.model] = history
-        return retry_after_s(history, now_s=self._now_s())
+        return self._deaths.add(instance.model, now_s=self._now_s())
 
     def _forget_old_records(self) -> None:
         ended = [item for item in reversed(self._owners.values()) if item.ended_s is not None]

@@ -163,6 +163,7 @@ class Instance(Struct, frozen=True, kw_only=True):
     kind: InstanceKind = InstanceKind.COORDINATOR
     pool_id: str = ""
     pool_number: int = 0
+    endpoint: str = ""
     predicted_ms_per_token: float = 0.0
     observed_ms_per_token: float = 0.0
 

@@ -38,7 +38,7 @@ def pools(options: argparse.Namespace) -> int:
 _NODE_HEAD = ("NODE", "ADDRESS", "SEEN", "STATE", "CPUS", "MEMORY FREE / TOTAL", "MODELS", "POOLS", "ENGINE")
 _MODEL_HEAD = ("MODEL", "SIZE", "ARCHITECTURE", "QUANTIZATION", "CONTEXT", "NODES", "STATE")
 _POOL_HEAD = (
-    *("MODEL", "POOL", "STATE", "SLOTS USED / FREE", "CONTEXT", "ID"),
+    *("MODEL", "POOL", "STATE", "SLOTS USED / FREE", "CONTEXT", "ID", "LISTENS"),
     *("NODE", "DEVICE", "LAYERS", "MEMORY"),
 )
 
@@ -104,6 +104,7 @@ def _pool_rows(pool: Pool) -> list[tuple[str, ...]]:
         f"{instance.active_streams} / {max(0, instance.parallel - instance.active_streams)}",
         str(instance.context_per_slot),
         instance.instance_id,
+        instance.endpoint or "-",
     )
     devices = [_share_row(pool.node_id, share) for share in instance.shares] or [(pool.node_id, "-", "-", "-")]
     return [(*(whole if at == 0 else ("",) * len(whole)), *row) for at, row in enumerate(devices)]

@@ -12,7 +12,9 @@ from agent.supervisor.command import backend_argv, coordinator_argv, coordinator
 GPUS = ("CUDA0", "CUDA1", "Vulkan0")
 
 
-def argv_of(gpu_devices: tuple[str, ...] = GPUS, *, node_threads: int = 3, **plan: object) -> list[str]:
+def argv_of(
+    gpu_devices: tuple[str, ...] = GPUS, *, node_threads: int = 3, listen: str = "", port: int = 0, **plan: object
+) -> list[str]:
     fields = {"model": "llama:8b", "parallel": 4, "context_per_slot": 1024, "shares": shares(CPU=33)} | plan
     return list(
         coordinator_argv(
@@ -23,6 +25,8 @@ def argv_of(gpu_devices: tuple[str, ...] = GPUS, *, node_threads: int = 3, **pla
             gpu_devices=gpu_devices,
             threads=node_threads,
             node_id="here",
+            listen=listen,
+            port=port,
         )
     )
 
@@ -42,6 +46,13 @@ def test_it_starts_with_the_prefix_and_names_model_socket_and_alias() -> None:
     assert value(argv, "-m") == "/models/m.gguf"
     assert value(argv, "--host") == "/run/x.sock"
     assert value(argv, "--alias") == "llama:8b"
+
+
+def test_it_listens_on_a_port_beside_its_socket_only_when_told_to() -> None:
+    assert "--port" not in argv_of()
+    argv = argv_of(listen="192.168.1.20", port=18_080)
+    assert (value(argv, "--host"), value(argv, "--port")) == ("/run/x.sock,192.168.1.20", "18080")
+    assert value(argv, "--cors-origins") == "localhost"
 
 
 def test_each_slot_gets_the_whole_context_of_the_plan() -> None:
@@ -177,12 +188,17 @@ def test_nothing_of_our_environment_configures_the_engine() -> None:
     assert environment["LLAMA_SERVER_ROUTER_PORT"] == "1"
 
 
+def test_a_key_is_in_the_environment_and_in_no_command_line() -> None:
+    assert coordinator_environment({}, key="secret-key")["LLAMA_API_KEY"] == "secret-key"
+    assert "LLAMA_API_KEY" not in coordinator_environment({"LLAMA_API_KEY": "ours"})
+
+
 @pytest.mark.engine
 def test_the_engine_knows_every_flag(engine_binary: Path) -> None:
     """`--help` lists them; an unknown one would make every start fail."""
     text = subprocess.run([engine_binary, "--help"], capture_output=True, text=True, check=True, timeout=20).stdout
     known = set(text.replace(",", " ").split())
-    argv = argv_of(shares=shares(CPU=3, CUDA0=20, CUDA1=10))[2:]
+    argv = argv_of(shares=shares(CPU=3, CUDA0=20, CUDA1=10), listen="127.0.0.1", port=18_080)[2:]
     split = argv_of(shares=on("b", CPU=9), backends=(lent("b", "CPU"),))[2:]
     flags = [word for word in (*argv, *split) if word.startswith("-")]
     assert len(flags) > 20

@@ -284,7 +284,7 @@ async def test_a_port_that_is_taken_only_then_is_tried_no_more(
     supervisor: Supervisor, site: BackendSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when another agent on this machine is faster: the check says free, the backend finds it taken."""
-    monkeypatch.setattr("agent.supervisor.ports._is_free", lambda _: True)
+    monkeypatch.setattr("agent.supervisor.ports._is_free", lambda *_: True)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", site.ports.start))
         taken.listen()

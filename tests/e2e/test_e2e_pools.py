@@ -8,11 +8,13 @@ import pytest
 from sollol.report import InstanceState
 
 from tests.e2e.cluster import RECITAL_20, chat_body, text_of
+from tests.e2e.daemons import neighbouring
 from tests.e2e.models import RANDOM, RECITER
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.engine
 LONG = 4000  # tokens: about ten seconds
+KEY = "a-key-for-tools"
 
 CONFIG = f"""
 [models.default]
@@ -114,3 +116,36 @@ async def test_two_heads_with_one_cold_model_bring_up_as_many_pools_as_wanted(cl
     numbers = [pool.instance.pool_number for pool in await ready(cluster, RECITER)]
     assert numbers in ([0], [0, 1])
     await cluster.only_ready_pools_are_reserved()
+
+
+async def fetched(url, key=""):
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    async with aiohttp.ClientSession() as session, session.get(f"{url}/v1/models", headers=headers) as response:
+        return response.status, await response.json()
+
+
+async def test_with_coordinator_listen_tcp_people_reach_each_pool_on_a_port_and_the_head_goes_on_as_before(
+    by_hand, ports
+):
+    (by_hand.home / "head.toml").write_text(CONFIG)
+    (by_hand.home / "key").write_text(f"{KEY}\n")
+    first = neighbouring(ports, 4)
+    by_hand.start_head("--config", str(by_hand.home / "head.toml"))
+    listen = ("--coordinator-listen", "tcp", "--coordinator-port", str(first))
+    by_hand.start_agent("a", *listen, "--coordinator-key-file", str(by_hand.home / "key"))
+    await by_hand.nodes_seen(1)
+
+    status, out, err = await by_hand.cli("load", RECITER, "--pools", "2")
+    assert (status, err, out.count("is ready on a")) == (0, "", 2)
+
+    pools = await ready(by_hand, RECITER)
+    assert [pool.instance.endpoint for pool in pools] == [f"http://127.0.0.1:{first + at}" for at in (0, 1)]
+    for pool in pools:
+        assert (await fetched(pool.instance.endpoint))[0] == 401
+        code, models = await fetched(pool.instance.endpoint, KEY)
+        assert (code, models["data"][0]["id"]) == (200, RECITER)
+    assert await by_hand.say(RECITER) == RECITAL_20
+    _, out, _ = await by_hand.cli("pools")
+    assert f"http://127.0.0.1:{first + 1}" in out
+    for name in ("a", "head"):
+        assert KEY not in by_hand.log(name)

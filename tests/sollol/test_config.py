@@ -324,3 +324,57 @@ def test_help_shows_every_option(tmp_path, capsys):
     assert '[models."NAME"], in the file only' in shown
     for option in fields(ModelOptions):
         assert f"\n        {option.name} (" in shown
+
+
+TCP = ("--coordinator-listen", "tcp")
+
+
+def test_engines_listen_on_ports_where_only_this_machine_or_a_trusted_network_or_a_key_lets_others_in():
+    assert agent(*TCP).value.coordinator_ports() == range(18_080, 18_144)
+    agent(*TCP, "--listen", "0.0.0.0", "--insecure")
+    message = refusal(*TCP, "--listen", "0.0.0.0")
+    assert "lets anyone there use the engines: name a coordinator_key_file, or set insecure = true" in message
+    # With a key it is only what keeps the agent itself off that address that is left.
+    keyed = ("--listen", "0.0.0.0", "--coordinator-key-file", "/etc/key")
+    assert refusal(*TCP, *keyed) == refusal(*keyed)
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (("--coordinator-listen", "udp"), "coordinator_listen must be unix|tcp"),
+        (("--coordinator-port", "32705"), "coordinator_port must be int from 1024 to 32704, got"),
+        ((*TCP, "--coordinator-port", "7600"), "coordinator_port is 7600, and 7600 to 7663 overlap with rpc_ports"),
+        ((*TCP, "--coordinator-port", "7437"), "7437 to 7500 overlap with rpc_ports"),
+    ],
+)
+def test_ports_for_engines_that_cannot_be_are_refused(words, complaint):
+    message = refusal(*words)
+    assert complaint in message
+
+
+def test_ports_that_no_engine_listens_on_overlap_with_nothing():
+    assert agent("--coordinator-port", "7600").value.coordinator_listen == "unix"
+
+
+@pytest.mark.parametrize("text", ["0123456789abcdef", "# for the tools\n\n  0123456789abcdef  \n"])
+def test_the_engines_key_is_the_one_line_of_its_file_that_is_no_comment(tmp_path, text):
+    file = written(tmp_path / "key", text)
+    assert agent("--coordinator-key-file", str(file)).value.coordinator_key() == "0123456789abcdef"
+    assert AgentConfig().coordinator_key() == ""
+
+
+@pytest.mark.parametrize(
+    "text", ["", "# nothing\n", "short", "two-keys-1\ntwo-keys-2\n", "with spaces in it", "a,b,c,d,e,f", "é" * 10]
+)
+def test_a_file_without_one_usable_key_is_refused_and_its_content_not_shown(tmp_path, text):
+    file = written(tmp_path / "key", text)
+    with pytest.raises(ConfigError) as caught:
+        agent("--coordinator-key-file", str(file)).value.coordinator_key()
+    assert str(file) in caught.value.refusal.message
+    assert "two-keys" not in caught.value.refusal.message
+
+
+def test_a_key_file_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        agent("--coordinator-key-file", str(tmp_path / "none")).value.coordinator_key()

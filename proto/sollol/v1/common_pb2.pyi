@@ -584,6 +584,7 @@ class Instance(google.protobuf.message.Message):
     KIND_FIELD_NUMBER: builtins.int
     POOL_ID_FIELD_NUMBER: builtins.int
     POOL_NUMBER_FIELD_NUMBER: builtins.int
+    ENDPOINT_FIELD_NUMBER: builtins.int
     PREDICTED_MS_PER_TOKEN_FIELD_NUMBER: builtins.int
     OBSERVED_MS_PER_TOKEN_FIELD_NUMBER: builtins.int
     instance_id: builtins.str
@@ -603,6 +604,8 @@ class Instance(google.protobuf.message.Message):
     """The pool it works for."""
     pool_number: builtins.int
     """A coordinator's: which of its model's pools this is, from 0. Stays the same for the life of the pool."""
+    endpoint: builtins.str
+    """Where a coordinator is reached on its node: `http://HOST:PORT`, or `unix:PATH` when it listens on its socket only."""
     predicted_ms_per_token: builtins.float
     """Of a coordinator: what its plan's head predicted, and what was observed of this model on this plan; 0: not known."""
     observed_ms_per_token: builtins.float
@@ -629,12 +632,13 @@ class Instance(google.protobuf.message.Message):
         kind: Global___InstanceKind.ValueType = ...,
         pool_id: builtins.str = ...,
         pool_number: builtins.int = ...,
+        endpoint: builtins.str = ...,
         predicted_ms_per_token: builtins.float = ...,
         observed_ms_per_token: builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_refusal", b"_refusal", "refusal", b"refusal"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_refusal", b"_refusal", "active_streams", b"active_streams", "context_per_slot", b"context_per_slot", "instance_id", b"instance_id", "kind", b"kind", "model", b"model", "observed_ms_per_token", b"observed_ms_per_token", "parallel", b"parallel", "percent", b"percent", "pid", b"pid", "pool_id", b"pool_id", "pool_number", b"pool_number", "predicted_ms_per_token", b"predicted_ms_per_token", "refusal", b"refusal", "shares", b"shares", "started_unix_s", b"started_unix_s", "state", b"state"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_refusal", b"_refusal", "active_streams", b"active_streams", "context_per_slot", b"context_per_slot", "endpoint", b"endpoint", "instance_id", b"instance_id", "kind", b"kind", "model", b"model", "observed_ms_per_token", b"observed_ms_per_token", "parallel", b"parallel", "percent", b"percent", "pid", b"pid", "pool_id", b"pool_id", "pool_number", b"pool_number", "predicted_ms_per_token", b"predicted_ms_per_token", "refusal", b"refusal", "shares", b"shares", "started_unix_s", b"started_unix_s", "state", b"state"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__refusal: typing_extensions.TypeAlias = typing.Literal["refusal"]
     _WhichOneofArgType__refusal: typing_extensions.TypeAlias = typing.Literal["_refusal", b"_refusal"]
