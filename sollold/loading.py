@@ -192,8 +192,9 @@ class Loader:
                 blamed = await self._blamed(error, pool_id, parts)
             finally:
                 releases = [self._release(link, pool_id) for link in links.values()]
+            # An old report may still say that it starts: nobody's hope. One that cannot be stopped is doubted later.
+            self._pools.forget(pool_id)
             if not (isinstance(error, SollolError) and error.refusal.reason is Reason.AGENT_UNREACHABLE):
-                self._pools.forget(pool_id)
                 await asyncio.wait(releases, timeout=RELEASE_WITHIN_S)  # the next placement needs the memory
             if blamed is not error:
                 raise blamed from error

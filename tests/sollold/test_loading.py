@@ -129,6 +129,7 @@ async def test_an_agent_out_of_reach_for_a_moment_is_still_asked_to_clean_up(set
 
     agent.hooks["WatchInstance"] = vanish
     assert (await it.failure()).reason is Reason.AGENT_UNREACHABLE
+    assert it.forgotten == agent.pools("StartCoordinator"), "an old report of it keeps nobody waiting"
 
     await agent.start()
 
