@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from sollol import wire
 from sollol.channels import open_channel, refusal_of, unreachable
 from sollol.errors import Reason, Refusal, SollolError
+from sollol.link import Link
 from sollol.report import BackendEndpoint, CoordinatorPlan, Instance, Model, Report
 from sollol.v1 import agent_pb2 as pb
 from sollol.v1 import agent_pb2_grpc as rpc
@@ -22,6 +23,7 @@ from sollold.relay import AgentRelay
 UNARY_TIMEOUT_S = 5.0
 BACKEND_TIMEOUT_S = 20.0  # it answers when the backend does
 STOP_TIMEOUT_S = 60.0
+MEASURE_TIMEOUT_S = 20.0  # another head's measurement may come first, and a peer that is silent takes its time
 
 
 class AgentLink:
@@ -102,6 +104,14 @@ class AgentLink:
             async for response in self._stub.TailLog(request):
                 _raise_refusal(response)
                 yield tuple(response.lines)
+
+    async def measure_link(self, node_id: str, host: str, port: int) -> Link:
+        """Have the agent measure its link to another node's agent; out of reach is a result, too."""
+        with self._calling():
+            request = pb.MeasureLinkRequest(node_id=node_id, host=host, port=port)
+            response = await self._stub.MeasureLink(request, timeout=MEASURE_TIMEOUT_S)
+            _raise_refusal(response)
+            return wire.value(Link, response.link)
 
     @contextlib.contextmanager
     def _calling(self) -> Iterator[None]:

@@ -1,8 +1,8 @@
 """The head, put together. Start reading here: every collaborator is built in `serve`, and nowhere else.
 
 A request's way: front → dispatch → pools (warm? use it; else loading: placement → reserve → start → wait) → relay →
-front. Around it, nodes follows the registry and the agents, reaping ends what lost pools leave, and history writes
-decisions down.
+front. Around it, nodes follows the registry and the agents, reaping ends what lost pools leave, the surveyor has links
+measured, and history writes decisions down.
 """
 
 from collections.abc import Sequence
@@ -30,6 +30,7 @@ from sollold.placement import PlacementDefaults, decide
 from sollold.pools import Pools
 from sollold.reaping import Reaper
 from sollold.server import HeadServer
+from sollold.surveyor import Surveyor
 
 log = structlog.get_logger(__name__)
 
@@ -79,6 +80,7 @@ async def serve(config: HeadConfig, stop: Stop) -> None:
             closing.run("history", history.run(registry), stop, within_s=STEP_WITHIN_S)
         closing.run("nodes", nodes.run(), stop, within_s=STEP_WITHIN_S)
         closing.run("reaper", reaper.run(), stop, within_s=STEP_WITHIN_S)
+        closing.run("surveyor", Surveyor(nodes).run(), stop, within_s=STEP_WITHIN_S)
         closing.add("releases", loader.close, within_s=STEP_WITHIN_S)
         closing.add("pools", pools.close, within_s=RELEASE_WITHIN_S + STEP_WITHIN_S)
         operators = ClusterService(nodes, pools, catalogue, decide=lambda wish: decided(wish, nodes.statuses()))

@@ -13,6 +13,7 @@ LAYERS = {
 }
 PURE = (
     "sollold/placement/",
+    "sollold/survey.py",
     "proto/sollol/errors.py",
     "proto/sollol/report.py",
     "proto/sollol/engine.py",

@@ -107,7 +107,7 @@ def units_for(job: Job, needs: Needs, nodes: Sequence[NodeStatus], own: int, bor
     places = [(own, rank) for rank, device in enumerate(nodes[own].report.devices) if _can_hold(device)]
     for at, rank in borrowed:
         ram = nodes[at].report.devices[0].free_bytes
-        if at != own and (rank == 0 or ram >= needs.host_bytes) and _same_engine(nodes[own], nodes[at]):
+        if at != own and (rank == 0 or ram >= needs.host_bytes) and same_engine(nodes[own], nodes[at]):
             places.append((at, rank))
     units = [_unit(job, needs, nodes, own, place) for place in places]
     return [unit for unit in units if unit.room_bytes > 0]
@@ -159,6 +159,6 @@ def _fastest_byte_ms(node: NodeStatus) -> float:
     return min(_byte_ms(node, rank) for rank, device in enumerate(node.report.devices) if _can_hold(device))
 
 
-def _same_engine(one: NodeStatus, other: NodeStatus) -> bool:
+def same_engine(one: NodeStatus, other: NodeStatus) -> bool:
     a, b = one.report.engine, other.report.engine
     return a is not None and b is not None and (a.build, a.rpc_protocol) == (b.build, b.rpc_protocol)

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from sollol import wire
 from sollol.channels import new_server, refusal_abort
 from sollol.errors import Reason, Refusal, refuse
+from sollol.link import Link
 from sollol.report import BackendEndpoint, CoordinatorPlan, Instance, InstanceState, Report
 from sollol.v1 import agent_pb2 as pb
 from sollol.v1 import agent_pb2_grpc
@@ -142,6 +143,17 @@ class FakeAgent(agent_pb2_grpc.AgentServiceServicer):
         await self._called("Stop", request.instance_id, context)
         self.admitted.pop(request.instance_id, None)
         return pb.StopResponse()
+
+    async def MeasureLink(self, request, context):  # noqa: N802 - gRPC's name
+        await self._called("MeasureLink", request.node_id, context)
+        response = pb.MeasureLinkResponse()
+        if "MeasureLink" in self.refusals:
+            wire.fill(response.refusal, self.refusals["MeasureLink"])
+        else:
+            link = Link(node_id=request.node_id, rtt_s=0.001, bytes_per_s=1e8, boot_id="boot")
+            wire.fill(response.link, link)
+            self.tell(links=(*(each for each in self.report.links if each.node_id != link.node_id), link))
+        return response
 
     async def TailLog(self, request, context):  # noqa: N802 - gRPC's name
         await self._called("TailLog", request.instance_id, context)

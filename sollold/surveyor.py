@@ -1,0 +1,65 @@
+"""Has the links between nodes measured, one after the other, so that placement knows what a hop costs."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import structlog
+from sollol.errors import SollolError
+from sollol.link import Link
+from sollol.report import NodeStatus
+
+from sollold.survey import Due, Pair, due
+
+log = structlog.get_logger(__name__)
+
+PAUSE_S = 1.0  # half a second of traffic each: most of the time there is none
+LOOK_AGAIN_S = 2.0
+NOT_AGAIN_FOR_S = 60.0
+
+
+class Agent(Protocol):
+    async def measure_link(self, node_id: str, host: str, port: int) -> Link: ...
+
+
+class ClusterView(Protocol):
+    def statuses(self) -> tuple[NodeStatus, ...]: ...
+    def link(self, node_id: str) -> Agent: ...
+
+
+class Surveyor:
+    """Asks one agent at a time. The results come back with the agents' reports, to every head."""
+
+    def __init__(self, nodes: ClusterView, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._nodes, self._clock = nodes, clock
+        self._failed: dict[Pair, float] = {}  # and until when each is left alone
+
+    async def run(self) -> None:
+        """Measure whatever is due, until cancelled."""
+        while True:
+            found = due(self._nodes.statuses(), besides=self._resting())
+            if found is not None:
+                await self._measure(found)
+            await asyncio.sleep(LOOK_AGAIN_S if found is None else PAUSE_S)
+
+    def _resting(self) -> frozenset[Pair]:
+        now_s = self._clock()
+        self._failed = {pair: until_s for pair, until_s in self._failed.items() if until_s > now_s}
+        return frozenset(self._failed)
+
+    async def _measure(self, wanted: Due) -> None:
+        try:
+            link = await self._nodes.link(wanted.node_id).measure_link(wanted.peer_id, wanted.host, wanted.port)
+        except SollolError as error:
+            self._failed[wanted.pair] = self._clock() + NOT_AGAIN_FOR_S
+            log.warning("link_not_measured", node=wanted.node_id, peer=wanted.peer_id, why=str(error))
+        else:
+            log.info(
+                "link_measured",
+                node=wanted.node_id,
+                peer=wanted.peer_id,
+                unreachable=link.unreachable,
+                rtt_ms=round(link.rtt_s * 1000, 3),
+                mb_per_s=round(link.bytes_per_s / 1e6, 1),
+            )
