@@ -99,6 +99,7 @@ def _add_up(commands: "Subparsers[argparse.ArgumentParser]") -> None:
 def _add_reads(commands: "Subparsers[argparse.ArgumentParser]") -> None:
     for name, text in (
         ("nodes", "list nodes: memory, devices, engine, what runs there"),
+        ("links", "list the links between nodes that agents have measured"),
         ("models", "list the models that some node can load"),
         ("pools", "list running replicas of models"),
     ):

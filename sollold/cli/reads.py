@@ -1,4 +1,4 @@
-"""`sollol nodes`, `models`, `pools`: what the head knows, as a table or as JSON."""
+"""`sollol nodes`, `links`, `models`, `pools`: what the head knows, as a table or as JSON."""
 
 import argparse
 import sys
@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 from sollol.inference import AvailableModel
+from sollol.link import Link
 from sollol.report import Device, DeviceShare, NodeStatus, Pool
 
 from sollold.cli.connection import ask
@@ -19,6 +20,25 @@ def nodes(options: argparse.Namespace) -> int:
     found = ask(options, lambda client: client.nodes())
     ordered = sorted(found, key=lambda status: status.report.node_id)
     _print(options, "nodes", ordered, _NODE_HEAD, [_node_row(status) for status in ordered])
+    return 0
+
+
+def links(options: argparse.Namespace) -> int:
+    found = ask(options, lambda client: client.nodes())
+    measured = [(status, link) for status in found for link in status.report.links]
+    measured.sort(key=lambda pair: (pair[0].report.node_id, pair[1].node_id))
+    content = [
+        {
+            "from": status.report.node_id,
+            "to": link.node_id,
+            "unreachable": link.unreachable,
+            "rtt_s": link.rtt_s,
+            "bytes_per_s": link.bytes_per_s,
+            "age_s": link.age_s + status.report_age_s,
+        }
+        for status, link in measured
+    ]
+    _print(options, "links", content, _LINK_HEAD, [_link_row(status, link) for status, link in measured])
     return 0
 
 
@@ -36,6 +56,7 @@ def pools(options: argparse.Namespace) -> int:
 
 
 _NODE_HEAD = ("NODE", "ADDRESS", "SEEN", "STATE", "CPUS", "MEMORY FREE / TOTAL", "MODELS", "POOLS", "ENGINE")
+_LINK_HEAD = ("FROM", "TO", "ROUND TRIP", "RATE", "MEASURED")
 _MODEL_HEAD = ("MODEL", "SIZE", "ARCHITECTURE", "QUANTIZATION", "CONTEXT", "NODES", "STATE")
 _POOL_HEAD = (
     *("MODEL", "POOL", "STATE", "SLOTS USED / FREE", "CONTEXT", "ID", "LISTENS"),
@@ -68,6 +89,13 @@ def _node_row(status: NodeStatus) -> tuple[str, ...]:
         str(len(report.instances)),
         report.engine.build if report.engine else "none: run `sollol engine build` there",
     )
+
+
+def _link_row(status: NodeStatus, link: Link) -> tuple[str, ...]:
+    reached = ("out of reach", "-")
+    if not link.unreachable:
+        reached = (f"{link.rtt_s * 1000:.2f} ms", f"{link.bytes_per_s / 1e6:.1f} MB/s")
+    return (status.report.node_id, link.node_id, *reached, f"{link.age_s + status.report_age_s:.0f} s ago")
 
 
 def _memory(device: Device) -> str:

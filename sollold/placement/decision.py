@@ -15,9 +15,11 @@ from sollold.placement.explain import node_table
 from sollold.placement.filters import Filter, filters_for, find_model, free_bytes, usual
 from sollold.placement.fit import FitPolicy
 from sollold.placement.job import Job, PlacementDefaults, job_for
+from sollold.placement.links import measured
 from sollold.placement.split import best_split
-from sollold.placement.together import free_together, too_few_lenders, with_less_context, with_split
+from sollold.placement.together import free_together, too_few_lenders, with_less_context, with_ready, with_split
 
+MOST_APART = 4  # pairs of nodes named in a refusal's message
 MOST_ROWS = 32  # of the table in a refusal's message; the record itself has every node
 
 
@@ -92,13 +94,14 @@ def _decided(job: Job, ordered: Sequence[NodeStatus], models: Sequence[Model | N
         refusal = _cluster_refusal(job, decision, ordered, models, files_known=files_known)
         return msgspec.structs.replace(decision, refusal=refusal)
     verdicts[best] = msgspec.structs.replace(verdicts[best], best=True)
-    return msgspec.structs.replace(
+    placed = msgspec.structs.replace(
         decision,
         nodes=tuple(verdicts),
         coordinator=verdicts[best].node_id,
         coordinator_host=verdicts[best].host,
         plan=policy.plan(ordered[best], models[best]),
     )
+    return placed if job.policy == "classic" else with_ready(placed, models[best])
 
 
 def _verdict(
@@ -138,7 +141,8 @@ def _cluster_refusal(
         return msgspec.structs.replace(
             problems[0], message=f"every copy of {decision.model} is unusable: {problems[0].message}"
         )
-    return too_few_lenders(job, nodes) or _no_fit(job, decision, *free_together(job, nodes, decision.nodes))
+    apart = measured(job.links, nodes).unreachable
+    return too_few_lenders(job, nodes) or _no_fit(job, decision, *free_together(job, nodes, decision.nodes), apart)
 
 
 def _refused_as(verdict: NodeVerdict, reason: Reason) -> bool:
@@ -152,7 +156,7 @@ def _not_found(name: str, nodes: Sequence[NodeStatus]) -> Refusal:
     return Refusal(reason=Reason.MODEL_NOT_FOUND, message=f"no node has a model named {quoted(name)}; {hint}")
 
 
-def _no_fit(job: Job, decision: Decision, usable: int, together: int) -> Refusal:
+def _no_fit(job: Job, decision: Decision, usable: int, together: int, apart: frozenset[tuple[str, str]]) -> Refusal:
     """A retryable reason on any node (it may come back, or stop something) makes the whole worth retrying."""
     refusals = [verdict.refusal for verdict in decision.nodes if verdict.refusal is not None]
     counts = Counter(refusal.reason.value for refusal in refusals)
@@ -166,6 +170,7 @@ def _no_fit(job: Job, decision: Decision, usable: int, together: int) -> Refusal
     fit = f"\nlargest possible fit: {layers} on {largest.node_id}" if "largest_layers" in numbers else ""
     if fit and usable > 1:
         fit += f"; {usable} nodes together have {together:,} bytes free of {decision.estimate_bytes:,} needed"
+        fit += _apart(apart)
     return Refusal(
         reason=Reason.NO_FIT,
         message=f"no node can take {decision.model}: {summary}\n{node_table(decision, MOST_ROWS)}{fit}",
@@ -178,6 +183,13 @@ def _no_fit(job: Job, decision: Decision, usable: int, together: int) -> Refusal
             "free_together_bytes": together,
         },
     )
+
+
+def _apart(pairs: frozenset[tuple[str, str]]) -> str:
+    """Why nodes that have the room together may still not be of one plan."""
+    told = [f"{one} cannot reach {other}" for one, other in sorted(pairs)[:MOST_APART]]
+    more = f" and {len(pairs) - MOST_APART} more" if len(pairs) > MOST_APART else ""
+    return f"; {', '.join(told)}{more}" if told else ""
 
 
 def _largest_layers(verdict: NodeVerdict) -> int:

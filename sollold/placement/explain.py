@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from sollol.link import PlanLink
 from sollol.report import CoordinatorPlan, Decision, DeviceShare, NodeVerdict
 
 SCHEMA = "sollol.place/v1"
@@ -24,7 +25,9 @@ def explain(decision: Decision) -> str:
         given = decision.plan.context_per_slot
         lines.append(f"Context reduced from {decision.reduced_context_from} to {given} tokens: no more fits")
     if decision.plan is not None:
-        lines.append(split_table(decision.plan, best) if best.shares else plan_table(decision.plan))
+        lines.append(split_table(decision, decision.plan, best) if best.shares else plan_table(decision.plan))
+    if decision.ready_s is not None:
+        lines.append(_ready(decision, decision.ready_s))
     return "\n".join(lines)
 
 
@@ -47,23 +50,42 @@ def plan_table(plan: CoordinatorPlan) -> str:
     return f"{_plan_title(plan)}\n{_aligned(rows)}"
 
 
-def split_table(plan: CoordinatorPlan, coordinator: NodeVerdict) -> str:
-    """A plan over several nodes: who holds which layers, and what a token costs where."""
+def split_table(decision: Decision, plan: CoordinatorPlan, coordinator: NodeVerdict) -> str:
+    """A plan over several nodes: who holds which layers, over which link, and what a token costs where."""
     cost = {part.name: part.value for part in coordinator.parts}
-    rows: list[tuple[str, ...]] = [("node", "device", *SHARE_COLUMNS, "read ms")]
+    links = {link.node_id: link for link in decision.links}
+    rows: list[tuple[str, ...]] = [("node", "device", *SHARE_COLUMNS, "read ms", "rtt ms", "MB/s")]
     for share in plan.shares:
         lent = cost.get(f"read_ms.{share.node_id}/{share.device_id}") if share.node_id else None
         read_ms = cost.get("read_ms." + share.device_id) if lent is None else lent
         reads = "-" if not share.layers or read_ms is None else f"{read_ms:.3f}"
-        rows.append((share.node_id or coordinator.node_id, *_share_row(share), reads))
+        link = links.get(share.node_id)
+        hop = ("-", "-") if link is None else (f"{link.rtt_s * 1000:.3f}", f"{link.bytes_per_s / 1e6:.1f}")
+        rows.append((share.node_id or coordinator.node_id, *_share_row(share), reads, *hop))
+    return "\n".join((_plan_title(plan), _aligned(rows), *_assumed(decision.links), _per_token(cost, coordinator)))
+
+
+def _assumed(links: Sequence[PlanLink]) -> list[str]:
+    names = ", ".join(link.node_id for link in links if link.age_s is None)
+    return [f"Not measured yet, assumed: the link to {names}"] if names else []
+
+
+def _per_token(cost: dict[str, float], coordinator: NodeVerdict) -> str:
     hops = [(name.partition(".")[2], value) for name, value in cost.items() if name.startswith("hop_ms.")]
     each = ", ".join(f"{node_id} {value:.3f}" for node_id, value in hops)
     read = sum(value for name, value in cost.items() if name.startswith("read_ms."))
-    terms = (
+    return (
         f"Per token: {read:.3f} ms reading + {sum(value for _, value in hops):.3f} ms for hops ({each}) "
         f"+ {cost.get('busy_ms', 0.0):.3f} ms for other pools = {coordinator.score or 0.0:.3f} ms"
     )
-    return f"{_plan_title(plan)}\n{_aligned(rows)}\n{terms}"
+
+
+def _ready(decision: Decision, ready_s: float) -> str:
+    terms = []
+    for part in decision.ready_parts:
+        what, _, node_id = part.name.partition(".")
+        terms.append(f"{part.value:.1f} s " + (f"reading on {node_id}" if what == "read_s" else f"moving to {node_id}"))
+    return f"Until ready: {' + '.join(terms)}" + (f" = {ready_s:.1f} s" if len(terms) > 1 else "")
 
 
 def _plan_title(plan: CoordinatorPlan) -> str:
@@ -84,7 +106,16 @@ def as_json(decision: Decision) -> dict[str, Any]:
         "coordinator_host": decision.coordinator_host or None,
         "plan": msgspec.to_builtins(decision.plan),
         "reduced_context_from": decision.reduced_context_from,
+        **({} if decision.unit == "MB" else _ready_json(decision)),
         "refusal": msgspec.to_builtins(decision.refusal),
+    }
+
+
+def _ready_json(decision: Decision) -> dict[str, Any]:
+    return {
+        "ready_s": decision.ready_s,
+        "ready_parts": {part.name: part.value for part in decision.ready_parts},
+        "links": msgspec.to_builtins(decision.links),
     }
 
 

@@ -40,6 +40,7 @@ class Unit(Struct, frozen=True, kw_only=True):
     first_ms: float  # for the first device of a backend
     more_ms: float  # for each further one
     answer_ms: float  # for holding the output layer
+    move_s: float  # for each byte of its layers, once, before the model is ready
     room_bytes: int  # free for layers
     tie: tuple[int, int, int, str]
 
@@ -103,11 +104,13 @@ def has_rpc(node: NodeStatus) -> bool:
 
 
 def units_for(job: Job, needs: Needs, nodes: Sequence[NodeStatus], own: int, borrowed: Sequence[Place]) -> list[Unit]:
-    """Every device that can hold layers for the coordinator on `nodes[own]`: its own, then those of other nodes."""
+    """Every device that can hold layers for the coordinator on `nodes[own]`: its own, then others' in its reach."""
+    own_id = nodes[own].report.node_id
     places = [(own, rank) for rank, device in enumerate(nodes[own].report.devices) if _can_hold(device)]
     for at, rank in borrowed:
         ram = nodes[at].report.devices[0].free_bytes
-        if at != own and (rank == 0 or ram >= needs.host_bytes) and same_engine(nodes[own], nodes[at]):
+        reached = job.links.reaches(own_id, nodes[at].report.node_id)
+        if at != own and reached and (rank == 0 or ram >= needs.host_bytes) and same_engine(nodes[own], nodes[at]):
             places.append((at, rank))
     units = [_unit(job, needs, nodes, own, place) for place in places]
     return [unit for unit in units if unit.room_bytes > 0]
@@ -119,8 +122,10 @@ def _unit(job: Job, needs: Needs, nodes: Sequence[NodeStatus], own: int, place: 
     device = report.devices[rank]
     on_cpu = device.kind is DeviceKind.CPU
     lent = at != own or on_cpu
-    link = job.links.between(nodes[own].report.node_id, report.node_id)
-    hop_ms = (job.links.hop_s + link.rtt_s) * 1000
+    own_id, links = nodes[own].report.node_id, job.links
+    there, back = links.between(own_id, report.node_id), links.between(report.node_id, own_id)
+    hop_ms = (links.hop_s + there.rtt_s) * 1000
+    crossing_ms = needs.crossing_bytes * (1 / there.bytes_per_s + 1 / back.bytes_per_s) * 1000
     free = _free(nodes[at], rank)
     return Unit(
         at=at,
@@ -133,9 +138,10 @@ def _unit(job: Job, needs: Needs, nodes: Sequence[NodeStatus], own: int, place: 
         on_host=on_cpu or device.unified,
         host_bytes=report.devices[0].free_bytes,
         byte_ms=_byte_ms(nodes[at], rank),
-        first_ms=hop_ms + 2 * needs.crossing_bytes / link.bytes_per_s * 1000 if lent else 0.0,
+        first_ms=hop_ms + crossing_ms if lent else 0.0,
         more_ms=hop_ms if lent else 0.0,
-        answer_ms=needs.answer_bytes / link.bytes_per_s * 1000 if lent else 0.0,
+        answer_ms=needs.answer_bytes / back.bytes_per_s * 1000 if lent else 0.0,
+        move_s=1 / there.bytes_per_s if lent else 0.0,
         room_bytes=free - needs.fixed_bytes(device.kind),
         tie=tie_order(job, report),
     )

@@ -6,12 +6,15 @@
 
 A coordinator's own CPU that holds layers is a backend too, over the loopback interface; its own GPUs cost no hop.
 `search` finds the plans, the memory model has the last word on each, and a single node is left only for one that is
-more than 5 % faster. Everything is in bytes and milliseconds.
+more than 5 % faster. Of plans within 5 % one that is ready much sooner is taken. Everything is in bytes and
+milliseconds, and what comes before the first token in seconds.
 """
 
 from collections.abc import Sequence
 
 from msgspec import Struct
+from msgspec.structs import replace
+from sollol.link import PlanLink
 from sollol.memory import bytes_read_per_token
 from sollol.report import CoordinatorPlan, DeviceShare, Model, NodeStatus, NodeVerdict, ScorePart
 
@@ -20,7 +23,9 @@ from sollold.placement.found import Found, Limits, Origin, Record
 from sollold.placement.job import Job
 from sollold.placement.layout import Load, bandwidth
 from sollold.placement.lenders import Place, Unit, coordinators, lenders, units_for
+from sollold.placement.links import measured
 from sollold.placement.needs import Holding, Needs, needs_for
+from sollold.placement.ready import moving_s, much_sooner, ready_parts
 from sollold.placement.search import FEW_LAYERS, Search
 
 # Partial plans to look at, 5 to 10 microseconds each: over the whole cluster, then over the nodes of the best plan.
@@ -33,11 +38,21 @@ MOST_CHECKED = 8  # plans that the search found and the memory model may refuse
 
 
 class Split(Struct, frozen=True, kw_only=True):
-    """A plan over several nodes; `parts` add up to its milliseconds per token."""
+    """A plan over several nodes; `parts` add up to its milliseconds per token, `ready` to its seconds until ready."""
 
     coordinator: int  # the node's place in the list
     plan: CoordinatorPlan
     parts: tuple[ScorePart, ...]
+    ready: tuple[ScorePart, ...]
+    links: tuple[PlanLink, ...]
+
+    @property
+    def cost_ms(self) -> float:
+        return sum(part.value for part in self.parts)
+
+    @property
+    def moving_s(self) -> float:
+        return moving_s(self.ready)
 
 
 def best_split(
@@ -61,6 +76,7 @@ def best_split(
     solo_ms = None if solo is None or job.backends_per_pool else verdicts[solo].score
     if solo is not None and solo_ms is not None and not _worth_a_look(job, nodes, models[solo], solo_ms):
         return None
+    job = replace(job, links=measured(job.links, nodes))
     able = coordinators(job, nodes, models, verdicts)
     return _Cluster(job, nodes, models).best(able, solo_ms) if able else None
 
@@ -81,11 +97,37 @@ class _Cluster:
         for order, at in enumerate(able):
             origin = Origin(at, order)
             self._search(origin, self._units(origin, borrowed), record)
-        for found in record.ranked()[:MOST_CHECKED]:
-            split = self._split(found if record.exhausted else self._again(found, borrowed))
+        ranked = record.ranked()[:MOST_CHECKED]
+        for best in ranked:
+            found = best if record.exhausted else self._again(best, borrowed)
+            split = self._split(found)
             if split is not None:
-                return split
+                least = min(split.cost_ms, *(each.cost_ms for each in ranked)) * EQUAL_WITHIN
+                most_ms = least if solo_ms is None else min(least, solo_ms / EQUAL_WITHIN)
+                return self._sooner(split, found, borrowed, most_ms)
         return None
+
+    def _sooner(self, split: Split, found: Found, borrowed: Sequence[Place], most_ms: float) -> Split:
+        """The plan to take instead, of those with the same coordinator and no more nodes that take at most `most_ms`.
+
+        The same search, with a price on each byte moved: all that is left to `most_ms`, spread over what `split` moves.
+        A plan that costs less with it takes no longer than that, and moves less.
+        """
+        left_ms = most_ms - split.cost_ms
+        if left_ms <= 0 or not much_sooner(0.0, split.moving_s):
+            return split
+        price = left_ms / split.moving_s
+        units = [
+            replace(unit, byte_ms=unit.byte_ms + price * unit.move_s) for unit in self._units(found.origin, borrowed)
+        ]
+        limits = replace(self._limits, max_nodes=found.nodes)
+        record = Record(limits, most_ms * EQUAL_WITHIN, MOST_STEPS_AGAIN)
+        self._search(found.origin, units, record)
+        for better in record.ranked()[:MOST_CHECKED]:
+            other = self._split(better)
+            if other is not None and other.cost_ms <= most_ms and much_sooner(other.moving_s, split.moving_s):
+                return other
+        return split
 
     def _units(self, origin: Origin, borrowed: Sequence[Place]) -> list[Unit]:
         return units_for(self._job, self._needs(origin.at), self._nodes, origin.at, borrowed)
@@ -130,8 +172,14 @@ class _Cluster:
             batch=job.batch,
             ubatch=job.ubatch,
         )
-        parts = (*self._read_parts(needs, units, shares), *self._hop_parts(at, needs, units))
-        return Split(coordinator=at, plan=plan, parts=parts)
+        own_id, links = self._nodes[at].report.node_id, job.links
+        return Split(
+            coordinator=at,
+            plan=plan,
+            parts=(*self._read_parts(needs, units, shares), *self._hop_parts(at, needs, units)),
+            ready=ready_parts(own_id, model, plan, links),
+            links=tuple(links.in_plan(own_id, node_id) for node_id in _others(plan, own_id)),
+        )
 
     def _fits(self, at: int, units: Sequence[Unit], shares: Sequence[DeviceShare]) -> bool:
         """Each share into its device; those in a node's RAM, unified memory included, together into that."""
@@ -201,6 +249,11 @@ def _worth_a_look(job: Job, nodes: Sequence[NodeStatus], model: Model | None, so
                 if (device.bandwidth_bytes_per_s or bandwidth(device, devices[0])) > enough:
                     return True
     return False
+
+
+def _others(plan: CoordinatorPlan, own_id: str) -> dict[str, None]:
+    """The other nodes of the plan, in the order of the layers."""
+    return dict.fromkeys(share.node_id for share in plan.shares if share.node_id not in ("", own_id))
 
 
 def _holding(unit: Unit, layers: int) -> Holding:

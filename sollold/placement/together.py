@@ -1,4 +1,4 @@
-"""Puts a plan over several nodes into the record, and says what the nodes could do together when nothing fits."""
+"""Puts a plan into the record, and says what the nodes could do together when nothing fits."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,6 +10,8 @@ from sollol.report import Decision, DeviceShare, Model, NodeStatus, NodeVerdict
 from sollold.placement.filters import free_bytes
 from sollold.placement.job import Job
 from sollold.placement.lenders import may_lend, only_short
+from sollold.placement.links import Links
+from sollold.placement.ready import ready_parts
 from sollold.placement.split import Split
 
 
@@ -39,7 +41,18 @@ def with_split(decision: Decision, split: Split) -> Decision:
         coordinator=chosen.node_id,
         coordinator_host=chosen.host,
         plan=split.plan,
+        ready_s=sum(part.value for part in split.ready),
+        ready_parts=split.ready,
+        links=split.links,
     )
+
+
+def with_ready(decision: Decision, model: Model | None) -> Decision:
+    """The decision for a single node, with what it takes until the model is ready there."""
+    if decision.plan is None or model is None:
+        return decision
+    parts = ready_parts(decision.coordinator, model, decision.plan, Links())
+    return replace(decision, ready_s=sum(part.value for part in parts), ready_parts=parts)
 
 
 def free_together(job: Job, nodes: Sequence[NodeStatus], verdicts: Sequence[NodeVerdict]) -> tuple[int, int]:

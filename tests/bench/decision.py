@@ -4,11 +4,13 @@ import statistics
 import time
 from collections.abc import Callable
 
+from sollol.link import Link
 from sollol.report import NodeStatus, PlacementWish
 
 from sollold.placement import PlacementDefaults, decide
 from sollold.placement.layout import layouts_for
 from tests.placement_cases import GIB, cpu, gpu, model, node, shape
+from tests.random_clusters import with_rpc
 
 ROUNDS = 15
 # As an 8B model: many layers make the searches longer.
@@ -21,7 +23,17 @@ def _node(number: int, cpu_free: int, *gpus_free: int) -> NodeStatus:
     return node(f"node-{number:05d}", cpu(free=cpu_free), *gpus, host=host, models=(LLAMA,))
 
 
+def _lending(number: int) -> NodeStatus:
+    """Room for a part of the model, and links to those 32 that heads have measured."""
+    others = [at for at in range(32) if at != number] if number < 32 else []
+    links = tuple(
+        Link(node_id=f"node-{at:05d}", rtt_s=0.0002 * (1 + at % 3), bytes_per_s=1e8 / (1 + at % 5)) for at in others
+    )
+    return with_rpc(_node(number, (3 + number * 7 % 4) * GIB), links=links)
+
+
 # "mixed": unequal nodes, a third without a GPU, a third with two, most GPUs too full for the whole model.
+# "lending": no node has room alone, so that plans over several are looked for.
 KINDS: dict[str, Callable[[int], NodeStatus]] = {
     "no GPU": lambda number: _node(number, (16 + number * 7 % 64) * GIB),
     "one GPU": lambda number: _node(number, 64 * GIB, (1 + number * 5 % 24) * GIB),
@@ -29,6 +41,7 @@ KINDS: dict[str, Callable[[int], NodeStatus]] = {
     "nothing fits": lambda number: _node(
         number, (1 + number % 3) * GIB, *[(1 + number * 5 % 3) * GIB // 2] * (number % 3)
     ),
+    "lending": _lending,
 }
 
 

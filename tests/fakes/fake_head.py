@@ -8,13 +8,22 @@ from sollol import wire
 from sollol.channels import new_server, refusal_abort
 from sollol.errors import Reason, Refusal, refuse
 from sollol.inference import AvailableModel, Piece
+from sollol.link import Link
 from sollol.report import DeviceShare, Instance, InstanceState, NodeStatus, PlacementWish, Pool, Progress
 from sollol.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 from sollold.placement import PlacementDefaults, decide
 from tests.placement_cases import MODEL, cpu, gpu, node
 
-NODES: tuple[NodeStatus, ...] = (node("big", cpu(), gpu()), node("small", cpu(free=2**30), engine=False))
+LINKS = (
+    Link(node_id="small", rtt_s=0.00031, bytes_per_s=112e6, age_s=40.0),
+    Link(node_id="attic", unreachable=True, age_s=3.0),
+)
+BIG = node("big", cpu(), gpu())
+NODES: tuple[NodeStatus, ...] = (
+    replace(BIG, report=replace(BIG.report, links=LINKS)),
+    node("small", cpu(free=2**30), engine=False),
+)
 READY = Instance(instance_id="tiny-0", model=MODEL, state=InstanceState.READY, parallel=4, active_streams=1)
 SHARES = (
     DeviceShare(device_id="CPU", layers=0, total_bytes=2**29),

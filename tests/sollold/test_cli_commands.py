@@ -18,11 +18,12 @@ async def head():
         yield running
 
 
-async def test_nodes_models_and_pools_are_tables_for_people(head):
+async def test_nodes_links_models_and_pools_are_tables_for_people(head):
     _, address = head
 
     for command, shown in (
         ("nodes", ("NODE", "big", "CUDA0 24.00 GiB / 24.00 GiB", "none: run `sollol engine build` there")),
+        ("links", ("small", "0.31 ms", "112.0 MB/s", "41 s ago", "attic", "out of reach", "4 s ago")),
         ("models", (MODEL, "warm", "ENGINE_DIED: the engine died")),
         ("pools", ("tiny-0", "READY", "1 / 3")),
     ):
@@ -67,7 +68,7 @@ async def test_pools_are_listed_by_number_with_the_layers_and_bytes_of_each_devi
 async def test_every_read_has_json_with_a_schema(head):
     _, address = head
 
-    for command, length in (("nodes", len(NODES)), ("models", 2), ("pools", 2)):
+    for command, length in (("nodes", len(NODES)), ("links", 2), ("models", 2), ("pools", 2)):
         _, out, _ = await sollol("--head", address, command, "--json")
 
         assert f"sollol.{command}/v1" == json.loads(out)["schema"]
