@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-TOOLS = ("ip", "nft", "redis-server")
+TOOLS = ("ip", "tc", "nft", "redis-server")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Hosts in network namespaces, each with one address on a common bridge; links that go down and packets that get lost.
+"""Hosts in network namespaces, each with one address on a common bridge; links that are slow or down, lost packets.
 
 The bridge lies in a namespace of its own: nothing of the machine's own network is touched, and no packet leaves it.
 """
@@ -19,10 +19,12 @@ def _ip(*arguments: str) -> None:
 
 @dataclass(frozen=True)
 class Host:
-    """One namespace, named by its address."""
+    """One namespace, named by its address; `port` is where its cable is plugged in, in the namespace `switch`."""
 
     address: str
     namespace: str
+    switch: str
+    port: str
 
     def argv(self, *command: str) -> tuple[str, ...]:
         """`command` as it has to be started to run on this host."""
@@ -51,6 +53,14 @@ class Host:
     def link_up(self) -> None:
         _ip("-n", self.namespace, "link", "set", "eth0", "up")
 
+    def slow_down(self, bits_per_s: int) -> None:
+        """From now on its cable carries no more than this, each way."""
+        limit = ("root", "tbf", "rate", f"{bits_per_s}bit", "burst", "16kb", "latency", "400ms")
+        for namespace, device in ((self.namespace, "eth0"), (self.switch, self.port)):
+            subprocess.run(
+                ("tc", "-n", namespace, "qdisc", "replace", "dev", device, *limit), check=True, capture_output=True
+            )
+
     def drop_from(self, source: str) -> None:
         """Lose every packet that arrives from `source`; the other way still works."""
         rules = (
@@ -68,14 +78,17 @@ def network(addresses: Sequence[str]) -> Iterator[tuple[Host, ...]]:
     """Yield one host per address, all on one bridge; everything is gone afterwards, processes included."""
     name = f"sollol-{os.getpid()}"
     switch = f"{name}-switch"
-    hosts = tuple(Host(address, f"{name}-{address.rsplit('.', 1)[1]}") for address in addresses)
+    hosts = tuple(
+        Host(address, f"{name}-{address.rsplit('.', 1)[1]}", switch, f"port{number}")
+        for number, address in enumerate(addresses)
+    )
     namespaces = (switch, *(host.namespace for host in hosts))
     try:
         _ip("netns", "add", switch)
         _ip("-n", switch, "link", "add", "bridge", "type", "bridge")
         _ip("-n", switch, "link", "set", "bridge", "up")
-        for number, host in enumerate(hosts):
-            _plug_in(host, switch, f"port{number}")
+        for host in hosts:
+            _plug_in(host)
         yield hosts
     finally:
         for namespace in namespaces:
@@ -83,10 +96,10 @@ def network(addresses: Sequence[str]) -> Iterator[tuple[Host, ...]]:
             subprocess.run(("ip", "netns", "delete", namespace), check=False, capture_output=True)
 
 
-def _plug_in(host: Host, switch: str, port: str) -> None:
+def _plug_in(host: Host) -> None:
     _ip("netns", "add", host.namespace)
-    _ip("-n", host.namespace, "link", "add", "eth0", "type", "veth", "peer", "name", port, "netns", switch)
-    _ip("-n", switch, "link", "set", port, "master", "bridge", "up")
+    _ip("-n", host.namespace, "link", "add", "eth0", "type", "veth", "peer", "name", host.port, "netns", host.switch)
+    _ip("-n", host.switch, "link", "set", host.port, "master", "bridge", "up")
     _ip("-n", host.namespace, "address", "add", f"{host.address}/{PREFIX_BITS}", "dev", "eth0")
     _ip("-n", host.namespace, "link", "set", "eth0", "up")
     _ip("-n", host.namespace, "link", "set", "lo", "up")

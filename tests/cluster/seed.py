@@ -133,17 +133,20 @@ def seed_cluster(
     head_flags: tuple[str, ...] = (),
     agent_flags: tuple[str, ...] = (),
     model_hosts: Sequence[str] = (LARGE,),
+    prepare: Callable[[Cluster], None] = lambda _: None,
 ) -> Iterator[Cluster]:
     """Start the whole cluster and yield it once the head sees every node.
 
     Args:
         directory: For logs, states and sockets; keep its path short.
         caps: Address to the most bytes that the agent there may use of its CPU.
+        prepare: Called before anything is started.
         model_dir: Where the nodes of `model_hosts` (the large one, .20) have their models; the others have none.
     """
     with network(ADDRESSES) as hosts:
         cluster = Cluster({host.address: host for host in hosts}, directory)
         try:
+            prepare(cluster)
             cluster.start_redis()
             cluster.start_head(*head_flags)
             for address in caps:
