@@ -76,7 +76,7 @@ async def serve(config: AgentConfig, environ: Mapping[str, str], stop: Stop) -> 
             speeds = _speeds(places, found, supervisor, inventory, key, on_change=lambda: reporter.changed())  # noqa: PLW0108 - defined below
             streams.subscribe(speeds.streams_changed)
             probe = _probe(config, places, found, threads)
-            links = Links(probe=link_probe.probe)
+            links = Links(probe=link_probe.probe, who=link_probe.who_answers)
             reporter = Reporter(
                 config=config,
                 probe=probe,
@@ -89,9 +89,11 @@ async def serve(config: AgentConfig, environ: Mapping[str, str], stop: Stop) -> 
                 registry=registry,
             )
             supervisor.subscribe(lambda _: reporter.changed())
+            links.subscribe(reporter.changed)
             closing.run("speeds", speeds.run(), stop, within_s=STEP_WITHIN_S)
             await supervisor.reap_leftovers()
             closing.run("report", reporter.run(), stop, within_s=STEP_WITHIN_S)
+            closing.run("links", links.run(), stop, within_s=STEP_WITHIN_S)
             closing.add("engines", supervisor.close, within_s=config.stop_grace_s + 2 * STEP_WITHIN_S)
             if not await _before_stop(reporter.ready(), stop):
                 return

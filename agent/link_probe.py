@@ -7,7 +7,8 @@ more than gigabit Ethernet; a faster link shows as that.
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc.aio
@@ -16,10 +17,12 @@ from sollol.channels import open_channel, refusal_of, unreachable
 from sollol.errors import Reason, SollolError, refuse
 from sollol.v1 import agent_pb2, agent_pb2_grpc
 
+from agent.links import address_of
 from agent.ping import round_trip_s
 from agent.rate import MOST_BYTES, Arrived, bytes_per_s, enough
 
 PROBE_WITHIN_S = 6.0
+WHO_WITHIN_S = 3.0
 COUNTED_WITHIN_S = 4.0
 # Pieces grow with what has been sent: fine enough to time a slow link, few enough not to be what limits a fast one.
 SMALLEST_BYTES = 4 << 10
@@ -43,15 +46,13 @@ async def probe(host: str, port: int) -> Probed:
     Raises:
         SollolError: AGENT_UNREACHABLE, or why the agent there would not answer.
     """
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    address = address_of(host, port)
     try:
         rtt_s = await round_trip_s(host, port)
     except OSError as error:  # a time-out is one
         problem = str(error) or "no answer in time"
         raise SollolError(unreachable(f"agent {address} cannot be reached ({problem})")) from error
-    channel = open_channel(address)
-    try:
-        call: Any = agent_pb2_grpc.AgentServiceStub(channel).ProbeLink(timeout=PROBE_WITHIN_S)
+    async with _calling(address, PROBE_WITHIN_S) as call:
         who = await _answer(call, address)
         sending = asyncio.create_task(_send(call), name=f"probe {address}")
         try:
@@ -59,11 +60,33 @@ async def probe(host: str, port: int) -> Probed:
         finally:
             sending.cancel()  # and the call with it: what is still to be written is of no use
             await asyncio.wait((sending,))
+    return Probed(node_id=who.node_id, boot_id=who.boot_id, rtt_s=rtt_s, bytes_per_s=answer.bytes_per_s)
+
+
+async def who_answers(host: str, port: int) -> str:
+    """The node id of the agent at this address.
+
+    Raises:
+        SollolError: as `probe`.
+    """
+    address = address_of(host, port)
+    async with _calling(address, WHO_WITHIN_S) as call:
+        return (await _answer(call, address)).node_id
+
+
+@asynccontextmanager
+async def _calling(address: str, within_s: float) -> AsyncIterator[Any]:
+    channel = open_channel(address)
+    try:
+        call = agent_pb2_grpc.AgentServiceStub(channel).ProbeLink(timeout=within_s)
+        try:
+            yield call
+        finally:
+            call.cancel()
     except grpc.aio.AioRpcError as error:
         raise SollolError(refusal_of(error, f"agent {address}")) from error
     finally:
         await channel.close()
-    return Probed(node_id=who.node_id, boot_id=who.boot_id, rtt_s=rtt_s, bytes_per_s=answer.bytes_per_s)
 
 
 async def _answer(call: Any, address: str) -> agent_pb2.ProbeLinkResponse:

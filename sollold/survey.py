@@ -14,7 +14,6 @@ from sollol.report import InstanceKind, InstanceState, NodeStatus
 from sollold.placement.lenders import has_rpc, same_engine
 
 MEASURED_FOR_S = 600.0
-UNREACHABLE_FOR_S = 60.0  # a node that comes back shall not stay alone for long
 # Of more nodes than these the ones that placement looks at first: every link of a thousand would take days.
 MOST_NODES = 32
 
@@ -83,14 +82,18 @@ def _pairs(nodes: Iterable[NodeStatus]) -> Iterator[tuple[NodeStatus, NodeStatus
 
 
 def _overdue(known: tuple[NodeStatus, Link] | None, peer: NodeStatus) -> float:
-    """How many times over a measurement's life is past; infinite for none, or one before the peer's last boot."""
+    """How many times over a measurement's life is past; infinite for none, or one of before the peer's last move.
+
+    An agent that cannot reach the peer tries again by itself.
+    """
     if known is None:
         return inf
     status, link = known
-    age_s = link.age_s + status.report_age_s
+    if link.address != peer.report.address:
+        return inf
     if link.unreachable:
-        return age_s / UNREACHABLE_FOR_S
-    return age_s / MEASURED_FOR_S if link.boot_id == peer.report.boot_id else inf
+        return 0.0
+    return (link.age_s + status.report_age_s) / MEASURED_FOR_S if link.boot_id == peer.report.boot_id else inf
 
 
 def _working(statuses: Iterable[NodeStatus]) -> set[str]:

@@ -16,7 +16,7 @@ log = structlog.get_logger(__name__)
 
 PAUSE_S = 1.0  # half a second of traffic each: most of the time there is none
 LOOK_AGAIN_S = 2.0
-NOT_AGAIN_FOR_S = 60.0
+NOT_AGAIN_FOR_S = 60.0  # after a refusal; and an agent that finds nobody tries again by itself
 
 
 class Agent(Protocol):
@@ -33,7 +33,7 @@ class Surveyor:
 
     def __init__(self, nodes: ClusterView, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._nodes, self._clock = nodes, clock
-        self._failed: dict[Pair, float] = {}  # and until when each is left alone
+        self._failed: dict[Pair, float] = {}  # until when each is left alone
 
     async def run(self) -> None:
         """Measure whatever is due, until cancelled."""
@@ -55,6 +55,8 @@ class Surveyor:
             self._failed[wanted.pair] = self._clock() + NOT_AGAIN_FOR_S
             log.warning("link_not_measured", node=wanted.node_id, peer=wanted.peer_id, why=str(error))
         else:
+            if link.unreachable:
+                self._failed[wanted.pair] = self._clock() + NOT_AGAIN_FOR_S
             log.info(
                 "link_measured",
                 node=wanted.node_id,

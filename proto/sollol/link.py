@@ -12,6 +12,7 @@ class Link(Struct, frozen=True, kw_only=True):
     bytes_per_s: float = 0.0
     age_s: float = 0.0
     boot_id: str = ""
+    address: str = ""
 
 
 class PlanLink(Struct, frozen=True, kw_only=True):

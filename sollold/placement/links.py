@@ -7,8 +7,8 @@ from msgspec.structs import replace
 from sollol.link import PlanLink
 from sollol.report import NodeStatus
 
-# How long the word of a node that it cannot reach another one keeps the two apart. It is asked again before.
-UNREACHABLE_FOR_S = 180.0
+# How long the word of a node that it cannot reach another one keeps the two apart. It tries every few seconds.
+UNREACHABLE_FOR_S = 60.0
 
 
 class Link(Struct, frozen=True, kw_only=True):
@@ -72,12 +72,14 @@ class Links(Struct, frozen=True, kw_only=True):
 def measured(links: Links, nodes: Sequence[NodeStatus]) -> Links:
     """`links` with all that the nodes' reports say, which counts more."""
     known, unreachable = dict(links.known), set(links.unreachable)
+    addresses: dict[str, str] = {}
     for node in nodes:
         for link in node.report.links:
             pair = (node.report.node_id, link.node_id)
             age_s = link.age_s + node.report_age_s
             if link.unreachable:
-                if age_s <= UNREACHABLE_FOR_S:
+                addresses = addresses or {each.report.node_id: each.report.address for each in nodes}
+                if age_s <= UNREACHABLE_FOR_S and addresses.get(link.node_id) == link.address:
                     unreachable.add(pair)
             elif link.bytes_per_s > 0:
                 known[pair] = Link(rtt_s=link.rtt_s, bytes_per_s=link.bytes_per_s, age_s=age_s)

@@ -150,7 +150,8 @@ class FakeAgent(agent_pb2_grpc.AgentServiceServicer):
         if "MeasureLink" in self.refusals:
             wire.fill(response.refusal, self.refusals["MeasureLink"])
         else:
-            link = Link(node_id=request.node_id, rtt_s=0.001, bytes_per_s=1e8, boot_id="boot")
+            address = f"{request.host}:{request.port}"
+            link = Link(node_id=request.node_id, rtt_s=0.001, bytes_per_s=1e8, boot_id="boot", address=address)
             wire.fill(response.link, link)
             self.tell(links=(*(each for each in self.report.links if each.node_id != link.node_id), link))
         return response

@@ -9,7 +9,7 @@ from sollol.link import Link
 from sollol.report import DeviceShare, Instance, InstanceKind, InstanceState, Reservation
 
 from sollold import survey
-from sollold.survey import MEASURED_FOR_S, UNREACHABLE_FOR_S, due
+from sollold.survey import MEASURED_FOR_S, due
 from tests.placement_cases import cpu, model, node
 from tests.random_clusters import OTHERS, RPC, with_rpc
 
@@ -18,10 +18,10 @@ def able(node_id, *links, host="10.0.0.1", engine=RPC, boot_id="boot", **more):
     return with_rpc(node(node_id, host=host, **more), engine, links=links, boot_id=boot_id)
 
 
-def to(node_id, *, age_s=0.0, boot_id="boot", unreachable=False):
+def to(node_id, *, age_s=0.0, boot_id="boot", unreachable=False, address="10.0.0.1:7462"):
     if unreachable:
-        return Link(node_id=node_id, unreachable=True, age_s=age_s)
-    return Link(node_id=node_id, rtt_s=0.001, bytes_per_s=1e8, age_s=age_s, boot_id=boot_id)
+        return Link(node_id=node_id, unreachable=True, age_s=age_s, address=address)
+    return Link(node_id=node_id, rtt_s=0.001, bytes_per_s=1e8, age_s=age_s, boot_id=boot_id, address=address)
 
 
 def pair(*statuses, **more):
@@ -43,7 +43,7 @@ def all_pairs(statuses):
 
 
 def test_a_link_that_nobody_measured_is_due_with_the_address_of_the_other_node():
-    found = due([able("a", host="10.0.0.1"), able("b", host="10.0.0.2")])
+    found = due([able("a"), able("b", host="10.0.0.2")])
 
     assert (found.node_id, found.peer_id, found.host, found.port) == ("a", "b", "10.0.0.2", 7462)
 
@@ -84,12 +84,17 @@ def test_after_a_boot_of_the_other_node_it_is_due_again():
     assert pair(a, b) == ("a", "b")
 
 
-def test_a_node_out_of_reach_is_tried_again_sooner_and_from_its_own_side_too():
-    tried = able("a", to("b", unreachable=True, age_s=UNREACHABLE_FOR_S - 10))
-    assert pair(tried, able("b", to("a"))) is None
+def test_a_node_out_of_reach_is_its_peers_business_to_try_again_and_measured_from_its_own_side():
+    tried = able("a", to("b", unreachable=True, age_s=MEASURED_FOR_S + 1))
     assert pair(tried, able("b")) == ("b", "a")
-    again = able("a", to("b", unreachable=True, age_s=UNREACHABLE_FOR_S + 1))
-    assert pair(again, able("b", to("a"))) == ("a", "b")
+    assert pair(tried, able("b", to("a"))) is None
+
+
+def test_a_node_that_moved_is_measured_where_it_is_now():
+    there = able("b", to("a"), host="10.0.0.2")
+    assert pair(able("a", to("b", address="10.0.0.2:7462")), there) is None
+    assert pair(able("a", to("b", address="10.9.0.2:7462")), there) == ("a", "b")
+    assert pair(able("a", to("b", unreachable=True, address="10.9.0.2:7462")), there) == ("a", "b")
 
 
 @pytest.mark.parametrize(

@@ -179,8 +179,8 @@ class AgentServiceServicer(object):
 
     def MeasureLink(self, request, context):
         """Any time; about half a second of traffic, bounded. Measures the link to another agent and keeps the result for the
-        report, that the other is out of reach included. One at a time: a second caller waits, and what was measured a
-        moment ago is not measured again.
+        report. One at a time: a second caller waits, and what was measured a moment ago is not measured again. An agent that
+        was out of reach is tried again every few seconds, and reported so once that has lasted.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

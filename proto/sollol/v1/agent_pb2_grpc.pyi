@@ -58,8 +58,8 @@ class AgentServiceStub:
     """Any time. The last lines of an instance's log, then, with follow, new ones as they are written."""
     MeasureLink: grpc.UnaryUnaryMultiCallable[sollol.v1.agent_pb2.MeasureLinkRequest, sollol.v1.agent_pb2.MeasureLinkResponse]
     """Any time; about half a second of traffic, bounded. Measures the link to another agent and keeps the result for the
-    report, that the other is out of reach included. One at a time: a second caller waits, and what was measured a
-    moment ago is not measured again.
+    report. One at a time: a second caller waits, and what was measured a moment ago is not measured again. An agent that
+    was out of reach is tried again every few seconds, and reported so once that has lasted.
     """
     ProbeLink: grpc.StreamStreamMultiCallable[sollol.v1.agent_pb2.ProbeLinkRequest, sollol.v1.agent_pb2.ProbeLinkResponse]
     """By another agent that measures its link to this one, one at a time. Says who answers when it is the caller's turn;
@@ -102,8 +102,8 @@ class AgentServiceAsyncStub(AgentServiceStub):
     """Any time. The last lines of an instance's log, then, with follow, new ones as they are written."""
     MeasureLink: grpc.aio.UnaryUnaryMultiCallable[sollol.v1.agent_pb2.MeasureLinkRequest, sollol.v1.agent_pb2.MeasureLinkResponse]  # type: ignore[assignment]
     """Any time; about half a second of traffic, bounded. Measures the link to another agent and keeps the result for the
-    report, that the other is out of reach included. One at a time: a second caller waits, and what was measured a
-    moment ago is not measured again.
+    report. One at a time: a second caller waits, and what was measured a moment ago is not measured again. An agent that
+    was out of reach is tried again every few seconds, and reported so once that has lasted.
     """
     ProbeLink: grpc.aio.StreamStreamMultiCallable[sollol.v1.agent_pb2.ProbeLinkRequest, sollol.v1.agent_pb2.ProbeLinkResponse]  # type: ignore[assignment]
     """By another agent that measures its link to this one, one at a time. Says who answers when it is the caller's turn;
@@ -209,8 +209,8 @@ class AgentServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[sollol.v1.agent_pb2.MeasureLinkResponse, collections.abc.Awaitable[sollol.v1.agent_pb2.MeasureLinkResponse]]:
         """Any time; about half a second of traffic, bounded. Measures the link to another agent and keeps the result for the
-        report, that the other is out of reach included. One at a time: a second caller waits, and what was measured a
-        moment ago is not measured again.
+        report. One at a time: a second caller waits, and what was measured a moment ago is not measured again. An agent that
+        was out of reach is tried again every few seconds, and reported so once that has lasted.
         """
 
     @abc.abstractmethod

@@ -944,16 +944,19 @@ class Link(google.protobuf.message.Message):
     BYTES_PER_S_FIELD_NUMBER: builtins.int
     AGE_S_FIELD_NUMBER: builtins.int
     BOOT_ID_FIELD_NUMBER: builtins.int
+    ADDRESS_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     unreachable: builtins.bool
-    """The other node's address was tried and no byte came through, or another node answered there. No figures then."""
+    """For some seconds now no byte has come through to the other's address, or another node answers there. No figures then."""
     rtt_s: builtins.float
     bytes_per_s: builtins.float
     """Towards the other node, as it counted them."""
     age_s: builtins.float
-    """Seconds from the measurement to the report."""
+    """Seconds from the measurement to the report; from the last attempt, where it was in vain."""
     boot_id: builtins.str
     """The other node's, when it was measured."""
+    address: builtins.str
+    """The other node's, as host:port."""
     def __init__(
         self,
         *,
@@ -963,8 +966,9 @@ class Link(google.protobuf.message.Message):
         bytes_per_s: builtins.float = ...,
         age_s: builtins.float = ...,
         boot_id: builtins.str = ...,
+        address: builtins.str = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["age_s", b"age_s", "boot_id", b"boot_id", "bytes_per_s", b"bytes_per_s", "node_id", b"node_id", "rtt_s", b"rtt_s", "unreachable", b"unreachable"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["address", b"address", "age_s", b"age_s", "boot_id", b"boot_id", "bytes_per_s", b"bytes_per_s", "node_id", b"node_id", "rtt_s", b"rtt_s", "unreachable", b"unreachable"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Link: typing_extensions.TypeAlias = Link
