@@ -136,9 +136,9 @@ class Loader:
         await self._lost.settled()
         for _ in range(MAX_ATTEMPTS):
             on_progress(Progress(state="placing"))
-            decision = self._placed(wish, failed)
+            decision = self._placed(wish, number, failed)
             try:
-                return await self._start(wish.model, number, decision, on_progress)
+                return await self._start(decision, on_progress)
             except SollolError as error:
                 refusal = error.refusal
                 node_id = error.node_id if isinstance(error, group.NodeRefusedError) else decision.coordinator
@@ -154,27 +154,28 @@ class Loader:
                     break
         raise SollolError(_last_word(failed))
 
-    def _placed(self, wish: PlacementWish, failed: Mapping[str, Refusal]) -> Decision:
+    def _placed(self, wish: PlacementWish, number: int, failed: Mapping[str, Refusal]) -> Decision:
         candidates = [status for status in self._nodes.statuses() if status.report.node_id not in failed]
         if failed and not candidates:
             raise SollolError(_last_word(failed))
         decision = self._decide(wish, candidates)
+        if decision.plan is not None:
+            # The name that was asked for, which on this node may be an alias: queues find the pool under it.
+            decision = replace(decision, plan=replace(decision.plan, model=wish.model, pool_number=number))
         self._record(decision)
         if decision.refusal is not None:
             # What a node answered when asked is nearer to the truth than that nothing else is left.
             raise SollolError(_last_word(failed) if failed else decision.refusal)
         return decision
 
-    async def _start(
-        self, model: str, number: int, decision: Decision, on_progress: Callable[[Progress], None]
-    ) -> Pool:
-        node_id = decision.coordinator
-        if decision.plan is None:
+    async def _start(self, decision: Decision, on_progress: Callable[[Progress], None]) -> Pool:
+        node_id, plan = decision.coordinator, decision.plan
+        if plan is None:
             raise refuse(
-                Reason.MODEL_UNSUPPORTED, f"{model}: its header is not readable on {node_id}, so no plan can be made"
+                Reason.MODEL_UNSUPPORTED,
+                f"{decision.model}: its header is not readable on {node_id}, so no plan can be made",
             )
-        # The name that was asked for, which on this node may be an alias: queues find the pool under it.
-        plan = replace(decision.plan, model=model, pool_number=number)
+        model, number = plan.model, plan.pool_number
         parts = group.parts_of(plan, node_id)
         links = {part.node_id: self._nodes.link(part.node_id) for part in parts}
         pool_id = new_pool_id(model)
@@ -199,7 +200,8 @@ class Loader:
             if blamed is not error:
                 raise blamed from error
             raise
-        log.info("pool_ready", model=model, number=number, node=node_id, pool=pool_id, nodes=len(parts))
+        at = {"node": node_id, "nodes": len(parts), "listens": instance.endpoint}
+        log.info("pool_ready", model=model, number=number, pool=pool_id, **at)
         return Pool(node_id=node_id, instance=instance)
 
     async def _blamed(self, error: BaseException, pool_id: str, parts: Sequence[group.Part]) -> BaseException:

@@ -25,12 +25,13 @@ def other(state=STARTING, pool_id="0", number=1):
     return Instance(instance_id=pool_id, model=M, state=state, pool_number=number)
 
 
-async def test_the_plan_and_the_pool_have_the_number(setup):
+async def test_the_decision_the_plan_and_the_pool_have_the_number(setup):
     it = await setup("a")
 
     pool = await it.load(number=3)
 
     assert [plan.pool_number for plan in it.agents[0].plans] == [3]
+    assert [decision.plan.pool_number for decision in it.decisions] == [3], "the record says so too"
     assert pool.instance.pool_number == 3
 
 
