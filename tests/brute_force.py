@@ -10,6 +10,7 @@ from itertools import permutations
 from math import inf
 from typing import NamedTuple
 
+from sollol.correction import UNCORRECTED, Correction, scaled
 from sollol.memory import CPU_MARGIN_BYTES, bytes_read_per_token, device_shares
 from sollol.report import Device, DeviceKind, ModelShape, NodeStatus
 
@@ -21,21 +22,26 @@ class Problem(NamedTuple):
     nodes: Sequence[NodeStatus]
     load: tuple[int, int]  # context per slot, parallel
     links: Links
+    correction: Correction = UNCORRECTED
 
 
 @lru_cache(maxsize=200_000)
-def held(shape: ModelShape, first: int, stop: int, *, on_cpu: bool, load: tuple[int, int]) -> tuple[int, int]:
+def held(
+    shape: ModelShape, first: int, stop: int, *, on_cpu: bool, load: tuple[int, int], correction: Correction
+) -> tuple[int, int]:
     """Bytes that the layers from `first` to `stop` need on a lent device or a coordinator's GPU, and those read."""
     every = shape.layers + 1
     kind = DeviceKind.CPU if on_cpu else DeviceKind.GPU
     front, back = ("b", DeviceKind.GPU, first), ("a", DeviceKind.GPU, every - stop)
-    share = shares(shape, [("c", DeviceKind.CPU, 0), front, ("d", kind, stop - first), back], load)[2]
+    share = shares(shape, [("c", DeviceKind.CPU, 0), front, ("d", kind, stop - first), back], load, correction)[2]
     return share.total_bytes, bytes_read_per_token(shape, share)
 
 
-def shares(shape, split, load):
+def shares(shape, split, load, correction):
     context, parallel = load
-    return device_shares(shape, split, context_per_slot=context, parallel=parallel, kv_type="f16", ubatch=512)
+    return device_shares(
+        shape, split, context_per_slot=context, parallel=parallel, kv_type="f16", ubatch=512, correction=correction
+    )
 
 
 def best_ms(problem: Problem, coordinators: Sequence[int]) -> float:
@@ -58,17 +64,17 @@ def _best_for(problem: Problem, own: int) -> float:
 
 
 def _cost(problem: Problem, own: int, dealt: list[tuple[tuple[int, int], int]]) -> float:
-    shape, nodes, load, links = problem
-    host = {own: _coordinator_bytes(shape, load, alone=len(dealt) == 1)}
+    shape, nodes, load, links, correction = problem
+    host = {own: _coordinator_bytes(shape, load, correction, alone=len(dealt) == 1)}
     total, stop, hops, last = 0.0, 0, {}, dealt[-1][0]
     for (at, rank), count in dealt:
         first, stop = stop, stop + count
         device = nodes[at].report.devices[rank]
         on_cpu = device.kind is DeviceKind.CPU
-        size, read = held(shape, first, stop, on_cpu=on_cpu, load=load)
+        size, read = held(shape, first, stop, on_cpu=on_cpu, load=load, correction=correction)
         if size > device.free_bytes:
             return inf
-        if at != own and not on_cpu and nodes[at].report.devices[0].free_bytes < _receiving(shape):
+        if at != own and not on_cpu and nodes[at].report.devices[0].free_bytes < _receiving(shape, correction):
             return inf
         if on_cpu or device.unified:
             host[at] = host.get(at, 0) + size
@@ -85,16 +91,17 @@ def _cost(problem: Problem, own: int, dealt: list[tuple[tuple[int, int], int]]) 
     return total
 
 
-def _receiving(shape):
+def _receiving(shape, correction):
     """What a backend with a GPU takes of its node's RAM: its process and the largest tensor, on its way to the GPU."""
-    return CPU_MARGIN_BYTES + max(max(shape.layer_bytes) // 2, shape.output_bytes)
+    layer, output = (scaled(size, correction.weights) for size in (max(shape.layer_bytes), shape.output_bytes))
+    return CPU_MARGIN_BYTES + max(layer // 2, output)
 
 
 @lru_cache(maxsize=1000)
-def _coordinator_bytes(shape: ModelShape, load: tuple[int, int], *, alone: bool) -> int:
+def _coordinator_bytes(shape: ModelShape, load: tuple[int, int], correction: Correction, *, alone: bool) -> int:
     counts = [shape.layers + 1] if alone else [1, shape.layers]
     split = [("c", DeviceKind.CPU, 0), *((f"{count}", DeviceKind.GPU, count) for count in counts)]
-    return shares(shape, split, load)[0].total_bytes
+    return shares(shape, split, load, correction)[0].total_bytes
 
 
 def speed(device: Device, cpu: Device) -> float:

@@ -3,6 +3,7 @@
 from random import Random
 
 from msgspec.structs import replace
+from sollol.correction import UNCORRECTED, Correction, MemoryCorrection
 from sollol.engine import Engine, EngineSource
 from sollol.report import (
     Device,
@@ -91,6 +92,23 @@ def random_links(random: Random, count: int) -> Links:
 
 def defaults(random: Random, count: int) -> PlacementDefaults:
     return PlacementDefaults(parallel=1, context_per_slot=CONTEXT, links=random_links(random, count))
+
+
+def learned(random: Random, nodes: list[NodeStatus]) -> Correction:
+    """Let a node remember, one time in four, a load of the model in a layout that no plan has; returns what it showed."""
+    if random.random() < 0.75:
+        return UNCORRECTED
+    correction = Correction(
+        weights=random.choice((1.0, 1.2)),
+        kv=random.choice((1.0, 3.0)),
+        compute=random.choice((1.0, 1.5)),
+        added_bytes=random.choice((0, GIB // 4)),
+    )
+    known = MemoryCorrection(
+        identity="same", context_per_slot=1, parallel=1, kv_type="f16", ubatch=1, layout="", correction=correction
+    )
+    nodes[0] = replace(nodes[0], report=replace(nodes[0].report, memory=(known,)))
+    return correction
 
 
 def wish(**changes) -> PlacementWish:

@@ -11,7 +11,7 @@ from google.protobuf import descriptor_pool
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec import inspect as types
-from sollol import engine, errors, link, report, wire
+from sollol import correction, engine, errors, link, report, wire
 from sollol.errors import SURFACES, Reason, Refusal, Retry, SollolError, refuse
 from sollol.v1 import agent_pb2, cluster_pb2, common_pb2, inference_pb2
 
@@ -20,7 +20,7 @@ MESSAGES = {
     for module in (common_pb2, cluster_pb2, agent_pb2, inference_pb2)
     for name in module.DESCRIPTOR.message_types_by_name
 }
-CONTRACT = (report, link, engine, errors)
+CONTRACT = (report, link, engine, correction, errors)
 VALUES = [
     kind
     for module in CONTRACT

@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from sollol.compute.device import Part, compute_bytes
 from sollol.compute.scene import Batch
+from sollol.correction import UNCORRECTED, Correction, scaled
 from sollol.errors import Reason, refuse
 from sollol.report import DeviceKind, DeviceShare, ModelShape
 
@@ -41,12 +42,13 @@ GPU_MARGIN_BYTES = 512 * 1024**2
 
 
 class _Load(Struct, frozen=True):
-    """What a coordinator shall hold at the same time."""
+    """What a coordinator shall hold at the same time, and what is known of the error of these figures."""
 
     context: int
     parallel: int
     kv_type: str
     ubatch: int
+    correction: Correction = UNCORRECTED
 
 
 class _Place(Struct, frozen=True):
@@ -72,12 +74,13 @@ def device_shares(
     parallel: int,
     kv_type: str,
     ubatch: int,
+    correction: Correction = UNCORRECTED,
 ) -> tuple[DeviceShare, ...]:
     """What each device holds when whole layers are dealt out in order, the output layer being the last one.
 
     `layers_per_device`: device id, kind, number of layers. The coordinator's own CPU comes first, even with no layers:
     the token embeddings and the buffer that answers are read from are always there. A CPU further on is one that a
-    backend lends.
+    backend lends. `correction`: what earlier loads have shown of these figures.
 
     Raises:
         SollolError: INVALID_REQUEST for an unknown `kv_type` or figures below 1.
@@ -89,7 +92,7 @@ def device_shares(
     if layers_per_device[0][1] is not DeviceKind.CPU:
         raise ValueError(f"the coordinator's CPU comes first, not {layers_per_device[0][0]}")
     overlapped = counts[0] == 0 and len(counts) - counts.count(0) > 1
-    load = _checked_load(context_per_slot, parallel, kv_type, ubatch)
+    load = _checked_load(context_per_slot, parallel, kv_type, ubatch, correction)
     return tuple(
         _share(shape, load, _Place(device_id, kind, end - count, end, at == 0, overlapped, counts[0]))
         for at, ((device_id, kind, count), end) in enumerate(zip(layers_per_device, accumulate(counts), strict=True))
@@ -152,36 +155,30 @@ def kv_bytes(shape: ModelShape, layer: int, *, context_per_slot: int, parallel: 
     return parallel * (cells * row + recurrent)
 
 
-def _checked_load(context: int, parallel: int, kv_type: str, ubatch: int) -> _Load:
+def _checked_load(
+    context: int, parallel: int, kv_type: str, ubatch: int, correction: Correction = UNCORRECTED
+) -> _Load:
     if kv_type not in KV_TYPES:
         raise refuse(Reason.INVALID_REQUEST, f"kv_type {kv_type[:20]!a} is none of {', '.join(KV_TYPES)}")
     for name, figure in (("context_per_slot", context), ("parallel", parallel), ("ubatch", ubatch)):
         if figure < 1:
             raise refuse(Reason.INVALID_REQUEST, f"{name} is {figure}, must be at least 1")
-    return _Load(context, parallel, kv_type, ubatch)
+    return _Load(context, parallel, kv_type, ubatch, correction)
 
 
 def _share(shape: ModelShape, load: _Load, place: _Place) -> DeviceShare:
     count = place.stop - place.first
     if not count and not place.host:
         return DeviceShare(device_id=place.device_id, layers=0)
+    correction = load.correction
     repeating = range(place.first, min(place.stop, shape.layers))
-    weights = _weight_bytes(shape, place, repeating)
-    kv = sum(
-        kv_bytes(
-            shape,
-            at,
-            context_per_slot=load.context,
-            parallel=load.parallel,
-            kv_type=load.kv_type,
-            ubatch=load.ubatch,
-        )
-        for at in repeating
-    )
-    compute = _compute_bytes(shape, load, place)
-    margin = CPU_MARGIN_BYTES if place.kind is DeviceKind.CPU else GPU_MARGIN_BYTES
+    weights = scaled(_weight_bytes(shape, place, repeating), correction.weights)
+    kv = scaled(_kv_bytes(shape, load, repeating), correction.kv)
+    compute = scaled(_compute_bytes(shape, load, place), correction.compute)
+    margin = correction.added_bytes + (CPU_MARGIN_BYTES if place.kind is DeviceKind.CPU else GPU_MARGIN_BYTES)
     if place.kind is DeviceKind.CPU and not place.host:
-        margin += max(0, _arriving_bytes(shape, place, repeating) - kv - compute)
+        arriving = scaled(_arriving_bytes(shape, place, repeating), correction.weights)
+        margin += max(0, arriving - kv - compute)
     return DeviceShare(
         device_id=place.device_id,
         layers=count,
@@ -205,6 +202,20 @@ def _weight_bytes(shape: ModelShape, place: _Place, repeating: range) -> int:
         if has_output:
             weights -= shape.tied_bytes  # one and the same tensor
     return weights
+
+
+def _kv_bytes(shape: ModelShape, load: _Load, repeating: range) -> int:
+    return sum(
+        kv_bytes(
+            shape,
+            at,
+            context_per_slot=load.context,
+            parallel=load.parallel,
+            kv_type=load.kv_type,
+            ubatch=load.ubatch,
+        )
+        for at in repeating
+    )
 
 
 def _arriving_bytes(shape: ModelShape, place: _Place, repeating: range) -> int:

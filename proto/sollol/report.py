@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from msgspec import Struct, field
 
+from sollol.correction import Correction, MemoryCorrection
 from sollol.engine import Engine
 from sollol.errors import Refusal
 from sollol.link import Link, PlanLink
@@ -112,6 +113,7 @@ class DeviceShare(Struct, frozen=True, kw_only=True):
     margin_bytes: int = 0
     total_bytes: int = 0
     node_id: str = ""
+    logged_bytes: int | None = None
 
 
 class BackendEndpoint(Struct, frozen=True, kw_only=True):
@@ -196,6 +198,7 @@ class Report(Struct, frozen=True, kw_only=True):
     version: str = ""
     links: tuple[Link, ...] = ()
     speeds: tuple[SpeedObservation, ...] = ()
+    memory: tuple[MemoryCorrection, ...] = ()
 
     @property
     def address(self) -> str:
@@ -263,6 +266,7 @@ class Decision(Struct, frozen=True, kw_only=True):
     plan: CoordinatorPlan | None = None
     refusal: Refusal | None = None
     reduced_context_from: int | None = None
+    correction: Correction | None = None
     ready_s: float | None = None
     ready_parts: tuple[ScorePart, ...] = ()
     links: tuple[PlanLink, ...] = ()

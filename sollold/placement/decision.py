@@ -11,6 +11,7 @@ from sollol.names import closest, quoted
 from sollol.report import CoordinatorPlan, Decision, Model, NodeStatus, NodeVerdict, PlacementWish
 
 from sollold.placement.classic import ClassicPolicy
+from sollold.placement.corrections import correction_in, learned
 from sollold.placement.explain import node_table
 from sollold.placement.filters import Filter, filters_for, find_model, free_bytes, usual
 from sollold.placement.fit import FitPolicy
@@ -68,10 +69,17 @@ def decide(
         raise refuse(Reason.INVALID_REQUEST, "policy fit needs the model's GGUF header: use policy classic")
     ordered = sorted(nodes, key=attrgetter("report.node_id"))
     models = [find_model(node.report, job.model) for node in ordered]
+    known = learned(ordered, models)
+    if known:
+        job = msgspec.structs.replace(job, learned=known)
     decision = _decided(job, ordered, models, files_known=files_known)
-    if decision.refusal is None or decision.refusal.reason is not Reason.NO_FIT or not job.allow_reduced_context:
+    if decision.refusal is not None and decision.refusal.reason is Reason.NO_FIT and job.allow_reduced_context:
+        decision = with_less_context(
+            job, decision, models, lambda less: _decided(less, ordered, models, files_known=True)
+        )
+    if not known:
         return decision
-    return with_less_context(job, decision, models, lambda less: _decided(less, ordered, models, files_known=True))
+    return msgspec.structs.replace(decision, correction=correction_in(decision, known, ordered, models))
 
 
 def _decided(job: Job, ordered: Sequence[NodeStatus], models: Sequence[Model | None], *, files_known: bool) -> Decision:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from sollol.correction import Correction
 from sollol.link import PlanLink
 from sollol.report import CoordinatorPlan, Decision, DeviceShare, NodeVerdict
 
@@ -14,6 +15,8 @@ SHARE_COLUMNS = ("layers", "weights", "KV", "compute", "margin", "total")
 def explain(decision: Decision) -> str:
     """The whole record as text: the node-by-node table, then the outcome."""
     lines = [_title(decision), node_table(decision)] if decision.nodes else [_title(decision)]
+    if decision.correction is not None:
+        lines.append(_corrected(decision.correction))
     if decision.refusal is not None:
         lines.append(f"Not placed: {decision.refusal.reason}: {decision.refusal.message.splitlines()[0]}")
         lines.extend(line for line in decision.refusal.message.splitlines() if line.startswith("largest possible fit"))
@@ -29,6 +32,12 @@ def explain(decision: Decision) -> str:
     if decision.ready_s is not None:
         lines.append(_ready(decision, decision.ready_s))
     return "\n".join(lines)
+
+
+def _corrected(by: Correction) -> str:
+    added = f", and {bytes_text(by.added_bytes)} more on each device" if by.added_bytes else ""
+    factors = f"weights x {by.weights:.3f}, KV x {by.kv:.3f}, compute x {by.compute:.3f}"
+    return f"Memory corrected by what earlier loads logged: {factors}{added}"
 
 
 def node_table(decision: Decision, most: int | None = None) -> str:
@@ -107,6 +116,7 @@ def as_json(decision: Decision) -> dict[str, Any]:
         "plan": msgspec.to_builtins(decision.plan),
         "reduced_context_from": decision.reduced_context_from,
         **({} if decision.unit == "MB" else _ready_json(decision)),
+        "correction": msgspec.to_builtins(decision.correction),
         "refusal": msgspec.to_builtins(decision.refusal),
     }
 

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from sollol.errors import Reason, Refusal, Retry
 from sollol.report import CoordinatorPlan, Model, ModelShape, NodeStatus, NodeVerdict, Report, ScorePart
 
+from sollold.placement.corrections import corrections_for
 from sollold.placement.filters import free_bytes, total_bytes
 from sollold.placement.job import Job
-from sollold.placement.layout import Layouts, Load, layouts_for, read_parts
+from sollold.placement.layout import Layouts, layouts_for, read_parts
 from sollold.placement.preference import tie_order
 
 EQUAL_WITHIN = 1.05
@@ -30,13 +31,7 @@ class FitPolicy:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._load = Load(
-            context_per_slot=job.context_per_slot,
-            parallel=job.parallel,
-            kv_type=job.kv_type,
-            batch=job.batch,
-            ubatch=job.ubatch,
-        )
+        self._load = job.load
         self._by_identity: dict[int, Layouts] = {}
 
     def judge(self, node: NodeStatus, model: Model | None) -> NodeVerdict:
@@ -90,7 +85,8 @@ class FitPolicy:
         """By identity first: hashing a shape costs more than judging a node."""
         layouts = self._by_identity.get(id(shape))
         if layouts is None:
-            layouts = self._by_identity[id(shape)] = layouts_for(shape, self._load)
+            known = corrections_for(self._job.learned, shape, self._load)
+            layouts = self._by_identity[id(shape)] = layouts_for(shape, self._load, known)
         return layouts
 
 

@@ -5,7 +5,9 @@ from sollol.errors import Reason, refuse
 from sollol.memory import KV_TYPES
 from sollol.report import PlacementWish
 
+from sollold.placement.corrections import Learned
 from sollold.placement.links import Links
+from sollold.placement.load import Load
 
 POLICIES = ("classic", "fit")
 STRATEGIES = ("pack", "spread")
@@ -34,7 +36,7 @@ class PlacementDefaults(Struct, frozen=True, kw_only=True):
 class Job(Struct, frozen=True, kw_only=True):
     """A wish without open questions. Labels are (name, value); value None accepts any.
 
-    `takes_any_node`: nothing in it keeps a node out.
+    `takes_any_node`: nothing in it keeps a node out. `learned`: what loads have shown of the model's memory.
     """
 
     model: str
@@ -57,7 +59,18 @@ class Job(Struct, frozen=True, kw_only=True):
     backends_per_pool: int | None = None
     allow_reduced_context: bool = False
     links: Links = Links()
+    learned: Learned = ()
     takes_any_node: bool = True
+
+    @property
+    def load(self) -> Load:
+        return Load(
+            context_per_slot=self.context_per_slot,
+            parallel=self.parallel,
+            kv_type=self.kv_type,
+            batch=self.batch,
+            ubatch=self.ubatch,
+        )
 
 
 def job_for(wish: PlacementWish, defaults: PlacementDefaults, *, head_host: str = "") -> Job:

@@ -12,6 +12,9 @@ from msgspec import Struct
 from sollol.memory import bytes_read_per_token, device_shares
 from sollol.report import CoordinatorPlan, Device, DeviceKind, DeviceShare, ModelShape, ScorePart
 
+from sollold.placement.corrections import NOTHING_KNOWN, Corrections
+from sollold.placement.load import Load
+
 # Read bandwidth to assume where an agent has measured none: a desktop's two channels of DDR4, a small discrete GPU.
 # A GPU in unified memory reads that memory: the CPU's figure is its figure.
 DEFAULT_CPU_BANDWIDTH = 20e9
@@ -26,16 +29,6 @@ V = TypeVar("V")
 # Device ids and how many layers each holds, the CPU first. The kinds follow from that and stay out of the key.
 Split = tuple[tuple[str, int], ...]
 Counts = tuple[int, ...]  # layers of each GPU
-
-
-class Load(Struct, frozen=True, kw_only=True):
-    """What the coordinator shall hold at the same time."""
-
-    context_per_slot: int
-    parallel: int
-    kv_type: str
-    batch: int
-    ubatch: int
 
 
 class Layout(Struct, frozen=True, kw_only=True):
@@ -95,9 +88,9 @@ def read_parts(layout: Layout, devices: Sequence[Device]) -> list[ScorePart]:
 
 
 @lru_cache(maxsize=32)
-def layouts_for(shape: ModelShape, load: Load) -> "Layouts":
-    """The layouts of a model, kept from one decision to the next: what they need never changes."""
-    return Layouts(shape, load)
+def layouts_for(shape: ModelShape, load: Load, corrections: Corrections = NOTHING_KNOWN) -> "Layouts":
+    """The layouts of a model, kept from one decision to the next: what they need changes only with what is learned."""
+    return Layouts(shape, load.within(shape), corrections)
 
 
 class _Computed(dict[K, V]):
@@ -138,13 +131,14 @@ class _Beside:
 class Layouts:
     """Every layout of one model that was looked at, kept so that the next node finds it ready.
 
-    What a share takes grows with its layers: that is what the searches below rely on.
+    What a share takes grows with its layers: that is what the searches below rely on. A split that was loaded before
+    may take less than its neighbours, and is then found only where these fit too.
     """
 
-    def __init__(self, shape: ModelShape, load: Load) -> None:
+    def __init__(self, shape: ModelShape, load: Load, corrections: Corrections) -> None:
         self._shape = shape
         self._load = load
-        self._context_per_slot = min(load.context_per_slot, shape.context_length or load.context_per_slot)
+        self._corrections = corrections
         self.all_layers = shape.layers + 1  # the output layer is one more
         whole = self._layout((("CPU", self.all_layers),)).shares[0]
         self._least_bytes = whole.weight_bytes + whole.kv_bytes  # however it is split, and buffers come on top
@@ -193,7 +187,7 @@ class Layouts:
         return CoordinatorPlan(
             model=model_name,
             parallel=load.parallel,
-            context_per_slot=self._context_per_slot,
+            context_per_slot=load.context_per_slot,
             shares=layout.shares,
             kv_type=load.kv_type,
             batch=load.batch,
@@ -258,10 +252,11 @@ class Layouts:
         shares = device_shares(
             self._shape,
             [(device_id, kind, count) for (device_id, count), kind in zip(split, kinds, strict=True)],
-            context_per_slot=self._context_per_slot,
+            context_per_slot=self._load.context_per_slot,
             parallel=self._load.parallel,
             kv_type=self._load.kv_type,
             ubatch=self._load.ubatch,
+            correction=self._corrections.of(split),
         )
         return Layout(
             shares=shares,

@@ -11,10 +11,12 @@ from itertools import accumulate
 
 from msgspec import Struct
 from msgspec.structs import replace
+from sollol.correction import Correction, scaled
 from sollol.memory import CPU_MARGIN_BYTES, GPU_MARGIN_BYTES, bytes_read_per_token, device_shares, kv_bytes
 from sollol.report import DeviceKind, DeviceShare, ModelShape
 
-from sollold.placement.layout import Load
+from sollold.placement.corrections import NOTHING_KNOWN, Corrections
+from sollold.placement.load import Load
 
 F32 = 4
 MANY = 3  # layers in a row from which on one more changes nothing in a compute buffer
@@ -32,22 +34,27 @@ class Holding(Struct, frozen=True, kw_only=True):
 
 
 @lru_cache(maxsize=32)
-def needs_for(shape: ModelShape, load: Load) -> "Needs":
-    """Kept from one decision to the next: what a model needs never changes."""
-    return Needs(shape, load)
+def needs_for(shape: ModelShape, load: Load, corrections: Corrections = NOTHING_KNOWN) -> "Needs":
+    """Kept from one decision to the next: what a model needs changes only with what is learned of it."""
+    return Needs(shape, load.within(shape), corrections)
 
 
 class Needs:
-    """Layers are numbered from 0; number `shape.layers` is the output layer."""
+    """Layers are numbered from 0; number `shape.layers` is the output layer.
 
-    def __init__(self, shape: ModelShape, load: Load) -> None:
+    Ranges are corrected as in a layout that was never loaded: no less than one that was gets at the end.
+    """
+
+    def __init__(self, shape: ModelShape, load: Load, corrections: Corrections) -> None:
         self.shape = shape
         self.every = shape.layers + 1
-        self.context_per_slot = min(load.context_per_slot, shape.context_length or load.context_per_slot)
-        self._load = load
-        self._weights = _sums([*shape.layer_bytes, shape.output_bytes])
+        self.context_per_slot = load.context_per_slot
+        self._load, self._corrections = load, corrections
+        self._usual = usual = corrections.usual
+        weights = [scaled(size, usual.weights) for size in (*shape.layer_bytes, shape.output_bytes)]
+        self._weights, self._output_bytes = _sums(weights), weights[-1]
         kv = [*map(self._kv, range(shape.layers)), 0]
-        held = [weight + cache for weight, cache in zip([*shape.layer_bytes, shape.output_bytes], kv, strict=True)]
+        held = [weight + cache for weight, cache in zip(weights, kv, strict=True)]
         self._held = _sums(held)
         read = [bytes_read_per_token(shape, _one(layer, shape)) for layer in range(self.every)]
         self.read = _sums(read)
@@ -65,20 +72,20 @@ class Needs:
         samples = {kind: at for at, kind in enumerate(self._kinds)}.values()
         self._least_between = min(self._compute_bytes(at, at + 1) for at in samples)
         self._least_last = min(self._compute_bytes(self.every - count, self.every) for count in (1, 2))
-        self._least_arriving = min(shape.layer_bytes) // 2
+        self._least_arriving = min(weights[:-1]) // 2
         # What a lent GPU takes of its node's RAM: the process, and the tensor on its way to the GPU.
-        self.host_bytes = CPU_MARGIN_BYTES + max(shape.output_bytes, max(shape.layer_bytes) // 2)
+        self.host_bytes = CPU_MARGIN_BYTES + max(weights[-1], max(weights[:-1]) // 2)
         self.crossing_bytes = F32 * shape.embedding_length
         self.answer_bytes = F32 * shape.vocabulary
 
     def first_that_fits(self, stop: int, free: int, kind: DeviceKind) -> int:
         """The smallest `first` for which the layers from `first` to `stop` fit into `free` bytes, beside others."""
         last = stop == self.every
-        room = free - margin(kind)
+        room = free - self._margin(kind)
         compute = self._least_last if last else self._least_between
         first = bisect_left(self._held, self._held[stop] - room + compute, 0, stop)
         if kind is DeviceKind.CPU:
-            arriving = self.shape.output_bytes if last else self._least_arriving
+            arriving = self._output_bytes if last else self._least_arriving
             first = max(first, bisect_left(self._weights, self._weights[stop] - room + arriving, 0, stop))
         while first < stop and self.range_bytes(first, stop, kind) > free:
             first += 1
@@ -90,24 +97,25 @@ class Needs:
         if kind is DeviceKind.CPU:
             # A backend receives each tensor into memory of its own, before there are KV cache and compute buffer.
             taken = max(taken, self._weights[stop] - self._weights[first] + arriving)
-        return taken + margin(kind)
+        return taken + self._margin(kind)
 
     def alone_bytes(self, kind: DeviceKind) -> int:
         """What one device needs that holds every layer."""
         held = self._held[-1] + self._alone
         if kind is DeviceKind.CPU:
             held = max(held, self._weights[-1] + self._arriving_bytes(0, self.every))
-        return held + margin(kind)
+        return held + self._margin(kind)
 
     def fixed_bytes(self, kind: DeviceKind) -> int:
         """The least that a device needs before its first layer."""
-        return min(self._least_between, self._least_last) + margin(kind)
+        return min(self._least_between, self._least_last) + self._margin(kind)
 
     def shares(self, coordinator_cpu: str, holdings: Sequence[Holding]) -> tuple[DeviceShare, ...]:
         """The coordinator's CPU without layers, then each holding, by the memory model."""
         split = [(coordinator_cpu, DeviceKind.CPU, 0)]
         split.extend((holding.device_id, holding.kind, holding.layers) for holding in holdings)
-        host, *held = self._shares(split)
+        known = self._corrections.of((device_id, layers) for device_id, _, layers in split)
+        host, *held = self._shares(split, known)
         named = (
             replace(share, node_id=holding.node_id if holding.lent else "")
             for share, holding in zip(held, holdings, strict=True)
@@ -119,8 +127,9 @@ class Needs:
         return found
 
     def _arriving_bytes(self, first: int, stop: int) -> int:
-        output = self.shape.output_bytes if stop == self.every else 0
-        return max(output, max(self.shape.layer_bytes[first:stop], default=0) // 2)
+        output = self._output_bytes if stop == self.every else 0
+        largest = max(self.shape.layer_bytes[first:stop], default=0) // 2
+        return max(output, scaled(largest, self._usual.weights))
 
     def _compute_bytes(self, first: int, stop: int) -> int:
         """A buffer's size follows from the kinds of layers there are, hardly from how many: a few ranges say it."""
@@ -135,7 +144,12 @@ class Needs:
             compute = self._compute[key] = share.compute_bytes
         return compute
 
-    def _shares(self, split: list[tuple[str, DeviceKind, int]]) -> tuple[DeviceShare, ...]:
+    def _margin(self, kind: DeviceKind) -> int:
+        return self._usual.added_bytes + (CPU_MARGIN_BYTES if kind is DeviceKind.CPU else GPU_MARGIN_BYTES)
+
+    def _shares(
+        self, split: list[tuple[str, DeviceKind, int]], correction: Correction | None = None
+    ) -> tuple[DeviceShare, ...]:
         load = self._load
         return device_shares(
             self.shape,
@@ -144,11 +158,12 @@ class Needs:
             parallel=load.parallel,
             kv_type=load.kv_type,
             ubatch=load.ubatch,
+            correction=correction or self._usual,
         )
 
     def _kv(self, layer: int) -> int:
         load = self._load
-        return kv_bytes(
+        size = kv_bytes(
             self.shape,
             layer,
             context_per_slot=self.context_per_slot,
@@ -156,6 +171,7 @@ class Needs:
             kv_type=load.kv_type,
             ubatch=load.ubatch,
         )
+        return scaled(size, self._usual.kv)
 
 
 def _kinds(shape: ModelShape) -> list[int]:
@@ -175,10 +191,6 @@ def _kinds(shape: ModelShape) -> list[int]:
 
 def _gpu(layers: int) -> tuple[str, DeviceKind, int]:
     return ("", DeviceKind.GPU, layers)
-
-
-def margin(kind: DeviceKind) -> int:
-    return CPU_MARGIN_BYTES if kind is DeviceKind.CPU else GPU_MARGIN_BYTES
 
 
 def _sums(sizes: Sequence[int]) -> list[int]:

@@ -18,10 +18,11 @@ from sollol.link import PlanLink
 from sollol.memory import bytes_read_per_token
 from sollol.report import CoordinatorPlan, DeviceShare, Model, NodeStatus, NodeVerdict, ScorePart
 
+from sollold.placement.corrections import corrections_for
 from sollold.placement.fit import EQUAL_WITHIN, generating
 from sollold.placement.found import Found, Limits, Origin, Record
 from sollold.placement.job import Job
-from sollold.placement.layout import Load, bandwidth
+from sollold.placement.layout import bandwidth
 from sollold.placement.lenders import Place, Unit, coordinators, lenders, units_for
 from sollold.placement.links import measured
 from sollold.placement.needs import Holding, Needs, needs_for
@@ -265,11 +266,5 @@ def _needs(job: Job, model: Model | None) -> Needs:
     # The filters let only models with a readable header through.
     assert model is not None
     assert model.shape is not None
-    load = Load(
-        context_per_slot=job.context_per_slot,
-        parallel=job.parallel,
-        kv_type=job.kv_type,
-        batch=job.batch,
-        ubatch=job.ubatch,
-    )
-    return needs_for(model.shape, load)
+    load = job.load
+    return needs_for(model.shape, load, corrections_for(job.learned, model.shape, load))

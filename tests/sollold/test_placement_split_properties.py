@@ -70,10 +70,12 @@ def test_plans_are_within_5_percent_of_the_best_there_is_and_take_only_what_is_f
         most_nodes, most_layers = random.choice(((3, 5), (4, 3)))
         nodes = random_clusters.cluster(random, most_nodes=most_nodes, most_layers=most_layers)
         defaults = random_clusters.defaults(random, len(nodes))
+        correction = random_clusters.learned(random, nodes)
         decision = decide(wish(), nodes, defaults)
         solo = [v.score for v in decide(wish(max_nodes=1), nodes, defaults).nodes if v.score is not None]
         able = [at for at, each in enumerate(nodes) if each.report.models]
-        problem = brute_force.Problem(nodes[0].report.models[0].shape, nodes, (CONTEXT, 1), defaults.links)
+        shape = nodes[0].report.models[0].shape
+        problem = brute_force.Problem(shape, nodes, (CONTEXT, 1), defaults.links, correction)
         least = min([*solo, brute_force.best_ms(problem, able)])
 
         assert score(decision) <= least * 1.05 or isclose(score(decision), least * 1.05)

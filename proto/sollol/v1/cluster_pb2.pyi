@@ -337,6 +337,7 @@ class Decision(google.protobuf.message.Message):
     PLAN_FIELD_NUMBER: builtins.int
     REFUSAL_FIELD_NUMBER: builtins.int
     REDUCED_CONTEXT_FROM_FIELD_NUMBER: builtins.int
+    CORRECTION_FIELD_NUMBER: builtins.int
     READY_S_FIELD_NUMBER: builtins.int
     READY_PARTS_FIELD_NUMBER: builtins.int
     LINKS_FIELD_NUMBER: builtins.int
@@ -361,6 +362,12 @@ class Decision(google.protobuf.message.Message):
     @property
     def refusal(self) -> sollol.v1.common_pb2.Refusal: ...
     @property
+    def correction(self) -> sollol.v1.common_pb2.Correction:
+        """How earlier loads of the model have corrected the figures of the plan, or without one those of the refusal; absent
+        when none has.
+        """
+
+    @property
     def ready_parts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ScorePart]: ...
     @property
     def links(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PlanLink]:
@@ -380,14 +387,17 @@ class Decision(google.protobuf.message.Message):
         plan: sollol.v1.common_pb2.CoordinatorPlan | None = ...,
         refusal: sollol.v1.common_pb2.Refusal | None = ...,
         reduced_context_from: builtins.int | None = ...,
+        correction: sollol.v1.common_pb2.Correction | None = ...,
         ready_s: builtins.float | None = ...,
         ready_parts: collections.abc.Iterable[Global___ScorePart] | None = ...,
         links: collections.abc.Iterable[Global___PlanLink] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_estimate_mb", b"_estimate_mb", "_plan", b"_plan", "_ready_s", b"_ready_s", "_reduced_context_from", b"_reduced_context_from", "_refusal", b"_refusal", "estimate_mb", b"estimate_mb", "plan", b"plan", "ready_s", b"ready_s", "reduced_context_from", b"reduced_context_from", "refusal", b"refusal"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_correction", b"_correction", "_estimate_mb", b"_estimate_mb", "_plan", b"_plan", "_ready_s", b"_ready_s", "_reduced_context_from", b"_reduced_context_from", "_refusal", b"_refusal", "correction", b"correction", "estimate_mb", b"estimate_mb", "plan", b"plan", "ready_s", b"ready_s", "reduced_context_from", b"reduced_context_from", "refusal", b"refusal"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_estimate_mb", b"_estimate_mb", "_plan", b"_plan", "_ready_s", b"_ready_s", "_reduced_context_from", b"_reduced_context_from", "_refusal", b"_refusal", "coordinator", b"coordinator", "coordinator_host", b"coordinator_host", "estimate_bytes", b"estimate_bytes", "estimate_mb", b"estimate_mb", "links", b"links", "model", b"model", "nodes", b"nodes", "plan", b"plan", "policy", b"policy", "ready_parts", b"ready_parts", "ready_s", b"ready_s", "reduced_context_from", b"reduced_context_from", "refusal", b"refusal", "unit", b"unit"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_correction", b"_correction", "_estimate_mb", b"_estimate_mb", "_plan", b"_plan", "_ready_s", b"_ready_s", "_reduced_context_from", b"_reduced_context_from", "_refusal", b"_refusal", "coordinator", b"coordinator", "coordinator_host", b"coordinator_host", "correction", b"correction", "estimate_bytes", b"estimate_bytes", "estimate_mb", b"estimate_mb", "links", b"links", "model", b"model", "nodes", b"nodes", "plan", b"plan", "policy", b"policy", "ready_parts", b"ready_parts", "ready_s", b"ready_s", "reduced_context_from", b"reduced_context_from", "refusal", b"refusal", "unit", b"unit"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__correction: typing_extensions.TypeAlias = typing.Literal["correction"]
+    _WhichOneofArgType__correction: typing_extensions.TypeAlias = typing.Literal["_correction", b"_correction"]
     _WhichOneofReturnType__estimate_mb: typing_extensions.TypeAlias = typing.Literal["estimate_mb"]
     _WhichOneofArgType__estimate_mb: typing_extensions.TypeAlias = typing.Literal["_estimate_mb", b"_estimate_mb"]
     _WhichOneofReturnType__plan: typing_extensions.TypeAlias = typing.Literal["plan"]
@@ -398,6 +408,8 @@ class Decision(google.protobuf.message.Message):
     _WhichOneofArgType__reduced_context_from: typing_extensions.TypeAlias = typing.Literal["_reduced_context_from", b"_reduced_context_from"]
     _WhichOneofReturnType__refusal: typing_extensions.TypeAlias = typing.Literal["refusal"]
     _WhichOneofArgType__refusal: typing_extensions.TypeAlias = typing.Literal["_refusal", b"_refusal"]
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__correction) -> _WhichOneofReturnType__correction | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__estimate_mb) -> _WhichOneofReturnType__estimate_mb | None: ...
     @typing.overload

@@ -662,6 +662,7 @@ class DeviceShare(google.protobuf.message.Message):
     MARGIN_BYTES_FIELD_NUMBER: builtins.int
     TOTAL_BYTES_FIELD_NUMBER: builtins.int
     NODE_ID_FIELD_NUMBER: builtins.int
+    LOGGED_BYTES_FIELD_NUMBER: builtins.int
     device_id: builtins.str
     layers: builtins.int
     """Whole layers, the output layer counted as one more on the device that has it."""
@@ -676,6 +677,8 @@ class DeviceShare(google.protobuf.message.Message):
     """The sum of the four: what is reserved."""
     node_id: builtins.str
     """The node the device is on; empty: the coordinator's own."""
+    logged_bytes: builtins.int
+    """What a running engine's log says of the first three together; absent before that is known."""
     def __init__(
         self,
         *,
@@ -689,19 +692,24 @@ class DeviceShare(google.protobuf.message.Message):
         margin_bytes: builtins.int = ...,
         total_bytes: builtins.int = ...,
         node_id: builtins.str = ...,
+        logged_bytes: builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_first_layer", b"_first_layer", "_last_layer", b"_last_layer", "first_layer", b"first_layer", "last_layer", b"last_layer"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_first_layer", b"_first_layer", "_last_layer", b"_last_layer", "_logged_bytes", b"_logged_bytes", "first_layer", b"first_layer", "last_layer", b"last_layer", "logged_bytes", b"logged_bytes"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_first_layer", b"_first_layer", "_last_layer", b"_last_layer", "compute_bytes", b"compute_bytes", "device_id", b"device_id", "first_layer", b"first_layer", "kv_bytes", b"kv_bytes", "last_layer", b"last_layer", "layers", b"layers", "margin_bytes", b"margin_bytes", "node_id", b"node_id", "total_bytes", b"total_bytes", "weight_bytes", b"weight_bytes"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_first_layer", b"_first_layer", "_last_layer", b"_last_layer", "_logged_bytes", b"_logged_bytes", "compute_bytes", b"compute_bytes", "device_id", b"device_id", "first_layer", b"first_layer", "kv_bytes", b"kv_bytes", "last_layer", b"last_layer", "layers", b"layers", "logged_bytes", b"logged_bytes", "margin_bytes", b"margin_bytes", "node_id", b"node_id", "total_bytes", b"total_bytes", "weight_bytes", b"weight_bytes"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__first_layer: typing_extensions.TypeAlias = typing.Literal["first_layer"]
     _WhichOneofArgType__first_layer: typing_extensions.TypeAlias = typing.Literal["_first_layer", b"_first_layer"]
     _WhichOneofReturnType__last_layer: typing_extensions.TypeAlias = typing.Literal["last_layer"]
     _WhichOneofArgType__last_layer: typing_extensions.TypeAlias = typing.Literal["_last_layer", b"_last_layer"]
+    _WhichOneofReturnType__logged_bytes: typing_extensions.TypeAlias = typing.Literal["logged_bytes"]
+    _WhichOneofArgType__logged_bytes: typing_extensions.TypeAlias = typing.Literal["_logged_bytes", b"_logged_bytes"]
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__first_layer) -> _WhichOneofReturnType__first_layer | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__last_layer) -> _WhichOneofReturnType__last_layer | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__logged_bytes) -> _WhichOneofReturnType__logged_bytes | None: ...
 
 Global___DeviceShare: typing_extensions.TypeAlias = DeviceShare
 
@@ -869,6 +877,7 @@ class Report(google.protobuf.message.Message):
     VERSION_FIELD_NUMBER: builtins.int
     LINKS_FIELD_NUMBER: builtins.int
     SPEEDS_FIELD_NUMBER: builtins.int
+    MEMORY_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     host: builtins.str
     """Address other nodes reach this one at, and the agent's gRPC port there."""
@@ -901,6 +910,10 @@ class Report(google.protobuf.message.Message):
     def speeds(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___SpeedObservation]:
         """What was observed of the models that this node coordinated, the newest first."""
 
+    @property
+    def memory(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___MemoryCorrection]:
+        """What loads on this node have shown of the memory model, the newest last; a bounded number."""
+
     def __init__(
         self,
         *,
@@ -921,16 +934,89 @@ class Report(google.protobuf.message.Message):
         version: builtins.str = ...,
         links: collections.abc.Iterable[Global___Link] | None = ...,
         speeds: collections.abc.Iterable[Global___SpeedObservation] | None = ...,
+        memory: collections.abc.Iterable[Global___MemoryCorrection] | None = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_engine", b"_engine", "engine", b"engine"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_engine", b"_engine", "boot_id", b"boot_id", "cordoned", b"cordoned", "cpu_count", b"cpu_count", "devices", b"devices", "engine", b"engine", "host", b"host", "instances", b"instances", "labels", b"labels", "links", b"links", "measured_unix_s", b"measured_unix_s", "models", b"models", "node_id", b"node_id", "port", b"port", "reservations", b"reservations", "sequence", b"sequence", "speeds", b"speeds", "version", b"version"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_engine", b"_engine", "boot_id", b"boot_id", "cordoned", b"cordoned", "cpu_count", b"cpu_count", "devices", b"devices", "engine", b"engine", "host", b"host", "instances", b"instances", "labels", b"labels", "links", b"links", "measured_unix_s", b"measured_unix_s", "memory", b"memory", "models", b"models", "node_id", b"node_id", "port", b"port", "reservations", b"reservations", "sequence", b"sequence", "speeds", b"speeds", "version", b"version"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__engine: typing_extensions.TypeAlias = typing.Literal["engine"]
     _WhichOneofArgType__engine: typing_extensions.TypeAlias = typing.Literal["_engine", b"_engine"]
     def WhichOneof(self, oneof_group: _WhichOneofArgType__engine) -> _WhichOneofReturnType__engine | None: ...
 
 Global___Report: typing_extensions.TypeAlias = Report
+
+@typing.final
+class Correction(google.protobuf.message.Message):
+    """What makes the memory model's figures those of an engine's log."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WEIGHTS_FIELD_NUMBER: builtins.int
+    KV_FIELD_NUMBER: builtins.int
+    COMPUTE_FIELD_NUMBER: builtins.int
+    ADDED_BYTES_FIELD_NUMBER: builtins.int
+    weights: builtins.float
+    """Logged by predicted bytes of all devices of a load together. 1: equal, but for the log's rounding."""
+    kv: builtins.float
+    compute: builtins.float
+    """Compute buffers, and the one that answers are read from."""
+    added_bytes: builtins.int
+    """The most that any device had logged beyond its figures times these."""
+    def __init__(
+        self,
+        *,
+        weights: builtins.float = ...,
+        kv: builtins.float = ...,
+        compute: builtins.float = ...,
+        added_bytes: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["added_bytes", b"added_bytes", "compute", b"compute", "kv", b"kv", "weights", b"weights"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___Correction: typing_extensions.TypeAlias = Correction
+
+@typing.final
+class MemoryCorrection(google.protobuf.message.Message):
+    """What one load has shown."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    IDENTITY_FIELD_NUMBER: builtins.int
+    CONTEXT_PER_SLOT_FIELD_NUMBER: builtins.int
+    PARALLEL_FIELD_NUMBER: builtins.int
+    KV_TYPE_FIELD_NUMBER: builtins.int
+    UBATCH_FIELD_NUMBER: builtins.int
+    LAYOUT_FIELD_NUMBER: builtins.int
+    CORRECTION_FIELD_NUMBER: builtins.int
+    identity: builtins.str
+    """That of the model (Model.identity)."""
+    context_per_slot: builtins.int
+    """How it was loaded."""
+    parallel: builtins.int
+    kv_type: builtins.str
+    ubatch: builtins.int
+    layout: builtins.str
+    """Layers by kind of device, in the order of the plan: "CPU:0 GPU:12 CPU:21"."""
+    @property
+    def correction(self) -> Global___Correction: ...
+    def __init__(
+        self,
+        *,
+        identity: builtins.str = ...,
+        context_per_slot: builtins.int = ...,
+        parallel: builtins.int = ...,
+        kv_type: builtins.str = ...,
+        ubatch: builtins.int = ...,
+        layout: builtins.str = ...,
+        correction: Global___Correction | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["correction", b"correction"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["context_per_slot", b"context_per_slot", "correction", b"correction", "identity", b"identity", "kv_type", b"kv_type", "layout", b"layout", "parallel", b"parallel", "ubatch", b"ubatch"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___MemoryCorrection: typing_extensions.TypeAlias = MemoryCorrection
 
 @typing.final
 class Link(google.protobuf.message.Message):
