@@ -29,8 +29,10 @@ from agent.bandwidth import usable_cores
 from agent.config import AgentConfig
 from agent.engine.find import FoundEngine, find_engine
 from agent.gpus import default_drivers
+from agent.learned import Learned
 from agent.ledger import Ledger, LedgerEvent
 from agent.links import Links
+from agent.memory_account import MemoryAccount
 from agent.models import Inventory, ModelRoots, default_huggingface_dir, default_ollama_dir
 from agent.probe import Probe
 from agent.relay import Relay
@@ -67,16 +69,24 @@ async def serve(config: AgentConfig, environ: Mapping[str, str], stop: Stop) -> 
             found = await _found_engine(config, environ, threads)
             ledger = Ledger(clock=time.monotonic, journal=lambda event: _journal(event, reporter))
             inventory = Inventory(_model_roots(config, environ))
-            streams = Streams()
+            streams, learned = Streams(), Learned(places.state)
             key = config.coordinator_key()
             supervisor = _supervisor(
-                config, environ, places, found=found, inventory=inventory, ledger=ledger, streams=streams, key=key
+                config,
+                environ,
+                places,
+                found=found,
+                inventory=inventory,
+                ledger=ledger,
+                streams=streams,
+                key=key,
+                learned=learned,
             )
             relay = Relay(supervisor.socket_of, supervisor.failure_of, streams, key)
             speeds = _speeds(places, found, supervisor, inventory, key, on_change=lambda: reporter.changed())  # noqa: PLW0108 - defined below
             streams.subscribe(speeds.streams_changed)
             probe = _probe(config, places, found, threads)
-            links = Links(probe=link_probe.probe, who=link_probe.who_answers)
+            links, sink = Links(probe=link_probe.probe, who=link_probe.who_answers), link_probe.Sink()
             reporter = Reporter(
                 config=config,
                 probe=probe,
@@ -85,6 +95,7 @@ async def serve(config: AgentConfig, environ: Mapping[str, str], stop: Stop) -> 
                 supervisor=_Busy(supervisor, streams, speeds),
                 speeds=speeds,
                 links=links,
+                learned=learned,
                 engine=found.engine if found else None,
                 registry=registry,
             )
@@ -98,12 +109,7 @@ async def serve(config: AgentConfig, environ: Mapping[str, str], stop: Stop) -> 
             if not await _before_stop(reporter.ready(), stop):
                 return
             service = AgentService(
-                reporter=reporter,
-                ledger=ledger,
-                supervisor=supervisor,
-                relay=relay,
-                links=links,
-                sink=link_probe.Sink(),
+                reporter=reporter, ledger=ledger, supervisor=supervisor, relay=relay, links=links, sink=sink
             )
             await _open(server, service, closing)
             stop.announce_ready()
@@ -216,6 +222,7 @@ def _supervisor(
     ledger: Ledger,
     streams: Streams,
     key: str,
+    learned: Learned,
 ) -> Supervisor:
     tcp = TcpSite(listen=config.listen, host=_reached_at(config), ports=config.coordinator_ports(), key=key)
     return Supervisor(
@@ -236,6 +243,7 @@ def _supervisor(
         ),
         tcp=tcp if config.coordinator_listen == "tcp" else None,
         on_gone=lambda instance: ledger.freed(instance.pool_id, instance.instance_id),
+        on_logged=MemoryAccount(inventory.model, learned).loaded,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import sollol
 import structlog
+from sollol.correction import MemoryCorrection
 from sollol.engine import Engine
 from sollol.errors import Reason, refuse
 from sollol.link import Link
@@ -59,6 +60,10 @@ class Observing(Protocol):
     def observations(self) -> tuple[SpeedObservation, ...]: ...
 
 
+class Learning(Protocol):
+    def corrections(self) -> tuple[MemoryCorrection, ...]: ...
+
+
 class NoticeBoard(Protocol):
     async def publish(self, report: Report, lease_s: float) -> None: ...
 
@@ -82,6 +87,7 @@ class Reporter:
         supervisor: Running,
         links: Measured,
         speeds: Observing,
+        learned: Learning,
         engine: Engine | None,
         registry: NoticeBoard | None,
         wall_clock: Callable[[], float] = time.time,
@@ -92,6 +98,7 @@ class Reporter:
         self._supervisor = supervisor
         self._links = links
         self._speeds = speeds
+        self._learned = learned
         self._engine = engine
         self._registry = registry
         self._wall_clock = wall_clock
@@ -201,6 +208,7 @@ class Reporter:
             version=sollol.__version__,
             links=self._links.all(),
             speeds=self._speeds.observations(),
+            memory=self._learned.corrections(),
         )
         news, self._news = self._news, asyncio.Event()
         news.set()

@@ -25,6 +25,8 @@ PURE = (
     "proto/sollol/compute/",
     "proto/sollol/architectures.py",
     "agent/supervisor/buffers.py",
+    "agent/supervisor/comparison.py",
+    "proto/sollol/correction.py",
     "proto/sollol/names.py",
     "proto/sollol/redaction.py",
     "agent/rate.py",

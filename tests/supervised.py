@@ -11,6 +11,7 @@ from sollol.report import CoordinatorPlan, DeviceShare, Instance, InstanceState
 from agent.supervisor.endpoints import TcpSite
 from agent.supervisor.files import Directories
 from agent.supervisor.lending import BackendSite, BackendWish
+from agent.supervisor.memory_log import OnLogged, nobody_asks
 from agent.supervisor.owner import Limits
 from agent.supervisor.restarts import RestartPolicy
 from agent.supervisor.supervisor import Supervisor
@@ -64,6 +65,7 @@ async def supervising(
     site: BackendSite = NOTHING_TO_LEND,
     tcp: TcpSite | None = None,
     streams: Callable[[str], int] = lambda _: 0,
+    on_logged: OnLogged = nobody_asks,
 ) -> AsyncIterator[Supervisor]:
     supervisor = Supervisor(
         engine=engine,
@@ -78,6 +80,7 @@ async def supervising(
         threads=1,
         restarts=restarts,
         on_gone=on_gone,
+        on_logged=on_logged,
     )
     try:
         yield supervisor

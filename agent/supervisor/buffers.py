@@ -11,10 +11,10 @@ HOST = "CPU"
 BEGINNING = "loading model tensors"
 
 # `RPC0[192.168.1.20:7500] model buffer size = 1.50 MiB`: backends are known by their address, since the number counts
-# the devices of one backend only. What a GPU's driver keeps on the host (`CUDA_Host`) is the host's.
+# the devices of one backend. What a GPU's driver keeps on the host (`CUDA_Host`) is the host's.
 _SIZE = re.compile(r"(\S+) +(model|KV|RS|compute|output) buffer size = +(\d+\.\d\d) MiB", re.ASCII)
 _MAPPED = "_Mapped"
-_BACKEND = re.compile(r"RPC\d+\[(.+)\]", re.ASCII)
+_BACKEND = re.compile(r"RPC(\d+)\[(.+)\]", re.ASCII)
 _ON_HOST = re.compile(r"CPU(?:_\w+)?|\w+_Host", re.ASCII)
 
 
@@ -35,7 +35,7 @@ class Buffers(Struct, kw_only=True):
 
 
 def logged_buffers(lines: Iterable[str]) -> dict[str, Buffers]:
-    """Buffers by device: "CPU", an address of a backend, or the engine's name of a local GPU.
+    """Buffers by device: "CPU", what `lent_device` says, or the engine's name of a local GPU.
 
     Recurrent states count as KV, as the memory model has it.
     """
@@ -50,9 +50,14 @@ def logged_buffers(lines: Iterable[str]) -> dict[str, Buffers]:
     return found
 
 
+def lent_device(address: str, number: int) -> str:
+    """The name here of a backend's device: the backend's address, for all but its first one with the number."""
+    return f"{address}/{number}" if number else address
+
+
 def _device(name: str) -> str:
     if backend := _BACKEND.fullmatch(name):
-        return backend[1]
+        return lent_device(backend[2], int(backend[1]))
     return HOST if _ON_HOST.fullmatch(name) else name.removesuffix(_MAPPED)
 
 

@@ -11,10 +11,12 @@ from sollol.errors import Refusal
 from sollol.report import CoordinatorPlan, Instance, InstanceState
 
 from agent.supervisor import leftovers
+from agent.supervisor.comparison import with_logged
 from agent.supervisor.failure import KEPT_LINES, backend_lost, classify, frozen, stalled, unreachable
 from agent.supervisor.files import InstanceFiles, last_lines
 from agent.supervisor.health import health
 from agent.supervisor.links import backend_links
+from agent.supervisor.memory_log import OnLogged, logged_memory
 from agent.supervisor.owner import Limits, Owner, cannot_run
 from agent.supervisor.process import EngineProcess, bytes_read, spawn_coordinator
 from agent.supervisor.progress import newest_percent
@@ -32,7 +34,9 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         endpoint: Where it is reached, for people.
         key: What it asks of whoever asks it.
+        node_id: Our own.
         streams: Those it has open now.
+        on_logged: Told what memory it has taken, once it serves.
     """
 
     instance_id: str
@@ -40,7 +44,9 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     argv: tuple[str, ...]
     environment: Mapping[str, str]
     files: InstanceFiles
+    node_id: str
     streams: Callable[[], int]
+    on_logged: OnLogged
     endpoint: str = ""
     key: str = ""
 
@@ -133,14 +139,30 @@ class Coordinator(Owner):
         """Return None when it has ended or shall stop; a refusal when it cannot serve and does not know."""
         plan = self._launch.plan
         links = await backend_links(pid, plan) if plan.backends else None
-        while not exited.done() and not self._asked_to_stop.done():
-            backend = links.lost() if links is not None else None
-            if backend is not None:
-                return self._lost(backend_lost(plan.model, backend, last_lines(self.files.log, KEPT_LINES)))
-            if wrong := await standstill.seen():
-                return self._frozen(wrong)
-            await self._next_event(exited, timeout_s=self._limits.freeze_poll_s)
+        comparing = asyncio.create_task(self._compare(plan), name=f"compare the memory of {self.view.instance_id}")
+        try:
+            while not exited.done() and not self._asked_to_stop.done():
+                backend = links.lost() if links is not None else None
+                if backend is not None:
+                    return self._lost(backend_lost(plan.model, backend, last_lines(self.files.log, KEPT_LINES)))
+                if wrong := await standstill.seen():
+                    return self._frozen(wrong)
+                await self._next_event(exited, timeout_s=self._limits.freeze_poll_s)
+        finally:
+            comparing.cancel()
         return None
+
+    async def _compare(self, plan: CoordinatorPlan) -> None:
+        """Show what memory it has taken beside what was planned, and let others learn from it."""
+        try:
+            logged = await logged_memory(self.files.log, plan, self._launch.node_id)
+            if not logged:
+                log.info("memory_not_compared", model=plan.model, why="the log lacks sizes of some device")
+                return
+            await self._launch.on_logged(plan, logged)
+            self._announce(shares=with_logged(self.view.shares, logged))
+        except Exception:  # it serves all the same
+            log.exception("memory_not_compared", model=plan.model)
 
     def _frozen(self, wrong: str) -> Refusal:
         self._grace_s = 0.0  # it would not hear that it shall end

@@ -13,6 +13,7 @@ from agent.supervisor.endpoints import Endpoint, Endpoints
 from agent.supervisor.files import Directories, files_of
 from agent.supervisor.instance import Launch
 from agent.supervisor.lending import BackendLaunch, BackendSite, BackendWish, forwarder_id
+from agent.supervisor.memory_log import OnLogged
 
 
 class Launches:
@@ -30,12 +31,13 @@ class Launches:
         site: BackendSite,
         endpoints: Endpoints,
         streams: Callable[[str], int],
+        on_logged: OnLogged,
     ) -> None:
         self._engine, self._gpu_devices, self._threads = engine, gpu_devices, threads
         self._resolve = resolve
         self._environment = dict(environment)
         self._directories, self._site, self._endpoints = directories, site, endpoints
-        self._streams = streams
+        self._streams, self._on_logged = streams, on_logged
 
     def coordinator(self, pool_id: str, plan: CoordinatorPlan) -> Launch:
         """Claims an endpoint; whoever sees the coordinator gone gives it back.
@@ -74,7 +76,9 @@ class Launches:
             files=files,
             endpoint=endpoint.url,
             key=key,
+            node_id=self._site.node_id,
             streams=partial(self._streams, pool_id),
+            on_logged=self._on_logged,
         )
 
     def backend(self, instance_id: str, wish: BackendWish) -> BackendLaunch:

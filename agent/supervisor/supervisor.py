@@ -15,10 +15,11 @@ from agent.supervisor.files import Directories, files_of, remove_oldest_logs
 from agent.supervisor.instance import Coordinator
 from agent.supervisor.launches import Launches
 from agent.supervisor.lending import BackendSite, BackendWish, backend_id, forwarder_id
+from agent.supervisor.memory_log import OnLogged, nobody_asks
+from agent.supervisor.news import News
 from agent.supervisor.owner import Limits, Owner
 from agent.supervisor.ports import Ports
 from agent.supervisor.restarts import Deaths, RestartPolicy
-from agent.supervisor.state import SETTLED
 
 log = structlog.get_logger(__name__)
 
@@ -41,6 +42,7 @@ class Supervisor:
         streams: How many streams an instance has open now.
         threads: Per engine, when nobody says; 0 leaves it to the engine.
         on_gone: Called when an instance's process is gone, before anybody is told: gives its reservation back.
+        on_logged: Told what memory a coordinator has taken, as its log says, once it serves.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Supervisor:
         threads: int = 0,
         restarts: RestartPolicy | None = None,
         on_gone: Callable[[Instance], None] = lambda _: None,
+        on_logged: OnLogged = nobody_asks,
     ) -> None:
         self._ports, self._endpoints = Ports(site.ports), Endpoints(tcp)
         self._launches = Launches(
@@ -70,13 +73,13 @@ class Supervisor:
             site=site,
             endpoints=self._endpoints,
             streams=streams,
+            on_logged=on_logged,
         )
         self._directories, self._limits = directories, limits
         self._deaths = Deaths(restarts or RestartPolicy())
         self._on_gone = on_gone
         self._owners: dict[str, Owner] = {}
-        self._watchers: dict[str, set[asyncio.Queue[Instance]]] = {}
-        self._subscribers: list[Callable[[Instance], None]] = []
+        self._news = News()
         self._closing = False
         directories.create()
 
@@ -99,7 +102,7 @@ class Supervisor:
         launch = self._launches.coordinator(pool_id, plan)
         self._make_room(pool_id)
         coordinator = Coordinator(
-            launch, self._limits, on_change=self._changed, on_gone=self._coordinator_gone, wait_after=self._wait_after
+            launch, self._limits, on_change=self._news.tell, on_gone=self._coordinator_gone, wait_after=self._wait_after
         )
         self._owners[pool_id] = coordinator
         return coordinator.view
@@ -124,7 +127,7 @@ class Supervisor:
         self._check_start(wish.pool_id, existing)
         launch = self._launches.backend(instance_id, wish)
         self._make_room(instance_id)
-        backend = Backend(launch, self._limits, self._ports, on_change=self._changed, on_gone=self._on_gone)
+        backend = Backend(launch, self._limits, self._ports, on_change=self._news.tell, on_gone=self._on_gone)
         self._owners[instance_id] = backend
         return await backend.endpoint()
 
@@ -151,27 +154,13 @@ class Supervisor:
             message = f"{pool_id} is just stopping; ask again when it is gone, or under another id"
             raise refuse(Reason.INSTANCE_NOT_READY, message, retryable=True, retry_after_s=self._limits.stop_grace_s)
 
-    async def watch(self, instance_id: str) -> AsyncIterator[Instance]:
+    def watch(self, instance_id: str) -> AsyncIterator[Instance]:
         """Yield the present state, then every change; ends after READY, FAILED or STOPPED.
 
         Raises:
             SollolError: INSTANCE_NOT_FOUND.
         """
-        # Bounded by nature: a life has a handful of states and at most a hundred percents.
-        changes: asyncio.Queue[Instance] = asyncio.Queue()
-        changes.put_nowait(self._find(instance_id).view)
-        watchers = self._watchers.setdefault(instance_id, set())
-        watchers.add(changes)
-        try:
-            while True:
-                instance = await changes.get()
-                yield instance
-                if instance.state in SETTLED:
-                    return
-        finally:
-            watchers.discard(changes)
-            if not watchers and self._watchers.get(instance_id) is watchers:
-                del self._watchers[instance_id]
+        return self._news.watch(self._find(instance_id).view)
 
     async def stop(self, instance_id: str, *, at_once: bool = False) -> None:
         """Return when the process is gone and its reservation given back. Unknown and ended ones are a success.
@@ -238,8 +227,7 @@ class Supervisor:
 
     def subscribe(self, callback: Callable[[Instance], None]) -> Callable[[], None]:
         """Call `callback` with every change of every instance; returns what ends that."""
-        self._subscribers.append(callback)
-        return lambda: self._subscribers.remove(callback)
+        return self._news.subscribe(callback)
 
     def _find(self, instance_id: str) -> Owner:
         try:
@@ -247,12 +235,6 @@ class Supervisor:
         except KeyError:
             message = f"this node runs no instance {instance_id[:_LONGEST_ID]}; it may have ended long ago"
             raise refuse(Reason.INSTANCE_NOT_FOUND, message, retryable=True) from None
-
-    def _changed(self, instance: Instance) -> None:
-        for changes in self._watchers.get(instance.instance_id, ()):
-            changes.put_nowait(instance)
-        for callback in tuple(self._subscribers):
-            callback(instance)
 
     def _wait_after(self, instance: Instance) -> float:
         return self._deaths.add(instance.model, now_s=self._now_s())

@@ -139,4 +139,8 @@ def _pool_rows(pool: Pool) -> list[tuple[str, ...]]:
 
 
 def _share_row(coordinator: str, share: DeviceShare) -> tuple[str, ...]:
-    return (share.node_id or coordinator, share.device_id, layers_text(share), bytes_text(share.total_bytes))
+    memory = bytes_text(share.total_bytes)
+    if share.logged_bytes is not None:
+        predicted = bytes_text(share.total_bytes - share.margin_bytes)
+        memory += f" ({predicted} predicted, {bytes_text(share.logged_bytes)} logged)"
+    return (share.node_id or coordinator, share.device_id, layers_text(share), memory)

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 from msgspec.structs import replace
+from sollol.correction import Correction, MemoryCorrection
 from sollol.engine import Engine, EngineSource
 from sollol.errors import Reason, SollolError
 from sollol.link import Link
@@ -34,6 +35,15 @@ CPU = Device(device_id="CPU", kind=DeviceKind.CPU, total_bytes=1000, free_bytes=
 CUDA = Device(device_id="CUDA0", kind=DeviceKind.GPU, total_bytes=500, free_bytes=400, measured_free_bytes=400)
 ENGINE = Engine(source=EngineSource.PATH, path="/usr/bin/llama-server", build="b1")
 LLAMA = Model(name="llama", size_bytes=5, identity="1")
+LEARNED = MemoryCorrection(
+    identity="1",
+    context_per_slot=512,
+    parallel=1,
+    kv_type="f16",
+    ubatch=512,
+    layout="CPU:9",
+    correction=Correction(weights=1.2),
+)
 
 
 class Node:
@@ -45,6 +55,7 @@ class Node:
         self.running: tuple[Instance, ...] = ()
         self.links: tuple[Link, ...] = ()
         self.speeds: tuple[SpeedObservation, ...] = ()
+        self.learned: tuple[MemoryCorrection, ...] = ()
         self.measurements = self.scans = 0
         self.go_on_scanning = threading.Event()
         self.go_on_scanning.set()
@@ -57,6 +68,7 @@ class Node:
             supervisor=self,
             links=self,
             speeds=self,
+            learned=self,
             engine=ENGINE,
             registry=registry,
             wall_clock=lambda: 1_700_000_000.0,
@@ -72,6 +84,9 @@ class Node:
         if self.models == ("broken",):
             raise PermissionError("models: permission denied")
         return tuple(self.models)
+
+    def corrections(self) -> tuple[MemoryCorrection, ...]:
+        return self.learned
 
     def instances(self) -> tuple[Instance, ...]:
         return self.running
@@ -105,9 +120,10 @@ async def test_a_report_says_all_that_the_node_knows_of_itself():
     node.running = (Instance(instance_id="p", model="llama", state=InstanceState.READY),)
     node.links = (Link(node_id="bigbox", rtt_s=0.001, bytes_per_s=1e8, age_s=3.0),)
     node.speeds = (SpeedObservation(identity="1", devices="CPU x2, KV f16", layers=(9,), ms_per_token=12.5),)
+    node.learned = (LEARNED,)
     async with running(node) as reporter:
         report = reporter.current()
-    assert (report.links, report.speeds) == (node.links, node.speeds)
+    assert (report.links, report.speeds, report.memory) == (node.links, node.speeds, node.learned)
     assert (report.node_id, report.address, report.labels) == ("laptop", "192.168.1.20:7462", {"rack": "attic"})
     assert (report.engine, report.models, report.instances) == (ENGINE, (LLAMA,), node.running)
     assert (report.sequence, report.measured_unix_s, report.version) == (1, 1_700_000_000.0, "0.1.0")

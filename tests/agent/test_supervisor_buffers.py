@@ -48,7 +48,8 @@ def test_only_what_follows_the_last_attempt_counts():
         ("CUDA_Host", "CPU", "model"),
         ("CUDA0", "CUDA0", "model"),
         ("MTL0_Mapped", "MTL0", "mapped"),
-        ("RPC1[10.0.0.7:7512]", "10.0.0.7:7512", "model"),
+        ("RPC0[10.0.0.7:7512]", "10.0.0.7:7512", "model"),
+        ("RPC2[10.0.0.7:7512]", "10.0.0.7:7512/2", "model"),
         ("RPC0[[fe80::1]:7512]", "[fe80::1]:7512", "model"),
     ],
 )

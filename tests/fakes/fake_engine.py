@@ -23,6 +23,7 @@ Knobs are `name=value`, each given as `--fake name=value` or as a marker in the 
   ignore_term=1     SIGTERM and the exit command do nothing
   grandchild=1      start a child process (same group) that sleeps; stderr says "grandchild pid=N"
   flood=100000      bytes of stderr to write before anything else
+  says=LINE;LINE    lines to write to stderr while it loads ("_" stands for a space)
 
 Like the real one: an existing socket path makes bind fail and is left behind on exit; SIGTERM waits for open streams and
 ends the process at once while loading; in child mode (LLAMA_SERVER_ROUTER_PORT) a served SIGTERM also needs the exit
@@ -116,6 +117,8 @@ class Engine:
             if 0 <= self.flags.number("stall_at") <= value:
                 await asyncio.Event().wait()
             await asyncio.sleep(self.flags.number("load_s", 0) / steps)
+        for line in self.flags.knobs.get("says", "").split(";"):
+            log(line.replace("_", " "))
 
     def tell(self, state: str, payload: object) -> None:
         if self.child_mode and self.flags.number("progress", 1):
