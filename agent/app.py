@@ -69,8 +69,7 @@ async def serve(config: AgentConfig, environ: Mapping[str, str], stop: Stop) -> 
             found = await _found_engine(config, environ, threads)
             ledger = Ledger(clock=time.monotonic, journal=lambda event: _journal(event, reporter))
             inventory = Inventory(_model_roots(config, environ))
-            streams, learned = Streams(), Learned(places.state)
-            key = config.coordinator_key()
+            streams, learned, key = Streams(), Learned(places.state), config.coordinator_key()
             supervisor = _supervisor(
                 config,
                 environ,
@@ -85,11 +84,10 @@ async def serve(config: AgentConfig, environ: Mapping[str, str], stop: Stop) -> 
             relay = Relay(supervisor.socket_of, supervisor.failure_of, streams, key)
             speeds = _speeds(places, found, supervisor, inventory, key, on_change=lambda: reporter.changed())  # noqa: PLW0108 - defined below
             streams.subscribe(speeds.streams_changed)
-            probe = _probe(config, places, found, threads)
             links, sink = Links(probe=link_probe.probe, who=link_probe.who_answers), link_probe.Sink()
             reporter = Reporter(
                 config=config,
-                probe=probe,
+                probe=_probe(config, places, found, threads),
                 inventory=inventory,
                 ledger=ledger,
                 supervisor=_Busy(supervisor, streams, speeds),
