@@ -60,6 +60,7 @@ class Records:
                 identity=record.identity,
                 devices=record.key.devices,
                 layers=record.key.layers,
+                kv_type=record.key.kv_type,
                 ms_per_token=record.ms_per_token,
                 tokens=record.tokens,
                 predicted_ms_per_token=record.predicted_ms_per_token,

@@ -12,11 +12,12 @@ _CPU = "CPU"
 
 
 class SpeedObservation(Struct, frozen=True, kw_only=True):
-    """`identity` is that of the model's file on the coordinator's node; `devices` and `layers` are a `PlanKey`'s."""
+    """`identity` is that of the model's file on the coordinator's node; the next three are a `PlanKey`'s."""
 
     identity: str
-    devices: str
+    devices: tuple[str, ...]
     layers: tuple[int, ...]
+    kv_type: str
     ms_per_token: float
     tokens: int = 0
     predicted_ms_per_token: float = 0.0
@@ -25,8 +26,9 @@ class SpeedObservation(Struct, frozen=True, kw_only=True):
 class PlanKey(Struct, frozen=True):
     """Plans with equal keys and the same coordinator run a model at the same speed."""
 
-    devices: str
+    devices: tuple[str, ...]
     layers: tuple[int, ...]
+    kv_type: str
 
 
 def plan_key(shares: "Iterable[DeviceShare]", kv_type: str, threads: Callable[[str], int]) -> PlanKey:
@@ -38,8 +40,8 @@ def plan_key(shares: "Iterable[DeviceShare]", kv_type: str, threads: Callable[[s
         threads: By node id, those of its engines on the CPU; asked with "" for the coordinator's own.
     """
     held = [share for share in shares if share.layers]
-    devices = " + ".join(_device(share, threads) for share in held)
-    return PlanKey(f"{devices}, KV {kv_type}", tuple([share.layers for share in held]))
+    devices = tuple([_device(share, threads) for share in held])
+    return PlanKey(devices, tuple([share.layers for share in held]), kv_type)
 
 
 def _device(share: "DeviceShare", threads: Callable[[str], int]) -> str:

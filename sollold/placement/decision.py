@@ -17,6 +17,7 @@ from sollold.placement.filters import Filter, filters_for, find_model, free_byte
 from sollold.placement.fit import FitPolicy
 from sollold.placement.job import Job, PlacementDefaults, job_for
 from sollold.placement.links import measured
+from sollold.placement.observed import observed_of
 from sollold.placement.split import best_split
 from sollold.placement.together import free_together, too_few_lenders, with_less_context, with_ready, with_split
 
@@ -72,6 +73,9 @@ def decide(
     known = learned(ordered, models)
     if known:
         job = msgspec.structs.replace(job, learned=known)
+    observed = observed_of(ordered, models)
+    if observed:
+        job = msgspec.structs.replace(job, observed=observed)
     decision = _decided(job, ordered, models, files_known=files_known)
     if decision.refusal is not None and decision.refusal.reason is Reason.NO_FIT and job.allow_reduced_context:
         decision = with_less_context(

@@ -9,6 +9,7 @@ from sollol.link import PlanLink
 from sollol.report import CoordinatorPlan, Decision, DeviceShare, NodeVerdict
 
 SCHEMA = "sollol.place/v1"
+_LAST_COLUMNS = ("hop_ms", "busy_ms", "scaled_ms", "observed_ms")
 SHARE_COLUMNS = ("layers", "weights", "KV", "compute", "margin", "total")
 
 
@@ -24,6 +25,7 @@ def explain(decision: Decision) -> str:
     best = next(verdict for verdict in decision.nodes if verdict.best)
     unit = "" if decision.unit == "MB" else f" {decision.unit}"
     lines.append(f"Selected {_classic_name(best)} for coordinator (score={_number(best.score or 0)}{unit})")
+    lines.extend(_speed_line(best))
     if decision.reduced_context_from is not None and decision.plan is not None:
         given = decision.plan.context_per_slot
         lines.append(f"Context reduced from {decision.reduced_context_from} to {given} tokens: no more fits")
@@ -85,7 +87,7 @@ def _per_token(cost: dict[str, float], coordinator: NodeVerdict) -> str:
     read = sum(value for name, value in cost.items() if name.startswith("read_ms."))
     return (
         f"Per token: {read:.3f} ms reading + {sum(value for _, value in hops):.3f} ms for hops ({each}) "
-        f"+ {cost.get('busy_ms', 0.0):.3f} ms for other pools = {coordinator.score or 0.0:.3f} ms"
+        f"+ {cost.get('busy_ms', 0.0):.3f} ms for other pools{_as_observed(cost)} = {coordinator.score or 0.0:.3f} ms"
     )
 
 
@@ -95,6 +97,23 @@ def _ready(decision: Decision, ready_s: float) -> str:
         what, _, node_id = part.name.partition(".")
         terms.append(f"{part.value:.1f} s " + (f"reading on {node_id}" if what == "read_s" else f"moving to {node_id}"))
     return f"Until ready: {' + '.join(terms)}" + (f" = {ready_s:.1f} s" if len(terms) > 1 else "")
+
+
+def _as_observed(cost: dict[str, float]) -> str:
+    known = [cost[name] for name in ("observed_ms", "scaled_ms") if name in cost]
+    return "".join(f" {'-' if value < 0 else '+'} {abs(value):.3f} ms as observed" for value in known)
+
+
+def _speed_line(best: NodeVerdict) -> list[str]:
+    """What was predicted and what was observed, where anything was."""
+    cost = {part.name: part.value for part in best.parts}
+    predicted = sum(cost.values()) - sum(cost.get(name, 0.0) for name in ("busy_ms", "observed_ms", "scaled_ms"))
+    if "observed_ms" in cost:
+        return [f"Predicted {predicted:.3f} ms/token, observed on this plan {predicted + cost['observed_ms']:.3f}"]
+    if "scaled_ms" in cost:
+        scaled = predicted + cost["scaled_ms"]
+        return [f"Predicted {predicted:.3f} ms/token, {scaled:.3f} by what was observed of this model on other plans"]
+    return []
 
 
 def _plan_title(plan: CoordinatorPlan) -> str:
@@ -172,7 +191,7 @@ def _part_names(verdicts: Sequence[NodeVerdict]) -> list[str]:
     names: dict[str, None] = {}
     for verdict in verdicts:
         names.update(dict.fromkeys(_column(part.name) for part in verdict.parts))
-    return sorted(names, key=lambda name: (name == "busy_ms", name == "hop_ms", name))
+    return sorted(names, key=lambda name: (_LAST_COLUMNS.index(name) if name in _LAST_COLUMNS else -1, name))
 
 
 def _column(part: str) -> str:

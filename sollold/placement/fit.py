@@ -5,19 +5,22 @@ Generating one token reads every active weight once, so memory bandwidth bounds 
     score = sum over devices (bytes read per token / bandwidth) + busy_ms; the lowest wins.
 
 `busy_ms` is what other pools cost: each instance that is generating on the node takes an equal turn at the same
-memory, so it is the sum of the reads times the number of such instances. Nodes within 5 % of the best are equals, for a
-prediction is not better than that: preferred labels, pack or spread, and the node id order those, in this sequence.
+memory, so it is the sum of the reads times the number of such instances. What was observed of the model corrects that
+by one part more: `observed_ms` where this very plan ran before, else `scaled_ms`. Nodes within 5 % of the best are
+equals, for a prediction is not better than that: preferred labels, pack or spread, and the node id order those, in this
+sequence.
 """
 
 from collections.abc import Sequence
 
+from msgspec.structs import replace
 from sollol.errors import Reason, Refusal, Retry
 from sollol.report import CoordinatorPlan, Model, ModelShape, NodeStatus, NodeVerdict, Report, ScorePart
 
 from sollold.placement.corrections import corrections_for
 from sollold.placement.filters import free_bytes, total_bytes
 from sollold.placement.job import Job
-from sollold.placement.layout import Layouts, layouts_for, read_parts
+from sollold.placement.layout import Layout, Layouts, layouts_for, read_ms, read_parts
 from sollold.placement.preference import tie_order
 
 EQUAL_WITHIN = 1.05
@@ -44,13 +47,17 @@ class FitPolicy:
         if layout is None:
             return _short(report, layouts)
         parts = read_parts(layout, report.devices)
-        read_ms = parts[0].value if len(parts) == 1 else sum([part.value for part in parts])
-        busy_ms = read_ms * generating(report) if report.instances else 0.0
+        reads_ms = parts[0].value if len(parts) == 1 else sum([part.value for part in parts])
+        busy_ms = reads_ms * generating(report) if report.instances else 0.0
         parts.append(ScorePart("busy_ms", busy_ms) if busy_ms else IDLE)
+        score = reads_ms + busy_ms
+        if self._job.observed:
+            parts.append(self._correction(report, layout, reads_ms))
+            score += parts[-1].value
         return NodeVerdict(
             node_id=report.node_id,
             host=report.host,
-            score=read_ms + busy_ms,
+            score=score,
             parts=tuple(parts),
             needed_bytes=layout.total_bytes,
             free_bytes=free_bytes(report),
@@ -75,11 +82,17 @@ class FitPolicy:
             return None
         layouts = self._layouts(model.shape)
         devices = node.report.devices
-        return layouts.plan(model.name, layouts.best(devices) or layouts.on_cpu(devices[0]))
+        layout = layouts.best(devices) or layouts.on_cpu(devices[0])
+        return replace(layouts.plan(model.name, layout), predicted_ms_per_token=read_ms(layout, devices))
 
     def estimate_bytes(self, verdicts: Sequence[NodeVerdict]) -> int:
         """The least that any node would need for it."""
         return min([verdict.needed_bytes for verdict in verdicts if verdict.needed_bytes], default=0)
+
+    def _correction(self, report: Report, layout: Layout, predicted_ms: float) -> ScorePart:
+        job, engine = self._job, report.engine
+        threads = engine.threads if engine is not None else 0
+        return job.observed.correction(report.node_id, layout.shares, job.kv_type, lambda _: threads, predicted_ms)
 
     def _layouts(self, shape: ModelShape) -> Layouts:
         """By identity first: hashing a shape costs more than judging a node."""

@@ -1,6 +1,8 @@
 """Plans over several nodes that a search has in hand."""
 
+from collections.abc import Callable
 from math import inf
+from operator import attrgetter
 
 from msgspec import Struct
 
@@ -30,18 +32,23 @@ class Limits(Struct, frozen=True, kw_only=True):
 
 
 class Record:
-    """The plans in hand, over all coordinators; `solo_ms` is what the best single node takes."""
+    """The plans in hand, over all coordinators; `solo_ms` is what the best single node takes.
 
-    def __init__(self, limits: Limits, solo_ms: float | None, steps: int) -> None:
+    `spread`: of two plans the one that is predicted to take longer, up to so many times, may turn out the faster.
+    """
+
+    def __init__(self, limits: Limits, solo_ms: float | None, steps: int, *, spread: float = 1.0) -> None:
         self.limits = limits
         self.steps_left = steps
         self.exhausted = True  # whether every plan was looked at, or known to be no better
         limit = inf if solo_ms is None else solo_ms / EQUAL_WITHIN
         self._at_most = [limit] * (limits.max_nodes + 1)  # the least cost with so many nodes or fewer
+        self._spread = spread
         self._found: list[Found] = []
 
     def promising(self, bound_ms: float, nodes: int) -> bool:
         at_most = self._at_most
+        bound_ms /= self._spread
         return bound_ms < at_most[min(nodes, len(at_most) - 1)] and bound_ms <= at_most[-1] * EQUAL_WITHIN
 
     def add(self, found: Found) -> None:
@@ -51,14 +58,14 @@ class Record:
         for nodes in range(found.nodes, len(self._at_most)):
             self._at_most[nodes] = min(self._at_most[nodes], found.cost_ms)
 
-    def ranked(self) -> list[Found]:
-        """The best first: of those within 5 % of the least cost the fewest nodes, then the coordinator that wins ties.
+    def ranked(self, cost_ms: Callable[[Found], float] = attrgetter("cost_ms")) -> list[Found]:
+        """The best first, by what `cost_ms` says of each: of those within 5 % of the least the fewest nodes, then the
+        coordinator that wins ties.
 
         The rest follows by cost, for when what comes first turns out not to fit.
         """
-        least = min((found.cost_ms for found in self._found), default=0.0)
-        equal = [found for found in self._found if found.cost_ms <= least * EQUAL_WITHIN]
-        rest = [found for found in self._found if found.cost_ms > least * EQUAL_WITHIN]
-        equal.sort(key=lambda found: (found.nodes, found.origin.order, found.cost_ms))
-        rest.sort(key=lambda found: (found.cost_ms, found.nodes, found.origin.order))
-        return equal + rest
+        costs = [(cost_ms(found), found) for found in self._found]
+        limit = min((cost for cost, _ in costs), default=0.0) * EQUAL_WITHIN
+        equal = [(found.nodes, found.origin.order, cost, at) for at, (cost, found) in enumerate(costs) if cost <= limit]
+        rest = [(cost, found.nodes, found.origin.order, at) for at, (cost, found) in enumerate(costs) if cost > limit]
+        return [self._found[order[-1]] for order in (*sorted(equal), *sorted(rest))]

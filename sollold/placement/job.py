@@ -8,6 +8,7 @@ from sollol.report import PlacementWish
 from sollold.placement.corrections import Learned
 from sollold.placement.links import Links
 from sollold.placement.load import Load
+from sollold.placement.observed import NOTHING, Observed
 
 POLICIES = ("classic", "fit")
 STRATEGIES = ("pack", "spread")
@@ -37,6 +38,7 @@ class Job(Struct, frozen=True, kw_only=True):
     """A wish without open questions. Labels are (name, value); value None accepts any.
 
     `takes_any_node`: nothing in it keeps a node out. `learned`: what loads have shown of the model's memory.
+    `observed`: how fast it ran.
     """
 
     model: str
@@ -60,6 +62,7 @@ class Job(Struct, frozen=True, kw_only=True):
     allow_reduced_context: bool = False
     links: Links = Links()
     learned: Learned = ()
+    observed: Observed = NOTHING
     takes_any_node: bool = True
 
     @property

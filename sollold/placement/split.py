@@ -2,7 +2,8 @@
 
     sum over devices (bytes read per token / bandwidth)
     + sum over backends (devices x (hop + round trip) + (embedding x 4 each way, the answer back) / link rate)
-    + busy_ms: on a node that generates for other pools, its reads once more for each of them.
+    + busy_ms: on a node that generates for other pools, its reads once more for each of them
+    + observed_ms or scaled_ms: what was observed of the model, on this plan or on others, less the prediction.
 
 A coordinator's own CPU that holds layers is a backend too, over the loopback interface; its own GPUs cost no hop.
 `search` finds the plans, the memory model has the last word on each, and a single node is left only for one that is
@@ -26,6 +27,7 @@ from sollold.placement.layout import bandwidth
 from sollold.placement.lenders import Place, Unit, coordinators, lenders, units_for
 from sollold.placement.links import measured
 from sollold.placement.needs import Holding, Needs, needs_for
+from sollold.placement.observed_plans import ObservedPlans
 from sollold.placement.ready import moving_s, much_sooner, ready_parts
 from sollold.placement.search import FEW_LAYERS, Search
 
@@ -75,7 +77,8 @@ def best_split(
     if job.backends_per_pool == 0 or (job.max_nodes == 1 and job.backends_per_pool is None):
         return None
     solo_ms = None if solo is None or job.backends_per_pool else verdicts[solo].score
-    if solo is not None and solo_ms is not None and not _worth_a_look(job, nodes, models[solo], solo_ms):
+    slowest_ms = None if solo_ms is None else solo_ms / job.observed.least_factor  # that a faster plan is predicted
+    if solo is not None and slowest_ms is not None and not _worth_a_look(job, nodes, models[solo], slowest_ms):
         return None
     job = replace(job, links=measured(job.links, nodes))
     able = coordinators(job, nodes, models, verdicts)
@@ -90,23 +93,31 @@ class _Cluster:
         self._nodes = nodes
         self._models = models
         self._limits = Limits(max_nodes=job.max_nodes, backends=job.backends_per_pool)
+        self._observed = ObservedPlans(job, nodes)
 
     def best(self, able: Sequence[int], solo_ms: float | None) -> Split | None:
         """`able`: the places of the nodes that may run the coordinator, those that win a tie first."""
-        borrowed = lenders(self._job, self._nodes)
-        record = Record(self._limits, solo_ms, MOST_STEPS * self._more(able[0], borrowed))
+        borrowed, observed = lenders(self._job, self._nodes), self._job.observed
+        limit_ms = None if solo_ms is None else solo_ms / observed.most_factor
+        steps = MOST_STEPS * self._more(able[0], borrowed)
+        record = Record(self._limits, limit_ms, steps, spread=observed.spread)
         for order, at in enumerate(able):
             origin = Origin(at, order)
             self._search(origin, self._units(origin, borrowed), record)
-        ranked = record.ranked()[:MOST_CHECKED]
+        ranked = record.ranked(self._cost_ms)[:MOST_CHECKED]
         for best in ranked:
             found = best if record.exhausted else self._again(best, borrowed)
             split = self._split(found)
             if split is not None:
-                least = min(split.cost_ms, *(each.cost_ms for each in ranked)) * EQUAL_WITHIN
+                least = min(split.cost_ms, *map(self._cost_ms, ranked)) * EQUAL_WITHIN
                 most_ms = least if solo_ms is None else min(least, solo_ms / EQUAL_WITHIN)
+                if observed and solo_ms is not None and split.cost_ms > solo_ms / EQUAL_WITHIN:
+                    return None
                 return self._sooner(split, found, borrowed, most_ms)
         return None
+
+    def _cost_ms(self, found: Found) -> float:
+        return self._observed.cost_ms(found, self._needs(found.origin.at))
 
     def _sooner(self, split: Split, found: Found, borrowed: Sequence[Place], most_ms: float) -> Split:
         """The plan to take instead, of those with the same coordinator and no more nodes that take at most `most_ms`.
@@ -122,7 +133,7 @@ class _Cluster:
             replace(unit, byte_ms=unit.byte_ms + price * unit.move_s) for unit in self._units(found.origin, borrowed)
         ]
         limits = replace(self._limits, max_nodes=found.nodes)
-        record = Record(limits, most_ms * EQUAL_WITHIN, MOST_STEPS_AGAIN)
+        record = Record(limits, most_ms * EQUAL_WITHIN / self._job.observed.least_factor, MOST_STEPS_AGAIN)
         self._search(found.origin, units, record)
         for better in record.ranked()[:MOST_CHECKED]:
             other = self._split(better)
@@ -164,6 +175,8 @@ class _Cluster:
         shares = needs.shares(self._nodes[at].report.devices[0].device_id, holdings)
         if not self._fits(at, units, shares):
             return None
+        parts = [*self._read_parts(needs, units, shares), *self._hop_parts(at, needs, units)]
+        predicted_ms = sum(part.value for part in parts if part.name != "busy_ms")
         plan = CoordinatorPlan(
             model=model.name,
             parallel=job.parallel,
@@ -172,12 +185,13 @@ class _Cluster:
             kv_type=job.kv_type,
             batch=job.batch,
             ubatch=job.ubatch,
+            predicted_ms_per_token=predicted_ms,
         )
         own_id, links = self._nodes[at].report.node_id, job.links
         return Split(
             coordinator=at,
             plan=plan,
-            parts=(*self._read_parts(needs, units, shares), *self._hop_parts(at, needs, units)),
+            parts=(*parts, *self._observed.part(at, shares, predicted_ms)),
             ready=ready_parts(own_id, model, plan, links),
             links=tuple(links.in_plan(own_id, node_id) for node_id in _others(plan, own_id)),
         )

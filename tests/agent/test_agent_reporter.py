@@ -119,8 +119,8 @@ async def test_a_report_says_all_that_the_node_knows_of_itself():
     node = Node(host="192.168.1.20", port=7462, labels={"rack": "attic"})
     node.running = (Instance(instance_id="p", model="llama", state=InstanceState.READY),)
     node.links = (Link(node_id="bigbox", rtt_s=0.001, bytes_per_s=1e8, age_s=3.0),)
-    node.speeds = (SpeedObservation(identity="1", devices="CPU x2, KV f16", layers=(9,), ms_per_token=12.5),)
     node.learned = (LEARNED,)
+    node.speeds = (SpeedObservation(identity="1", devices=("CPU x2",), layers=(9,), kv_type="f16", ms_per_token=12.5),)
     async with running(node) as reporter:
         report = reporter.current()
     assert (report.links, report.speeds, report.memory) == (node.links, node.speeds, node.learned)

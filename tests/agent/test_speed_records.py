@@ -7,8 +7,8 @@ from sollol.speed import PlanKey, SpeedObservation
 from agent.speed_meter import Sample
 from agent.speed_records import MOST_RECORDS, MOST_SAMPLES, Record, Records
 
-ALONE = PlanKey("CPU x2, KV f16", (9,))
-SPLIT = PlanKey("a/CPU x2 + b/CPU x1, KV f16", (5, 4))
+ALONE = PlanKey(("CPU x2",), (9,), "f16")
+SPLIT = PlanKey(("a/CPU x2", "b/CPU x1"), (5, 4), "f16")
 
 
 def test_each_model_and_plan_has_its_own_speed_the_newest_first():
@@ -17,11 +17,14 @@ def test_each_model_and_plan_has_its_own_speed_the_newest_first():
     records.add("llama", SPLIT, Sample(50, 30.0), 22.0)
     records.add("qwen", ALONE, Sample(60, 5.0), 0.0)
     assert records.observations() == (
-        SpeedObservation(identity="qwen", devices=ALONE.devices, layers=(9,), ms_per_token=5.0, tokens=60),
+        SpeedObservation(
+            identity="qwen", devices=ALONE.devices, layers=(9,), kv_type="f16", ms_per_token=5.0, tokens=60
+        ),
         SpeedObservation(
             identity="llama",
             devices=SPLIT.devices,
             layers=(5, 4),
+            kv_type="f16",
             ms_per_token=30.0,
             tokens=50,
             predicted_ms_per_token=22.0,
@@ -30,13 +33,14 @@ def test_each_model_and_plan_has_its_own_speed_the_newest_first():
             identity="llama",
             devices=ALONE.devices,
             layers=(9,),
+            kv_type="f16",
             ms_per_token=20.0,
             tokens=40,
             predicted_ms_per_token=18.0,
         ),
     )
     assert records.ms_per_token("llama", SPLIT) == 30.0
-    assert records.ms_per_token("llama", PlanKey("CPU x2, KV f16", (8,))) == 0.0
+    assert records.ms_per_token("llama", PlanKey(("CPU x2",), (8,), "f16")) == 0.0
 
 
 def test_one_bad_sample_hardly_counts_and_old_ones_are_forgotten():

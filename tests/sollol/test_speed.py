@@ -12,12 +12,12 @@ def share(device_id: str, layers: int, node_id: str = "") -> DeviceShare:
 
 def test_the_key_names_devices_layers_threads_of_cpus_and_the_kind_of_cache():
     shares = (share("CPU", 0), share("CPU", 5, "b"), share("CUDA0", 3, "a"), share("CUDA1", 1))
-    assert plan_key(shares, "q8_0", THREADS) == PlanKey("b/CPU x8 + a/CUDA0 + CUDA1, KV q8_0", (5, 3, 1))
+    assert plan_key(shares, "q8_0", THREADS) == PlanKey(("b/CPU x8", "a/CUDA0", "CUDA1"), (5, 3, 1), "q8_0")
 
 
 def test_a_device_without_layers_does_not_count():
     alone = (share("CPU", 0), share("CUDA0", 9))
-    assert plan_key(alone, "f16", THREADS) == PlanKey("CUDA0, KV f16", (9,))
+    assert plan_key(alone, "f16", THREADS) == PlanKey(("CUDA0",), (9,), "f16")
     assert plan_key(alone, "f16", {"": 1}.__getitem__) == plan_key(alone, "f16", THREADS)
 
 

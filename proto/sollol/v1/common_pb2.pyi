@@ -807,17 +807,21 @@ class SpeedObservation(google.protobuf.message.Message):
     MS_PER_TOKEN_FIELD_NUMBER: builtins.int
     TOKENS_FIELD_NUMBER: builtins.int
     PREDICTED_MS_PER_TOKEN_FIELD_NUMBER: builtins.int
+    KV_TYPE_FIELD_NUMBER: builtins.int
     identity: builtins.str
     """Of the model's file on the coordinator's node."""
-    devices: builtins.str
-    """The devices that held layers, in the order of the layers: "CPU x4 + CUDA0, KV f16", with the threads of each CPU.
-    Those of other nodes are "node/device".
-    """
     ms_per_token: builtins.float
     tokens: builtins.int
     """Generated so far in the samples behind it."""
     predicted_ms_per_token: builtins.float
     """What the plan of the newest sample predicted."""
+    kv_type: builtins.str
+    @property
+    def devices(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The devices that held layers, in the order of the layers, with the threads of each CPU: "CPU x4", "CUDA0". Those
+        that were lent have their node before them: "bigbox/CPU x8".
+        """
+
     @property
     def layers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """How many layers each of them held."""
@@ -826,13 +830,14 @@ class SpeedObservation(google.protobuf.message.Message):
         self,
         *,
         identity: builtins.str = ...,
-        devices: builtins.str = ...,
+        devices: collections.abc.Iterable[builtins.str] | None = ...,
         layers: collections.abc.Iterable[builtins.int] | None = ...,
         ms_per_token: builtins.float = ...,
         tokens: builtins.int = ...,
         predicted_ms_per_token: builtins.float = ...,
+        kv_type: builtins.str = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["devices", b"devices", "identity", b"identity", "layers", b"layers", "ms_per_token", b"ms_per_token", "predicted_ms_per_token", b"predicted_ms_per_token", "tokens", b"tokens"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["devices", b"devices", "identity", b"identity", "kv_type", b"kv_type", "layers", b"layers", "ms_per_token", b"ms_per_token", "predicted_ms_per_token", b"predicted_ms_per_token", "tokens", b"tokens"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___SpeedObservation: typing_extensions.TypeAlias = SpeedObservation
