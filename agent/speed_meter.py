@@ -6,15 +6,23 @@ MIN_TOKENS = 32
 SETTLE_S = 2.0
 # Counters are printed with six digits: what was added must be this part of them to be known within 2 %.
 _LEAST_PART = 5e-4
+_MOST_TOGETHER = 1.05
 _TOKENS = b"llamacpp:tokens_predicted_total"
 _SECONDS = b"llamacpp:tokens_predicted_seconds_total"
+_DECODES = b"llamacpp:n_decode_total"
+_TOGETHER = b"llamacpp:n_busy_slots_per_decode"
 
 
 class Counters(Struct, frozen=True):
-    """Of requests that have ended: tokens generated after the prompt, and the seconds that took."""
+    """Of requests that have ended: tokens generated after the prompt, and the seconds that took.
+
+    Of all there were: decodes, and the slots that took part in them. More slots than decodes: some ran together.
+    """
 
     tokens: float = 0.0
     seconds: float = 0.0
+    decodes: float = 0.0
+    slots: float = 0.0
 
 
 class Sample(Struct, frozen=True):
@@ -27,12 +35,15 @@ def counters_of(page: bytes) -> Counters | None:
     found: dict[bytes, float] = {}
     for line in page.splitlines():
         name, _, text = line.partition(b" ")
-        if name in (_TOKENS, _SECONDS):
+        if name in (_TOKENS, _SECONDS, _DECODES, _TOGETHER):
             try:
                 found[name] = float(text)
             except ValueError:
                 return None
-    return Counters(found[_TOKENS], found[_SECONDS]) if len(found) == 2 else None
+    if _TOKENS not in found or _SECONDS not in found:
+        return None
+    decodes = found.get(_DECODES, 0.0)
+    return Counters(found[_TOKENS], found[_SECONDS], decodes, found.get(_TOGETHER, 1.0) * decodes)
 
 
 class Meter:
@@ -56,9 +67,11 @@ class Meter:
         self._clean = False
 
     def look(self, counters: Counters) -> Sample | None:
-        tokens = counters.tokens - self._counted.tokens
-        seconds = counters.seconds - self._counted.seconds
-        clean = self._clean
+        before = self._counted
+        tokens, seconds = counters.tokens - before.tokens, counters.seconds - before.seconds
+        # Streams that we do not carry, where the engine listens on a port of its own.
+        alone = counters.slots - before.slots <= (counters.decodes - before.decodes) * _MOST_TOGETHER
+        clean = self._clean and alone
         if clean and not _enough(tokens, seconds, counters):
             return None
         self._counted, self._clean = counters, True

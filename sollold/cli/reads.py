@@ -59,7 +59,7 @@ _NODE_HEAD = ("NODE", "ADDRESS", "SEEN", "STATE", "CPUS", "MEMORY FREE / TOTAL",
 _LINK_HEAD = ("FROM", "TO", "ROUND TRIP", "RATE", "MEASURED")
 _MODEL_HEAD = ("MODEL", "SIZE", "ARCHITECTURE", "QUANTIZATION", "CONTEXT", "NODES", "STATE")
 _POOL_HEAD = (
-    *("MODEL", "POOL", "STATE", "SLOTS USED / FREE", "CONTEXT", "ID", "LISTENS"),
+    *("MODEL", "POOL", "STATE", "SLOTS USED / FREE", "CONTEXT", "MS/TOKEN SEEN / PREDICTED", "ID", "LISTENS"),
     *("NODE", "DEVICE", "LAYERS", "MEMORY"),
 )
 
@@ -131,11 +131,16 @@ def _pool_rows(pool: Pool) -> list[tuple[str, ...]]:
         f"{instance.state}{percent}{why}",
         f"{instance.active_streams} / {max(0, instance.parallel - instance.active_streams)}",
         str(instance.context_per_slot),
+        f"{_ms_text(instance.observed_ms_per_token)} / {_ms_text(instance.predicted_ms_per_token)}",
         instance.instance_id,
         instance.endpoint or "-",
     )
     devices = [_share_row(pool.node_id, share) for share in instance.shares] or [(pool.node_id, "-", "-", "-")]
     return [(*(whole if at == 0 else ("",) * len(whole)), *row) for at, row in enumerate(devices)]
+
+
+def _ms_text(ms: float) -> str:
+    return f"{ms:.1f}" if ms else "-"
 
 
 def _share_row(coordinator: str, share: DeviceShare) -> tuple[str, ...]:

@@ -10,6 +10,8 @@ PAGE = b"""\
 llamacpp:tokens_predicted_total 332
 llamacpp:tokens_predicted_seconds_total 21.8225
 llamacpp:predicted_tokens_seconds 15.0303
+llamacpp:n_decode_total 340
+llamacpp:n_busy_slots_per_decode 1.25
 """
 LATER = SETTLE_S + 1
 
@@ -21,12 +23,18 @@ def settled() -> Meter:
 
 
 def test_counters_are_read_from_the_engines_page():
-    assert counters_of(PAGE) == Counters(332, 21.8225)
+    assert counters_of(PAGE) == Counters(332, 21.8225, 340, 425)
 
 
 @pytest.mark.parametrize(
     "page",
-    [b"", PAGE.replace(b"21.8225", b"-"), PAGE.replace(b"_seconds_total", b"_minutes"), b"<html>Not found</html>"],
+    [
+        b"",
+        PAGE.replace(b"21.8225", b"-"),
+        PAGE.replace(b"1.25", b"x"),
+        PAGE.replace(b"_seconds_total", b"_minutes"),
+        b"<html>Not found</html>",
+    ],
 )
 def test_a_page_without_them_says_nothing(page: bytes):
     assert counters_of(page) is None
@@ -63,6 +71,12 @@ def test_few_tokens_before_a_disturbance_do_not_count_after_it():
     meter.disturbed()
     meter.look(Counters(120, 9.2))
     assert meter.look(Counters(152, 9.52)) == Sample(32, pytest.approx(10.0))
+
+
+def test_streams_that_the_engine_ran_together_do_not_count_whoever_asked_for_them():
+    meter = settled()
+    assert meter.look(Counters(100, 2.0, decodes=60, slots=105)) is None
+    assert meter.look(Counters(200, 3.0, decodes=165, slots=212)) == Sample(100, 10.0)
 
 
 def test_a_stream_that_began_in_the_first_seconds_does_not_count():

@@ -31,7 +31,16 @@ SHARES = (
     DeviceShare(device_id="CUDA0", layers=12, first_layer=21, last_layer=31, total_bytes=2**30),
 )
 POOLS = (
-    Pool(node_id="big", instance=replace(READY, shares=SHARES, endpoint="http://10.0.0.1:18080")),
+    Pool(
+        node_id="big",
+        instance=replace(
+            READY,
+            shares=SHARES,
+            endpoint="http://10.0.0.1:18080",
+            predicted_ms_per_token=18.75,
+            observed_ms_per_token=16.6,
+        ),
+    ),
     Pool(node_id="small", instance=replace(READY, instance_id="tiny-1", pool_number=1, active_streams=0)),
 )
 UNKNOWN = refuse(Reason.MODEL_NOT_FOUND, "no node has a model named 'nope'; closest: tiny:8b").refusal

@@ -41,7 +41,9 @@ async def test_pools_are_listed_by_number_with_the_layers_and_bytes_of_each_devi
     _, out, _ = await sollol("--head", address, "pools")
 
     head_row, *rows = [line.split() for line in out.splitlines()]
-    assert " ".join(head_row) == "MODEL POOL STATE SLOTS USED / FREE CONTEXT ID LISTENS NODE DEVICE LAYERS MEMORY"
+    assert " ".join(head_row) == (
+        "MODEL POOL STATE SLOTS USED / FREE CONTEXT MS/TOKEN SEEN / PREDICTED ID LISTENS NODE DEVICE LAYERS MEMORY"
+    )
     assert rows == [
         [
             MODEL,
@@ -51,6 +53,9 @@ async def test_pools_are_listed_by_number_with_the_layers_and_bytes_of_each_devi
             "/",
             "3",
             "0",
+            "16.6",
+            "/",
+            "18.8",
             "tiny-0",
             "http://10.0.0.1:18080",
             "big",
@@ -61,7 +66,7 @@ async def test_pools_are_listed_by_number_with_the_layers_and_bytes_of_each_devi
         ],
         ["small", "CPU", "0-20", "2.00", "GiB"],
         ["big", "CUDA0", "21-31", "+", "output", "1.00", "GiB"],
-        [MODEL, "1", "READY", "0", "/", "4", "0", "tiny-1", "-", "small", "-", "-", "-"],
+        [MODEL, "1", "READY", "0", "/", "4", "0", "-", "/", "-", "tiny-1", "-", "small", "-", "-", "-"],
     ]
 
 
