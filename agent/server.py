@@ -153,6 +153,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
             threads=request.threads,
             allowed_hosts=hosts,
             attach_within_s=request.attach_within_s,
+            upload_bytes=request.upload_bytes,
         )
         with self._bound(pool_id, instance_id):
             return await self._supervisor.start_backend(wish)

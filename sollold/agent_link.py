@@ -69,10 +69,20 @@ class AgentLink:
             await self._stub.Release(pb.ReleaseRequest(pool_id=pool_id), timeout=UNARY_TIMEOUT_S)
 
     async def start_backend(
-        self, pool_id: str, device_ids: Sequence[str], *, allowed_hosts: Sequence[str], attach_within_s: float
+        self,
+        pool_id: str,
+        device_ids: Sequence[str],
+        *,
+        allowed_hosts: Sequence[str],
+        attach_within_s: float,
+        upload_bytes: int,
     ) -> BackendEndpoint:
         request = pb.StartBackendRequest(
-            pool_id=pool_id, device_ids=device_ids, allowed_hosts=allowed_hosts, attach_within_s=attach_within_s
+            pool_id=pool_id,
+            device_ids=device_ids,
+            allowed_hosts=allowed_hosts,
+            attach_within_s=attach_within_s,
+            upload_bytes=upload_bytes,
         )
         with self._calling():
             response = await self._stub.StartBackend(request, timeout=BACKEND_TIMEOUT_S)

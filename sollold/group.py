@@ -26,7 +26,13 @@ class Agent(Protocol):
 
     async def reserve(self, pool_id: str, bytes_by_device: Mapping[str, int], ttl: timedelta) -> None: ...
     async def start_backend(
-        self, pool_id: str, device_ids: Sequence[str], *, allowed_hosts: Sequence[str], attach_within_s: float
+        self,
+        pool_id: str,
+        device_ids: Sequence[str],
+        *,
+        allowed_hosts: Sequence[str],
+        attach_within_s: float,
+        upload_bytes: int,
     ) -> BackendEndpoint: ...
 
 
@@ -40,11 +46,14 @@ class NodeRefusedError(SollolError):
 
 @dataclass
 class Part:
-    """One node's part of a plan: bytes by device, the coordinator's own included, and the devices it lends."""
+    """One node's part of a plan: bytes by device, the coordinator's own included, the devices it lends, and the weights
+    that are sent to those.
+    """
 
     node_id: str
     bytes: dict[str, int] = field(default_factory=dict)
     lent: list[str] = field(default_factory=list)
+    upload_bytes: int = 0
 
 
 def parts_of(plan: CoordinatorPlan, coordinator: str) -> tuple[Part, ...]:
@@ -56,6 +65,7 @@ def parts_of(plan: CoordinatorPlan, coordinator: str) -> tuple[Part, ...]:
         part.bytes[share.device_id] = part.bytes.get(share.device_id, 0) + share.total_bytes
         if share.node_id and share.layers:
             part.lent.append(share.device_id)
+            part.upload_bytes += share.weight_bytes
     return tuple(parts.values())
 
 
@@ -86,7 +96,11 @@ async def start_backends(
     lenders = [part for part in parts if part.lent]
     starts = (
         link(part.node_id).start_backend(
-            pool_id, part.lent, allowed_hosts=(coordinator_host,), attach_within_s=ATTACH_WITHIN_S
+            pool_id,
+            part.lent,
+            allowed_hosts=(coordinator_host,),
+            attach_within_s=ATTACH_WITHIN_S,
+            upload_bytes=part.upload_bytes,
         )
         for part in lenders
     )

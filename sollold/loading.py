@@ -11,9 +11,11 @@ from typing import Protocol
 import structlog
 from msgspec.structs import replace
 from sollol.errors import Reason, Refusal, SollolError, refuse
-from sollol.report import CoordinatorPlan, Decision, Instance, InstanceState, NodeStatus, PlacementWish, Pool, Progress
+from sollol.inference import Progress
+from sollol.report import CoordinatorPlan, Decision, Instance, InstanceState, NodeStatus, PlacementWish, Pool
 
 from sollold import group
+from sollold.load_progress import LoadProgress
 from sollold.numbers import PoolNumbers
 
 log = structlog.get_logger(__name__)
@@ -73,6 +75,7 @@ class UsedPools(Protocol):
 
 class ClusterView(Protocol):
     def statuses(self) -> tuple[NodeStatus, ...]: ...
+    def status(self, node_id: str) -> NodeStatus | None: ...
     def link(self, node_id: str) -> Agent: ...
 
 
@@ -215,15 +218,20 @@ class Loader:
     async def _ready(
         self, link: Agent, pool_id: str, node_id: str, on_progress: Callable[[Progress], None]
     ) -> Instance:
-        async with contextlib.aclosing(link.watch_instance(pool_id)) as changes:
-            async for instance in changes:
-                if instance.state is InstanceState.READY:
-                    return instance
-                if instance.refusal is not None:
-                    raise SollolError(instance.refusal)
-                if instance.state in (InstanceState.STOPPED, InstanceState.STOPPING):
-                    raise refuse(Reason.STOPPED, f"{pool_id} was stopped while it loaded", retryable=True)
-                on_progress(Progress(state="loading", percent=instance.percent, node_id=node_id))
+        progress = LoadProgress(node_id, self._nodes.status, on_progress)
+        telling = asyncio.create_task(progress.keep_telling(), name=f"tell the progress of {pool_id}")
+        try:
+            async with contextlib.aclosing(link.watch_instance(pool_id)) as changes:
+                async for instance in changes:
+                    if instance.state is InstanceState.READY:
+                        return instance
+                    if instance.refusal is not None:
+                        raise SollolError(instance.refusal)
+                    if instance.state in (InstanceState.STOPPED, InstanceState.STOPPING):
+                        raise refuse(Reason.STOPPED, f"{pool_id} was stopped while it loaded", retryable=True)
+                    progress.heard(instance)
+        finally:
+            telling.cancel()
         raise refuse(Reason.AGENT_UNREACHABLE, f"{node_id} went away while {pool_id} loaded", retryable=True)
 
     def _release(self, link: Agent, pool_id: str) -> asyncio.Task[None]:

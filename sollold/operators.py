@@ -12,8 +12,9 @@ from msgspec.structs import replace
 from sollol import wire
 from sollol.channels import refusal_abort
 from sollol.errors import Reason, Refusal, SollolError, refuse
+from sollol.inference import Progress
 from sollol.names import check_model_name
-from sollol.report import Decision, InstanceState, PlacementWish, Pool, Progress
+from sollol.report import Decision, InstanceState, PlacementWish, Pool
 from sollol.v1 import cluster_pb2 as pb
 from sollol.v1 import cluster_pb2_grpc as rpc
 

@@ -10,8 +10,10 @@ from typing import Protocol
 
 import structlog
 from sollol.errors import Reason, Refusal, SollolError, refuse
-from sollol.report import InstanceKind, InstanceState, NodeStatus, PlacementWish, Pool, Progress
+from sollol.inference import Progress
+from sollol.report import InstanceKind, InstanceState, NodeStatus, PlacementWish, Pool
 
+from sollold.load_progress import progress_of
 from sollold.numbers import GaveWayError
 from sollold.pool_index import PoolIndex, PoolSlots
 from sollold.queues import QUEUED, Lease, ModelQueue, Waiter, Watcher
@@ -168,7 +170,7 @@ class Pools:
             if queue is not None and queue.load is None and pending is not None:
                 instance = pending.instance
                 if instance.state is InstanceState.STARTING:  # another head loads it
-                    queue.tell(Progress(state="loading", percent=instance.percent, node_id=pending.node_id))
+                    queue.tell(progress_of(instance, pending.node_id, self._nodes.status))
 
     async def close(self) -> None:
         """Refuse everybody, those who wait and those to come; end the loads in flight."""

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from sollol.errors import Refusal, SollolError
-from sollol.report import PlacementWish, Pool, Progress
+from sollol.inference import Progress
+from sollol.report import PlacementWish, Pool
 
 from sollold.pool_index import PoolSlots
 

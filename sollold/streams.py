@@ -4,8 +4,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from sollol.inference import AvailableModel
-from sollol.report import Progress
+from sollol.inference import AvailableModel, Progress
 
 __all__ = ["AvailableModel", "Catalogue", "Dispatcher", "EngineRequest", "EngineStream", "Progress", "ProgressSink"]
 

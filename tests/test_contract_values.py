@@ -11,7 +11,7 @@ from google.protobuf import descriptor_pool
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec import inspect as types
-from sollol import correction, engine, errors, link, report, wire
+from sollol import correction, engine, errors, inference, link, report, wire
 from sollol.errors import SURFACES, Reason, Refusal, Retry, SollolError, refuse
 from sollol.v1 import agent_pb2, cluster_pb2, common_pb2, inference_pb2
 
@@ -20,7 +20,7 @@ MESSAGES = {
     for module in (common_pb2, cluster_pb2, agent_pb2, inference_pb2)
     for name in module.DESCRIPTOR.message_types_by_name
 }
-CONTRACT = (report, link, engine, correction, errors)
+CONTRACT = (report, inference, link, engine, correction, errors)
 VALUES = [
     kind
     for module in CONTRACT
@@ -33,7 +33,12 @@ ENUMS = [
     for _, kind in inspect.getmembers(module, inspect.isclass)
     if issubclass(kind, StrEnum) and kind.__module__ == module.__name__
 ]
-WHOLE_NUMBERS = {"int64": (-(2**63), 2**63 - 1), "uint64": (0, 2**63 - 1), "uint32": (0, 2**32 - 1)}
+WHOLE_NUMBERS = {
+    "int32": (-(2**31), 2**31 - 1),
+    "int64": (-(2**63), 2**63 - 1),
+    "uint32": (0, 2**32 - 1),
+    "uint64": (0, 2**63 - 1),
+}
 
 
 def text() -> st.SearchStrategy[str]:
@@ -50,8 +55,8 @@ def contents(kind: types.Type, field) -> st.SearchStrategy:  # noqa: PLR0911 - o
         case types.BoolType():
             return st.booleans()
         case types.IntType():
-            names = {field.TYPE_INT64: "int64", field.TYPE_UINT64: "uint64", field.TYPE_UINT32: "uint32"}
-            return st.integers(*WHOLE_NUMBERS[names[field.type]])
+            name = next(name for name in WHOLE_NUMBERS if getattr(field, f"TYPE_{name.upper()}") == field.type)
+            return st.integers(*WHOLE_NUMBERS[name])
         case types.FloatType():
             return st.floats(allow_nan=False)
         case types.StrType():

@@ -17,7 +17,7 @@ from agent.forwarder.status import Status, StatusFile, log
 # A coordinator that loads closes its connection and opens the next one at once, about a dozen times. The next one can
 # be seen before the end of the last one is, by as much as one lost packet takes to come again.
 HANDOVER_S = 0.3
-_STATUS_EVERY_S = 1.0
+_STATUS_EVERY_S = 0.5
 _BACKLOG = 16
 _LOGGED_REFUSALS = 100
 

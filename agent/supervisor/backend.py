@@ -201,8 +201,19 @@ class Backend(Owner):
             device_ids=wish.device_ids,
             threads=self._launch.threads,
         )
-        self._announce(state=after(self.view.state, Event.HEALTHY), percent=100.0)
+        self._announce(state=after(self.view.state, Event.HEALTHY), percent=self._percent(status))
         log.info("backend_ready", pool=wish.pool_id, port=status.port, devices=wish.device_ids)
+
+    def _percent(self, status: Status) -> float:
+        """How much of its weights has arrived, in whole percents: heads are told of each."""
+        expected = self._launch.wish.upload_bytes
+        return min(100.0, 100 * status.up_bytes // expected) if expected else 100.0
+
+    def _count(self) -> None:
+        """Tell how far the upload is. What comes after it (prompts, tokens) is of no interest here."""
+        status = self.forwarder_status() if self.view.percent < 100 else None
+        if status is not None and (percent := self._percent(status)) > self.view.percent:
+            self._announce(percent=percent)
 
     def _frozen(self, pid: int, port: int, forwarder_pid: int) -> Iterator[str]:
         """Yield, at every look, what is wrong with the backend or its forwarder; empty when nothing is."""
@@ -222,6 +233,7 @@ class Backend(Owner):
             await self._next_event(exited, forwarder_exited, timeout_s=self._limits.freeze_poll_s)
             if wrong := next(looks):
                 return self._failed(Reason.ENGINE_STALLED, wrong)
+            self._count()
         if self._asked_to_stop.done():
             return None
         if exited.done():

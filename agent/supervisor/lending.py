@@ -25,13 +25,17 @@ def forwarder_id(pool_id: str) -> str:
 
 
 class BackendWish(Struct, frozen=True, kw_only=True):
-    """What to lend to whom. `bytes` are those reserved, by device; `threads` 0 is the agent's choice."""
+    """What to lend to whom. `bytes` are those reserved, by device; `threads` 0 is the agent's choice.
+
+    `upload_bytes` of weights are to come; 0 when nobody said.
+    """
 
     pool_id: str
     bytes: dict[str, int]
     allowed_hosts: tuple[str, ...]
     attach_within_s: float
     threads: int = 0
+    upload_bytes: int = 0
 
     @property
     def device_ids(self) -> tuple[str, ...]:

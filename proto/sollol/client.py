@@ -15,8 +15,8 @@ import grpc
 from sollol import wire
 from sollol.channels import open_channel, refusal_of
 from sollol.errors import SollolError
-from sollol.inference import AvailableModel, Message, Piece, Sampling
-from sollol.report import Decision, NodeStatus, PlacementWish, Pool, Progress
+from sollol.inference import AvailableModel, Message, Piece, Progress, Sampling
+from sollol.report import Decision, NodeStatus, PlacementWish, Pool
 from sollol.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 __all__ = ["Client", "Message", "Piece", "PlacementWish", "Progress", "Sampling", "SollolError"]

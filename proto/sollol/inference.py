@@ -32,6 +32,20 @@ class Usage(Struct, frozen=True, kw_only=True):
     completion_tokens: int = 0
 
 
+class NodeProgress(Struct, frozen=True, kw_only=True):
+    node_id: str
+    percent: float
+
+
+class Progress(Struct, frozen=True, kw_only=True):
+    """What a waiter is told before the first token. `state`: "queued", "placing" or "loading"."""
+
+    state: str
+    percent: float = 0.0
+    node_id: str = ""
+    nodes: tuple[NodeProgress, ...] = ()
+
+
 class Piece(Struct, frozen=True, kw_only=True):
     """A part of the answer; `finish_reason` (stop, length, tool_calls) and `usage` come with the last one."""
 

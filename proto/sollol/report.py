@@ -272,14 +272,6 @@ class Decision(Struct, frozen=True, kw_only=True):
     links: tuple[PlanLink, ...] = ()
 
 
-class Progress(Struct, frozen=True, kw_only=True):
-    """What a waiter is told before the first token. `state`: "queued", "placing" or "loading"."""
-
-    state: str
-    percent: float = 0.0
-    node_id: str = ""
-
-
 class NodeStatus(Struct, frozen=True, kw_only=True):
     """A node as one head sees it; `report_age_s` is by the head's own monotonic clock."""
 

@@ -7,8 +7,7 @@ from contextlib import aclosing
 
 from sollol.client import Client
 from sollol.errors import Reason, refuse
-from sollol.inference import Message, Piece, Sampling
-from sollol.report import Progress
+from sollol.inference import Message, Piece, Progress, Sampling
 
 from sollold.cli.connection import ask
 from sollold.cli.output import StatusLine
@@ -66,4 +65,5 @@ async def _show(pieces: AsyncGenerator[Progress | Piece, None]) -> int:
 def progress_text(progress: Progress) -> str:
     where = f" on {progress.node_id}" if progress.node_id else ""
     percent = f" {progress.percent:.0f} %" if progress.state == "loading" else ""
-    return f"{progress.state}{where}{percent}"
+    nodes = ", ".join(f"{node.node_id} {node.percent:.0f} %" for node in progress.nodes)
+    return f"{progress.state}{where}{percent}{f' ({nodes})' if nodes else ''}"

@@ -6,7 +6,8 @@ from contextlib import aclosing
 
 import msgspec
 from sollol.client import Client
-from sollol.report import Pool, Progress
+from sollol.inference import Progress
+from sollol.report import Pool
 
 from sollold.cli.connection import ask
 from sollold.cli.generate import progress_text

@@ -11,8 +11,7 @@ import structlog
 from sollol import wire
 from sollol.channels import refusal_abort
 from sollol.errors import Reason, Refusal, SollolError, refuse
-from sollol.inference import Message, Piece, Sampling, Usage
-from sollol.report import Progress
+from sollol.inference import Message, Piece, Progress, Sampling, Usage
 from sollol.v1 import inference_pb2 as pb
 from sollol.v1 import inference_pb2_grpc as rpc
 

@@ -31,7 +31,8 @@ class ProgressBoard:
             return "waiting"
         percent = f" {self.latest.percent:.0f}%" if self.latest.state == "loading" else ""
         node = f" on {self.latest.node_id}" if self.latest.node_id else ""
-        return f"{self.latest.state}{percent}{node}"
+        nodes = ", ".join(f"{each.node_id} {each.percent:.0f}%" for each in self.latest.nodes)
+        return f"{self.latest.state}{percent}{node}{f' ({nodes})' if nodes else ''}"
 
 
 @asynccontextmanager

@@ -16,7 +16,9 @@ import msgspec
 import psutil
 import pytest
 from sollol.errors import Reason, SollolError
+from sollol.gguf_split import read_model
 from sollol.report import BackendEndpoint, CoordinatorPlan, DeviceShare, Instance, InstanceKind, InstanceState
+from sollol.shape import shape_of
 
 from agent.supervisor.backend import Backend
 from agent.supervisor.files import files_of
@@ -25,7 +27,9 @@ from agent.supervisor.lending import BackendSite, backend_id, forwarder_id
 from agent.supervisor.owner import Limits
 from agent.supervisor.supervisor import Supervisor
 from tests.fakes.fake_engine import fake_engine
+from tests.many_architectures import ARCHITECTURES, write_model
 from tests.supervised import directories, plan_of, runs, settled, site_of, started, supervising, wish_of
+from tests.toxic_proxy import ToxicProxy
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.engine
@@ -371,3 +375,32 @@ async def test_the_forwarder_is_small_and_its_log_is_lines(supervisor: Superviso
     await wait_until(lambda: not runs(pid), what="it has ended")
     lines = files_of(forwarder_id("b1"), directories(tmp_path)).log.read_text().splitlines()
     assert [json.loads(line)["event"] for line in lines] == ["ended"]
+
+
+async def test_the_upload_to_each_backend_is_counted_while_the_link_is_slow(
+    tmp_path: Path, engine_binary: Path, site: BackendSite
+) -> None:
+    """Some 45 MB of weights over cables of 20 MB/s each."""
+    model = tmp_path / "wide.gguf"
+    write_model(model, ARCHITECTURES["llama"])
+    shape = shape_of(read_model([model]))
+    planned = [sum(shape.layer_bytes[:4]), sum(shape.layer_bytes[4:]) + shape.output_bytes]
+    seen: dict[str, list[float]] = {"b1": [], "b2": []}
+    async with (
+        supervising(tmp_path, (str(engine_binary),), resolve=lambda _: model, limits=REAL, site=site) as supervisor,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        supervisor.subscribe(lambda each: seen.get(each.pool_id, []).append(each.percent))
+        backends = []
+        for pool_id, size in zip(seen, planned, strict=True):
+            lent = await lend(supervisor, pool_id, upload_bytes=size)
+            proxy = await stack.enter_async_context(ToxicProxy((lent.host, lent.port)).running())
+            proxy.bytes_per_s = 20e6
+            backends.append(msgspec.structs.replace(lent, port=proxy.address[1]))
+        await started(supervisor, "p", split(*backends, layers=(4, shape.layers - 3)))
+        for pool_id, percents in seen.items():
+            await wait_until(lambda told=percents: told[-1] == 100, what=f"all has arrived at {pool_id}")
+            assert percents == sorted(percents)
+            assert percents[0] == 0
+            assert any(0 < percent < 100 for percent in percents), seen
+        await supervisor.stop("p")

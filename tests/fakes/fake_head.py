@@ -7,9 +7,9 @@ from msgspec.structs import replace
 from sollol import wire
 from sollol.channels import new_server, refusal_abort
 from sollol.errors import Reason, Refusal, refuse
-from sollol.inference import AvailableModel, Piece
+from sollol.inference import AvailableModel, Piece, Progress
 from sollol.link import Link
-from sollol.report import DeviceShare, Instance, InstanceState, NodeStatus, PlacementWish, Pool, Progress
+from sollol.report import DeviceShare, Instance, InstanceState, NodeStatus, PlacementWish, Pool
 from sollol.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 from sollold.placement import PlacementDefaults, decide

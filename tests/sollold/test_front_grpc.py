@@ -6,8 +6,7 @@ import pytest
 from sollol.channels import new_server, open_channel
 from sollol.client import Client
 from sollol.errors import Reason, SollolError, refuse
-from sollol.inference import Message, Piece, Sampling, Usage
-from sollol.report import Progress
+from sollol.inference import Message, Piece, Progress, Sampling, Usage
 from sollol.v1 import inference_pb2 as pb
 from sollol.v1 import inference_pb2_grpc as rpc
 

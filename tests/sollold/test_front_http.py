@@ -10,7 +10,7 @@ import structlog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sollol.errors import Reason, refuse
-from sollol.report import Progress
+from sollol.inference import Progress
 
 from sollold.front import http
 from tests.fakes.fake_dispatcher import HELLO, HELLO_TEXT, MODEL, FakeCatalogue, FakeDispatcher, FakeStream, chat_frame

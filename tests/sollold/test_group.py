@@ -45,6 +45,7 @@ class Scripted:
         self.refusal = refusal
         self.reserved: dict[str, dict[str, int]] = {}
         self.lent: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
+        self.expected: dict[str, int] = {}
 
     async def _answer(self):
         if self.refusal is not None:
@@ -54,8 +55,9 @@ class Scripted:
         await self._answer()
         self.reserved[pool_id] = dict(bytes_by_device)
 
-    async def start_backend(self, pool_id, device_ids, *, allowed_hosts, attach_within_s):
+    async def start_backend(self, pool_id, device_ids, *, allowed_hosts, attach_within_s, upload_bytes):
         await self._answer()
+        self.expected[pool_id] = upload_bytes
         self.lent[pool_id] = (tuple(device_ids), tuple(allowed_hosts))
         return BackendEndpoint(node_id="", host="10.0.0.9", port=7500, device_ids=tuple(device_ids))
 
@@ -101,6 +103,12 @@ class TestParts:
         assert lender.bytes == {"CPU": 2, "CUDA0": 50}
         assert lender.lent == ["CUDA0"]
 
+    def test_a_lender_is_sent_the_weights_of_what_it_lends_also_on_the_coordinators_own_node(self):
+        shares = [share("", "CPU", 0, 9), share("b", "CPU", 3, 9), share("b", "CUDA0", 2, 9), share("a", "CPU", 4, 9)]
+        plan = plan_of(*(replace(each, weight_bytes=10**at) for at, each in enumerate(shares)))
+
+        assert [(part.node_id, part.upload_bytes) for part in parts_of(plan, "a")] == [("a", 1000), ("b", 110)]
+
     def test_a_plan_on_one_node_lends_nothing(self):
         (own,) = parts_of(plan_of(share("", "CPU", 4, 10), share("", "CUDA0", 5, 20)), "a")
 
@@ -108,7 +116,7 @@ class TestParts:
 
 
 class TestReserveAndStart:
-    PARTS = (Part("a", {"CPU": 10}), Part("b", {"CPU": 20}, ["CPU"]), Part("c", {"CPU": 30}, ["CPU"]))
+    PARTS = (Part("a", {"CPU": 10}), Part("b", {"CPU": 20}, ["CPU"], 15), Part("c", {"CPU": 30}, ["CPU"], 25))
 
     async def test_every_node_reserves_its_own_part(self):
         agents = {name: Scripted() for name in "abc"}
@@ -149,6 +157,7 @@ class TestReserveAndStart:
         assert [endpoint.node_id for endpoint in endpoints] == ["b", "c"]
         assert not agents["a"].lent
         assert agents["b"].lent[POOL] == (("CPU",), ("10.0.0.1",))
+        assert [agents[name].expected for name in "abc"] == [{}, {POOL: 15}, {POOL: 25}]
 
     async def test_a_backend_that_does_not_start_is_its_nodes_refusal(self):
         agents = {"a": Scripted(), "b": Scripted(), "c": Scripted(refuse(Reason.PORT_TAKEN, "all taken").refusal)}

@@ -8,7 +8,8 @@ from msgspec.structs import replace
 from sollol.channels import new_server, open_channel
 from sollol.client import Client
 from sollol.errors import Reason, SollolError, refuse
-from sollol.report import Instance, InstanceState, PlacementWish, Pool, Progress
+from sollol.inference import Progress
+from sollol.report import Instance, InstanceState, PlacementWish, Pool
 from sollol.v1 import cluster_pb2, cluster_pb2_grpc
 
 from sollold.catalogue import Catalogue

@@ -5,7 +5,8 @@ import gc
 
 import pytest
 from sollol.errors import Reason, SollolError, refuse
-from sollol.report import InstanceState, PlacementWish, Pool, Progress
+from sollol.inference import Progress
+from sollol.report import InstanceState, PlacementWish, Pool
 
 from sollold.queues import QUEUED
 from tests.placement_cases import MODEL as M

@@ -5,7 +5,8 @@ import asyncio
 import pytest
 from msgspec.structs import replace
 from sollol.errors import Reason, SollolError, refuse
-from sollol.report import InstanceState, PlacementWish, Pool, Progress
+from sollol.inference import Progress
+from sollol.report import InstanceState, PlacementWish, Pool
 
 from sollold import pools
 from sollold.numbers import GaveWayError

@@ -182,10 +182,13 @@ class StartBackendRequest(google.protobuf.message.Message):
     THREADS_FIELD_NUMBER: builtins.int
     ALLOWED_HOSTS_FIELD_NUMBER: builtins.int
     ATTACH_WITHIN_S_FIELD_NUMBER: builtins.int
+    UPLOAD_BYTES_FIELD_NUMBER: builtins.int
     pool_id: builtins.str
     threads: builtins.int
     """0: the agent chooses (its cores)."""
     attach_within_s: builtins.float
+    upload_bytes: builtins.int
+    """Weights that the coordinator will send it; the backend's percent is of these. 0: unknown."""
     @property
     def device_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Devices of this node to lend, by device id; "CPU" for the processor."""
@@ -202,8 +205,9 @@ class StartBackendRequest(google.protobuf.message.Message):
         threads: builtins.int = ...,
         allowed_hosts: collections.abc.Iterable[builtins.str] | None = ...,
         attach_within_s: builtins.float = ...,
+        upload_bytes: builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["allowed_hosts", b"allowed_hosts", "attach_within_s", b"attach_within_s", "device_ids", b"device_ids", "pool_id", b"pool_id", "threads", b"threads"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["allowed_hosts", b"allowed_hosts", "attach_within_s", b"attach_within_s", "device_ids", b"device_ids", "pool_id", b"pool_id", "threads", b"threads", "upload_bytes", b"upload_bytes"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___StartBackendRequest: typing_extensions.TypeAlias = StartBackendRequest

@@ -592,7 +592,7 @@ class Instance(google.protobuf.message.Message):
     model: builtins.str
     state: Global___InstanceState.ValueType
     percent: builtins.float
-    """0 to 100 while STARTING, 100 when READY."""
+    """0 to 100 while STARTING, 100 when READY. A backend's is of the weights planned for it, which arrive while it is READY."""
     parallel: builtins.int
     """Requests it can generate for at the same time, and context of each."""
     context_per_slot: builtins.int

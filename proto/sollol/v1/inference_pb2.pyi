@@ -235,21 +235,48 @@ class Progress(google.protobuf.message.Message):
     STATE_FIELD_NUMBER: builtins.int
     PERCENT_FIELD_NUMBER: builtins.int
     NODE_ID_FIELD_NUMBER: builtins.int
+    NODES_FIELD_NUMBER: builtins.int
     state: builtins.str
     """"queued", "placing" or "loading"."""
     percent: builtins.float
+    """Over several nodes: of the bytes of weights, wherever they go."""
     node_id: builtins.str
+    """The coordinator's."""
+    @property
+    def nodes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___NodeProgress]:
+        """While weights are sent to other nodes' devices: how far each of them is."""
+
     def __init__(
         self,
         *,
         state: builtins.str = ...,
         percent: builtins.float = ...,
         node_id: builtins.str = ...,
+        nodes: collections.abc.Iterable[Global___NodeProgress] | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["node_id", b"node_id", "percent", b"percent", "state", b"state"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["node_id", b"node_id", "nodes", b"nodes", "percent", b"percent", "state", b"state"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Progress: typing_extensions.TypeAlias = Progress
+
+@typing.final
+class NodeProgress(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: builtins.int
+    PERCENT_FIELD_NUMBER: builtins.int
+    node_id: builtins.str
+    percent: builtins.float
+    def __init__(
+        self,
+        *,
+        node_id: builtins.str = ...,
+        percent: builtins.float = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["node_id", b"node_id", "percent", b"percent"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___NodeProgress: typing_extensions.TypeAlias = NodeProgress
 
 @typing.final
 class Piece(google.protobuf.message.Message):
