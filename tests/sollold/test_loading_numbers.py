@@ -101,7 +101,8 @@ async def test_a_pool_on_an_agent_out_of_reach_may_yet_show_up_and_be_used(setup
 
     assert (await it.failure()).reason is Reason.AGENT_UNREACHABLE
 
-    assert not it.forgotten
+    assert it.forgotten  # what older reports say of it counts no more
+    await wait_until(lambda: it.doubted == it.forgotten, what="its agent's next report decides")
 
 
 async def test_a_failed_start_that_cannot_be_stopped_is_left_to_its_agents_word(setup):
