@@ -10,6 +10,7 @@ from sollol import wire
 from sollol.channels import new_server, refusal_abort
 from sollol.client import Client
 from sollol.errors import Reason, Refusal, SollolError
+from sollol.inference import Progress
 from sollol.report import (
     Decision,
     Device,
@@ -20,7 +21,6 @@ from sollol.report import (
     NodeVerdict,
     PlacementWish,
     Pool,
-    Progress,
     Report,
     ScorePart,
 )
