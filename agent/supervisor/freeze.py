@@ -12,7 +12,7 @@ from typing import NamedTuple
 IDLE_FOR_S = 2.9
 _IDLE_LOOKS = 3  # we may have slept longer than it
 _STOPPED, _SLEEPS = "T", "S"  # a debugger's stop is another state
-_BUSY = "RD"  # computes, or waits for a disk
+RUNS, _WAITS_FOR_A_DISK = "R", "D"
 _ESTABLISHED, _CLOSE_WAIT = "01", "08"
 
 
@@ -80,7 +80,7 @@ def with_work(look: Look, pid: int) -> Look:
     states = set()
     with suppress(OSError):  # it, or one of its threads, has just ended
         states = {_stat(thread / "stat")[0] for thread in Path(f"/proc/{pid}/task").iterdir()}
-    busiest = next((state for state in _BUSY if state in states), _SLEEPS)
+    busiest = next((state for state in (RUNS, _WAITS_FOR_A_DISK) if state in states), _SLEEPS)
     return look._replace(state=busiest, has_work=True)
 
 

@@ -12,7 +12,7 @@ import msgspec
 from sollol.report import CoordinatorPlan
 
 from agent.supervisor.command import CPU
-from agent.supervisor.freeze import FreezeWatch, look_at, with_work
+from agent.supervisor.freeze import RUNS, FreezeWatch, look_at, with_work
 from agent.supervisor.health import ask
 
 _SLACK_TICKS = 5  # of 10 ms: 2 % of the time that it must be idle for
@@ -57,20 +57,22 @@ class Standstill:
             return ""
         self._next_s = now_s + self._every_s
         if self._watch.rests(look) and self._streams():
-            looked_closely = with_work(look, self._pid)  # before it is asked: it would be busy with the answer
-            if self._watch.rests(looked_closely) and await self._generates():
-                look = looked_closely
+            closely = with_work(look, self._pid)  # before it is asked: it would be busy with the answer
+            generates = await self._generates()
+            if generates is None or closely.state == RUNS:
+                return ""  # the time that it takes will tell
+            look = closely if generates else look
         return self._watch.sees(look, now_s)
 
-    async def _generates(self) -> bool:
-        """Whether it says so. One that is too busy with its readers to answer is not blamed for that."""
+    async def _generates(self) -> bool | None:
+        """Whether it says so; None when it does not answer: its readers may keep it busy."""
         answer = await ask(self._socket, "/slots", self._key)
         if answer is None or answer.status != 200:
-            return False
+            return None
         try:
             return any(slot.is_processing for slot in _SLOTS.decode(answer.body))
         except msgspec.DecodeError:
-            return False
+            return None
 
 
 def _computes_here(plan: CoordinatorPlan) -> bool:

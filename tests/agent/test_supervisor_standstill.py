@@ -13,7 +13,6 @@ from sollol.errors import Reason, Refusal
 from sollol.report import BackendEndpoint, DeviceShare, InstanceState
 
 from agent.supervisor.freeze import FreezeWatch, Look
-from agent.supervisor.owner import Limits
 from agent.supervisor.standstill import Standstill
 from agent.supervisor.supervisor import Supervisor
 from tests.fakes.fake_engine import fake_engine
@@ -73,7 +72,7 @@ async def test_one_that_goes_on_in_time_serves_on(tmp_path: Path) -> None:
 async def test_one_that_generates_and_computes_nothing_is_ended_within_five_seconds_and_one_with_a_slow_reader_is_not(
     tmp_path: Path,
 ) -> None:
-    limits = msgspec.structs.replace(LIMITS, freeze_poll_s=Limits().freeze_poll_s)
+    limits = msgspec.structs.replace(LIMITS, freeze_poll_s=0.5)
     async with supervising(tmp_path, fake_engine("tokens=9"), limits=limits, streams=lambda _: 1) as supervisor:
         await started(supervisor, "p", plan_of("hangs@hang_after=3"))
         await started(supervisor, "slow", plan_of("m"))
