@@ -58,7 +58,7 @@ async def probe(host: str, port: int) -> Probed:
         try:
             answer = await _answer(call, address)
         finally:
-            sending.cancel()  # and the call with it: what is still to be written is of no use
+            call.cancel()  # what is still to be written is of no use; the task ends with the call
             await asyncio.wait((sending,))
     return Probed(node_id=who.node_id, boot_id=who.boot_id, rtt_s=rtt_s, bytes_per_s=answer.bytes_per_s)
 

@@ -34,6 +34,7 @@ class Surveyor:
     def __init__(self, nodes: ClusterView, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._nodes, self._clock = nodes, clock
         self._failed: dict[Pair, float] = {}  # until when each is left alone
+        self._refused: set[Pair] = set()  # told once
 
     async def run(self) -> None:
         """Measure whatever is due, until cancelled."""
@@ -53,15 +54,11 @@ class Surveyor:
             link = await self._nodes.link(wanted.node_id).measure_link(wanted.peer_id, wanted.host, wanted.port)
         except SollolError as error:
             self._failed[wanted.pair] = self._clock() + NOT_AGAIN_FOR_S
-            log.warning("link_not_measured", node=wanted.node_id, peer=wanted.peer_id, why=str(error))
-        else:
-            if link.unreachable:
-                self._failed[wanted.pair] = self._clock() + NOT_AGAIN_FOR_S
-            log.info(
-                "link_measured",
-                node=wanted.node_id,
-                peer=wanted.peer_id,
-                unreachable=link.unreachable,
-                rtt_ms=round(link.rtt_s * 1000, 3),
-                mb_per_s=round(link.bytes_per_s / 1e6, 1),
-            )
+            if wanted.pair not in self._refused:
+                log.warning("link_not_measured", node=wanted.node_id, peer=wanted.peer_id, why=str(error))
+            self._refused.add(wanted.pair)
+            return
+        self._refused.discard(wanted.pair)
+        if link.unreachable:
+            self._failed[wanted.pair] = self._clock() + NOT_AGAIN_FOR_S
+        log.debug("link_measured", node=wanted.node_id, link=link)

@@ -11,12 +11,14 @@ from sollol.channels import new_server, open_channel
 from sollol.errors import Reason, SollolError
 from sollol.v1 import agent_pb2, agent_pb2_grpc
 
-from agent import link_probe, ping
-from agent.link_probe import PROBE_WITHIN_S, count, probe
+from agent import link_probe, links, ping
+from agent.link_probe import PROBE_WITHIN_S, count, probe, who_answers
+from agent.links import Links
 from agent.ping import round_trip_s
 from agent.rate import MOST_BYTES
 from tests.daemon import ENDS_WITHIN_S, agent_flags, write_engine
 from tests.toxic_proxy import ToxicProxy
+from tests.waiting import wait_until
 
 UP_WITHIN_S = 20
 
@@ -170,6 +172,41 @@ async def test_the_agent_itself_measures_and_reports_the_link(peer, proxy):
     (reported,) = response.report.links
     assert (reported.node_id, reported.rtt_s, reported.unreachable) == ("b", measured.link.rtt_s, False)
     assert measured.link.boot_id == response.report.boot_id
+
+
+async def test_asking_who_answers_costs_little_and_leaves_the_turn_to_others(peer, proxy, monkeypatch):
+    begun_s = time.perf_counter()
+    assert [await who_answers(*peer) for _ in range(3)] == ["b"] * 3
+    assert time.perf_counter() - begun_s < 1
+    assert (await probe(*peer)).node_id == "b"
+
+    proxy.freeze()
+    monkeypatch.setattr(link_probe, "WHO_WITHIN_S", 0.3)
+    begun_s = time.perf_counter()
+    with pytest.raises(SollolError, match="AGENT_UNREACHABLE"):
+        await who_answers(*proxy.address)
+    assert time.perf_counter() - begun_s < 1.3
+
+
+async def test_a_link_that_is_broken_for_a_while_is_reported_so_and_then_as_it_was(proxy, monkeypatch):
+    monkeypatch.setattr(links, "RETRY_S", 0.05)
+    monkeypatch.setattr(links, "LASTS_S", 0.2)
+    monkeypatch.setattr(links, "JUST_NOW_S", 0.0)
+    monkeypatch.setattr(link_probe, "WHO_WITHIN_S", 0.3)
+    monkeypatch.setattr(ping, "WITHIN_S", 0.3)
+    known = Links(probe=probe, who=who_answers)
+    running = asyncio.create_task(known.run())
+    try:
+        before = await known.measure("b", *proxy.address)
+        proxy.freeze()
+        assert (await known.measure("b", *proxy.address)).unreachable
+        await wait_until(lambda: known.all()[0].unreachable, what="it is reported as out of reach")
+        proxy.thaw()
+        await wait_until(lambda: not known.all()[0].unreachable, what="it is reported as it was")
+        assert known.all()[0].rtt_s == before.rtt_s
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
 
 
 async def test_two_that_send_at_once_are_counted_one_after_the_other(peer, proxy):

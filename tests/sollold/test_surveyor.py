@@ -85,6 +85,8 @@ async def test_an_agent_that_refuses_is_left_alone_for_a_while(agents):
                 b.tell(links=())
                 await wait_until(lambda: head.links() == [("b", "a")], what="measured again")
             assert a.pools("MeasureLink") == ["b"]
+            head.now_s += NOT_AGAIN_FOR_S
+            await wait_until(lambda: a.pools("MeasureLink") == ["b", "b"], what="it is asked again, in vain")
             a.refusals.clear()
             head.now_s += NOT_AGAIN_FOR_S
             await wait_until(lambda: head.links() == [("a", "b"), ("b", "a")], what="it is asked again")
