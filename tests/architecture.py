@@ -29,6 +29,8 @@ PURE = (
     "proto/sollol/correction.py",
     "proto/sollol/names.py",
     "proto/sollol/redaction.py",
+    "proto/sollol/identity.py",
+    "proto/sollol/certificates.py",
     "agent/rate.py",
     "agent/supervisor/state.py",
     "agent/supervisor/restarts.py",

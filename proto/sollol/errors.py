@@ -47,6 +47,16 @@ class Reason(StrEnum):
     STREAM_STALLED = "STREAM_STALLED"
     CANCELLED = "CANCELLED"
     INTERNAL = "INTERNAL"
+    NO_CERTIFICATE = "NO_CERTIFICATE"
+    FOREIGN_CERTIFICATE = "FOREIGN_CERTIFICATE"
+    CERTIFICATE_EXPIRED = "CERTIFICATE_EXPIRED"
+    CERTIFICATE_REVOKED = "CERTIFICATE_REVOKED"
+    WRONG_ROLE = "WRONG_ROLE"
+    WRONG_NODE = "WRONG_NODE"
+    CERTIFICATE_UNREADABLE = "CERTIFICATE_UNREADABLE"
+    INVITATION_INVALID = "INVITATION_INVALID"
+    INVITATION_EXPIRED = "INVITATION_EXPIRED"
+    INVITATION_USED = "INVITATION_USED"
 
 
 class Retry(StrEnum):
@@ -92,6 +102,7 @@ _ABSENT = Surface(404, "not_found_error", "NOT_FOUND", 4)
 _BUSY = Surface(503, "unavailable_error", "UNAVAILABLE", 3)
 _NO_ROOM = Surface(503, "unavailable_error", "RESOURCE_EXHAUSTED", 5)
 _NOT_NOW = Surface(503, "unavailable_error", "FAILED_PRECONDITION", 5)
+_FORBIDDEN = Surface(403, "permission_error", "PERMISSION_DENIED", 5)
 _BROKEN = Surface(502, "server_error", "ABORTED", 6)
 
 SURFACES: dict[Reason, Surface] = {
@@ -100,7 +111,7 @@ SURFACES: dict[Reason, Surface] = {
     Reason.MODEL_NOT_FOUND: _ABSENT,
     Reason.CONTEXT_TOO_LONG: _BAD,
     Reason.REQUEST_TOO_LARGE: Surface(413, "invalid_request_error", "INVALID_ARGUMENT", 2),
-    Reason.PATH_NOT_ALLOWED: Surface(403, "permission_error", "PERMISSION_DENIED", 5),
+    Reason.PATH_NOT_ALLOWED: _FORBIDDEN,
     Reason.STALE_REPORT: _BUSY,
     Reason.CORDONED: _NOT_NOW,
     Reason.MODEL_ABSENT: _NOT_NOW,
@@ -133,6 +144,16 @@ SURFACES: dict[Reason, Surface] = {
     Reason.STREAM_STALLED: _BROKEN,
     Reason.CANCELLED: Surface(499, "cancelled", "CANCELLED", 130),
     Reason.INTERNAL: Surface(500, "server_error", "INTERNAL", 1),
+    Reason.NO_CERTIFICATE: Surface(401, "authentication_error", "UNAUTHENTICATED", 5),
+    Reason.FOREIGN_CERTIFICATE: _FORBIDDEN,
+    Reason.CERTIFICATE_EXPIRED: _FORBIDDEN,
+    Reason.CERTIFICATE_REVOKED: _FORBIDDEN,
+    Reason.WRONG_ROLE: _FORBIDDEN,
+    Reason.WRONG_NODE: _FORBIDDEN,
+    Reason.CERTIFICATE_UNREADABLE: _BAD,
+    Reason.INVITATION_INVALID: _FORBIDDEN,
+    Reason.INVITATION_EXPIRED: _FORBIDDEN,
+    Reason.INVITATION_USED: _FORBIDDEN,
 }
 
 

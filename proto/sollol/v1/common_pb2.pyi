@@ -69,6 +69,17 @@ class _ReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTyp
     REASON_STREAM_STALLED: _Reason.ValueType  # 86
     REASON_CANCELLED: _Reason.ValueType  # 87
     REASON_INTERNAL: _Reason.ValueType  # 99
+    REASON_NO_CERTIFICATE: _Reason.ValueType  # 100
+    """Who may not speak to whom: certificates, and tokens of `sollol join`."""
+    REASON_FOREIGN_CERTIFICATE: _Reason.ValueType  # 101
+    REASON_CERTIFICATE_EXPIRED: _Reason.ValueType  # 102
+    REASON_CERTIFICATE_REVOKED: _Reason.ValueType  # 103
+    REASON_WRONG_ROLE: _Reason.ValueType  # 104
+    REASON_WRONG_NODE: _Reason.ValueType  # 105
+    REASON_CERTIFICATE_UNREADABLE: _Reason.ValueType  # 106
+    REASON_INVITATION_INVALID: _Reason.ValueType  # 107
+    REASON_INVITATION_EXPIRED: _Reason.ValueType  # 108
+    REASON_INVITATION_USED: _Reason.ValueType  # 109
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Why a request was refused or failed. Closed: gRPC, HTTP (`error.code`) and the CLI (exit code) use the same names."""
@@ -117,6 +128,17 @@ REASON_STREAM_TRUNCATED: Reason.ValueType  # 85
 REASON_STREAM_STALLED: Reason.ValueType  # 86
 REASON_CANCELLED: Reason.ValueType  # 87
 REASON_INTERNAL: Reason.ValueType  # 99
+REASON_NO_CERTIFICATE: Reason.ValueType  # 100
+"""Who may not speak to whom: certificates, and tokens of `sollol join`."""
+REASON_FOREIGN_CERTIFICATE: Reason.ValueType  # 101
+REASON_CERTIFICATE_EXPIRED: Reason.ValueType  # 102
+REASON_CERTIFICATE_REVOKED: Reason.ValueType  # 103
+REASON_WRONG_ROLE: Reason.ValueType  # 104
+REASON_WRONG_NODE: Reason.ValueType  # 105
+REASON_CERTIFICATE_UNREADABLE: Reason.ValueType  # 106
+REASON_INVITATION_INVALID: Reason.ValueType  # 107
+REASON_INVITATION_EXPIRED: Reason.ValueType  # 108
+REASON_INVITATION_USED: Reason.ValueType  # 109
 Global___Reason: typing_extensions.TypeAlias = Reason
 
 class _Retry:

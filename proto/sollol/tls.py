@@ -1,0 +1,214 @@
+"""The files of one identity, and TLS contexts that follow them when they change.
+
+gRPC's credentials are in `sollol.credentials`, which costs the import of grpc; small processes need only this.
+"""
+
+import contextlib
+import os
+import ssl
+import threading
+import time
+from pathlib import Path
+
+import structlog
+from msgspec import Struct
+
+from sollol import certificates
+from sollol.certificates import Certificate
+from sollol.errors import Reason, SollolError, refuse
+from sollol.identity import Identity, Role, role_name
+
+__all__ = ["Identity", "Material", "Role", "TlsFiles", "admitted", "role_name"]
+
+log = structlog.get_logger(__name__)
+
+CA, CERTIFICATE, KEY, REVOKED = "ca.pem", "node.pem", "node.key", "revoked"
+_NAMES = (CA, CERTIFICATE, KEY, REVOKED)
+# A rotation replaces file after file: key and certificate of different ages are there for a moment.
+_SETTLED_WITHIN_S = 1.0
+
+Stamp = tuple[tuple[int, int, int] | None, ...]
+
+
+class Material(Struct, frozen=True, kw_only=True):
+    """What the files held at one moment, checked to belong together.
+
+    Attributes:
+        chain: The certificate, PEM.
+        revoked: Serial numbers, and ids such as `agent/node-21`, that are refused whatever their certificate says.
+    """
+
+    ca: bytes
+    chain: bytes
+    key: bytes
+    revoked: frozenset[str]
+    certificate: Certificate
+    identity: Identity
+
+
+class TlsFiles:
+    """`ca.pem`, `node.pem`, `node.key` and perhaps `revoked` in one directory. May be used from any thread.
+
+    Files that change are read again when somebody asks next; a change that cannot be used is logged, and the former
+    content stays in use.
+
+    Raises:
+        SollolError: CERTIFICATE_UNREADABLE; a file is missing, not readable, or does not belong to the others.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._lock = threading.Lock()
+        self._stamp, self._material = self._first()
+        self._contexts: dict[tuple[bool, bool], tuple[Material, ssl.SSLContext]] = {}
+
+    @property
+    def identity(self) -> Identity:
+        return self.current().identity
+
+    def current(self) -> Material:
+        """The newest content that can be used."""
+        with self._lock:
+            stamp = self._stamps()
+            if stamp != self._stamp:
+                self._follow(stamp)
+            return self._material
+
+    def server_context(self, *, ask_certificate: bool = True) -> ssl.SSLContext:
+        """TLS 1.3; peers show a certificate of our CA. A listener made with it follows the files by itself."""
+        context = self._context(server=True, verify=ask_certificate)
+
+        def newest(connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+            connection.context = self._context(server=True, verify=ask_certificate)
+
+        context.sni_callback = newest  # called for every connection, also when no name is asked
+        return context
+
+    def client_context(self) -> ssl.SSLContext:
+        """TLS 1.3 with our certificate, as the files are now. Expect `identity.dns_name` or `role_name` as name."""
+        return self._context(server=False, verify=True)
+
+    def peer(self, connection: ssl.SSLObject | ssl.SSLSocket) -> Identity:
+        """Who is at the other end of a verified connection. Raises SollolError as `admitted`, or NO_CERTIFICATE."""
+        der = connection.getpeercert(binary_form=True)
+        if not der:
+            raise refuse(Reason.NO_CERTIFICATE, "the peer has shown no certificate")
+        return admitted(certificates.read_der(der), self.current(), now_s=time.time())
+
+    def _context(self, *, server: bool, verify: bool) -> ssl.SSLContext:
+        material = self.current()
+        with self._lock:
+            known = self._contexts.get((server, verify))
+            if known is not None and known[0] is material:
+                return known[1]
+        context = _new_context(material, server=server, verify=verify)
+        with self._lock:
+            self._contexts[server, verify] = (material, context)
+        return context
+
+    def _first(self) -> tuple[Stamp, Material]:
+        deadline = time.monotonic() + _SETTLED_WITHIN_S
+        while True:
+            stamp = self._stamps()
+            try:
+                return stamp, self._read()
+            except SollolError:
+                if time.monotonic() > deadline or stamp == self._stamps():
+                    raise
+
+    def _follow(self, stamp: Stamp) -> None:
+        try:
+            material = self._read()
+        except SollolError as error:
+            log.warning("certificate_not_followed", reason=error.refusal.reason, message=error.refusal.message)
+        else:
+            if material != self._material:
+                log.info("certificate_followed", identity=material.identity.uri, serial=material.certificate.serial)
+                self._material = material
+        self._stamp = stamp
+
+    def _stamps(self) -> Stamp:
+        return tuple(_stamp(self.directory / name) for name in _NAMES)
+
+    def _read(self) -> Material:
+        try:
+            ca, chain, key = ((self.directory / name).read_bytes() for name in (CA, CERTIFICATE, KEY))
+            certificate = certificates.read(chain)
+            material = Material(
+                ca=ca,
+                chain=chain,
+                key=key,
+                revoked=self._revoked(),
+                certificate=certificate,
+                identity=_named(certificate),
+            )
+            _new_context(material, server=True, verify=True)
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            problem = f"{error.strerror}: {error.filename}" if isinstance(error, PermissionError) else str(error)
+            raise refuse(
+                Reason.CERTIFICATE_UNREADABLE,
+                f"tls_dir {self.directory}: {problem}. It needs {CA}, {CERTIFICATE} and the {KEY} that belongs to it, "
+                "readable by this user: `sollol join` or `sollol pki issue` writes them",
+            ) from error
+        return material
+
+    def _revoked(self) -> frozenset[str]:
+        with contextlib.suppress(FileNotFoundError):
+            lines = (self.directory / REVOKED).read_text().splitlines()
+            return frozenset(line.split("#")[0].strip() for line in lines) - {""}
+        return frozenset()
+
+
+def _named(certificate: Certificate) -> Identity:
+    if certificate.identity is None:
+        raise ValueError(f"{CERTIFICATE} names nobody of a cluster")
+    return certificate.identity
+
+
+def admitted(peer: Certificate, own: Material, *, now_s: float) -> Identity:
+    """Who a peer is whose certificate TLS has verified, perhaps long ago on a connection that still lives.
+
+    Raises:
+        SollolError: FOREIGN_CERTIFICATE, CERTIFICATE_EXPIRED or CERTIFICATE_REVOKED.
+    """
+    identity = peer.identity
+    if identity is None or identity.cluster != own.identity.cluster:
+        who = identity or "nobody that SOLLOL knows"
+        raise refuse(
+            Reason.FOREIGN_CERTIFICATE, f"the certificate is that of {who}; this is cluster {own.identity.cluster}"
+        )
+    if now_s > peer.not_after_s:
+        raise refuse(
+            Reason.CERTIFICATE_EXPIRED, f"the certificate of {identity} has expired: `sollol pki rotate` renews it"
+        )
+    if not own.revoked.isdisjoint((peer.serial, f"{identity.role}/{identity.node_id}")):
+        raise refuse(Reason.CERTIFICATE_REVOKED, f"the certificate {peer.serial} of {identity} has been revoked")
+    return identity
+
+
+def _new_context(material: Material, *, server: bool, verify: bool) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_verify_locations(cadata=material.ca.decode("ascii"))
+    if verify:
+        context.verify_mode = ssl.CERT_REQUIRED
+    _load_chain(context, material)
+    return context
+
+
+def _load_chain(context: ssl.SSLContext, material: Material) -> None:
+    """Load what was read, not what the files have become: OpenSSL takes paths only, so these are in memory."""
+    descriptor = os.memfd_create("sollol-tls", os.MFD_CLOEXEC)
+    try:
+        os.write(descriptor, material.key + b"\n" + material.chain)
+        context.load_cert_chain(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino, found.st_size

@@ -1,0 +1,1 @@
+"""The cluster's own certificate authority: makes, renews and revokes certificates, and invites nodes."""
