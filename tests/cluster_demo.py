@@ -14,7 +14,7 @@ from sollol.directories import cache_directory
 
 from agent.engine.built import built_engine
 from tests.cluster.network import processes_in
-from tests.cluster.seed import ADDRESSES, Cluster, seed_cluster
+from tests.cluster.seed import ADDRESSES, Cluster, await_true, seed_cluster
 from tests.real_engine import real_engine
 from tests.tiny_model import write_random_model, write_reciting_model
 
@@ -24,6 +24,7 @@ QUESTION = "Who are you?"
 PROMPT = "The people of the town"
 TOKENS = 200
 ALONE_PORT = 21_460
+MEASURED_WITHIN_S = 60.0
 # What the head's defaults become on an engine's command line, but for where the layers are.
 SAME_FLAGS = (
     *("-c", "16384", "-np", "4", "--no-kv-unified", "-b", "512", "-ub", "512"),
@@ -44,6 +45,11 @@ def run(cluster: Cluster, *arguments: str) -> str:
     if done.returncode:
         raise SystemExit(f"sollol {arguments[0]} ended with {done.returncode}")
     return str(done.stdout)
+
+
+def links_are_measured(cluster: Cluster) -> bool:
+    placed = cluster.sollol("place", RECITER)
+    return placed.returncode == 0 and "Not measured yet" not in placed.stdout
 
 
 def alone(engine: Path, model: Path, directory: Path) -> tuple[str, str]:
@@ -80,6 +86,7 @@ def main() -> int:
         caps = dict.fromkeys(ADDRESSES, CAP_BYTES)
         with seed_cluster(Path(directory), caps=caps, model_dir=models, engine=engine) as cluster:
             run(cluster, "nodes")
+            await_true(lambda: links_are_measured(cluster), MEASURED_WITHIN_S, "the nodes have measured their links")
             run(cluster, "place", RECITER)
             recited = run(cluster, "run", RECITER, QUESTION, "--temperature", "0")
             run(cluster, "pools")
