@@ -60,6 +60,10 @@ missing_system_packages() {
     # For the cluster of network namespaces: hosts and links, and packets that get lost.
     has_command ip || echo iproute2
     has_command nft || echo nftables
+    # For the units: an analysis of them, and machines that boot with them.
+    command -v systemd-analyze >/dev/null || echo systemd
+    command -v systemd-nspawn >/dev/null || echo systemd-container
+    has_command debootstrap || echo debootstrap
 }
 
 # Packages that tests start themselves, on their own ports: the installed services must stay off.

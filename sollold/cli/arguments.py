@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_pool_commands(commands)
     _add_engine(commands)
+    _add_systemd(commands)
     return top
 
 
@@ -188,6 +189,17 @@ def _add_engine(commands: "Subparsers[argparse.ArgumentParser]") -> None:
     engine = _add(commands, "engine", "engine:engine", "build llama.cpp for this machine, or show the engine in use")
     engine.add_argument("action", choices=("build", "show"))
     engine.add_argument("rest", metavar="...", nargs=argparse.REMAINDER, help="passed on; try `build --help`")
+
+
+def _add_systemd(commands: "Subparsers[argparse.ArgumentParser]") -> None:
+    systemd = commands.add_parser("systemd", help="make the daemons services", description="Make the daemons services.")
+    actions = systemd.add_subparsers(metavar="ACTION", required=True)
+    for name, text in (("install", "write units, user and directories; safe to repeat"), ("uninstall", "remove them")):
+        action = _add(actions, name, f"systemd:{name}", text)
+        action.add_argument("--head", action="store_true", help="the daemon that takes requests")
+        action.add_argument("--agent", action="store_true", help="the daemon of each node")
+        action.add_argument("--user", action="store_true", help="services of your own, without root")
+        action.add_argument("--prefix", metavar="DIR", default="", help="write below DIR, and touch nothing else")
 
 
 def _add_json(command: argparse.ArgumentParser) -> None:
