@@ -92,11 +92,12 @@ def _per_token(cost: dict[str, float], coordinator: NodeVerdict) -> str:
 
 
 def _ready(decision: Decision, ready_s: float) -> str:
+    doing = {"start_s": "starting", "read_s": "reading on ", "move_s": "moving to "}
     terms = []
     for part in decision.ready_parts:
         what, _, node_id = part.name.partition(".")
-        terms.append(f"{part.value:.1f} s " + (f"reading on {node_id}" if what == "read_s" else f"moving to {node_id}"))
-    return f"Until ready: {' + '.join(terms)}" + (f" = {ready_s:.1f} s" if len(terms) > 1 else "")
+        terms.append(f"{part.value:.1f} s {doing[what]}{node_id}")
+    return f"Until ready: {' + '.join(terms)} = {ready_s:.1f} s"
 
 
 def _as_observed(cost: dict[str, float]) -> str:

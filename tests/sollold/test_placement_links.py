@@ -12,7 +12,7 @@ from sollold.placement import PlacementDefaults, decide
 from sollold.placement import links as placement_links
 from sollold.placement.explain import as_json, explain
 from sollold.placement.links import DEFAULT_LINK, Links, measured
-from sollold.placement.ready import DISK_BYTES_PER_S
+from sollold.placement.ready import DISK_BYTES_PER_S, START_S
 from tests import random_clusters
 from tests.placement_cases import GIB, cpu, gpu, model, node
 from tests.random_clusters import wish, with_rpc
@@ -140,6 +140,7 @@ def test_a_node_is_ready_when_its_file_is_read_and_each_lender_has_its_weights()
 
     moved = {share.node_id: share.weight_bytes for share in decision.plan.shares if share.node_id}
     assert decision.ready_parts == (
+        ScorePart("start_s", START_S),
         ScorePart("read_s.a", 9 * GIB / DISK_BYTES_PER_S),
         ScorePart("move_s.b", moved["b"] / 2e7),
         ScorePart("move_s.a", moved["a"] / placement_links.OWN_NODE.bytes_per_s),
@@ -149,8 +150,8 @@ def test_a_node_is_ready_when_its_file_is_read_and_each_lender_has_its_weights()
 
 def test_a_single_node_only_reads_and_classic_predicts_nothing():
     alone = placed(able("a", cpu(), file=True))
-    assert alone.ready_parts == (ScorePart("read_s.a", 9 * GIB / DISK_BYTES_PER_S),)
-    assert explain(alone).endswith("Until ready: 19.3 s reading on a")
+    assert alone.ready_parts == (ScorePart("start_s", START_S), ScorePart("read_s.a", 9 * GIB / DISK_BYTES_PER_S))
+    assert explain(alone).endswith("Until ready: 0.7 s starting + 19.3 s reading on a = 20.0 s")
 
     classic = placed(able("a", cpu(), file=True), policy="classic")
     assert (classic.ready_s, classic.ready_parts, classic.links) == (None, (), ())
@@ -163,7 +164,8 @@ def test_the_explanation_shows_each_hops_link_and_the_terms_of_readiness():
     row = next(line for line in text.splitlines() if line.split()[:3] == ["b", "CPU", "0-3"])
 
     assert row.split()[-2:] == ["2.340", "12.5"]
-    assert "Until ready: 19.3 s reading on a + 343.6 s moving to b + 2.4 s moving to a = 365.3 s" in text
+    terms = "0.7 s starting + 19.3 s reading on a + 343.6 s moving to b + 2.4 s moving to a"
+    assert f"Until ready: {terms} = 366.0 s" in text
 
 
 def test_programs_get_links_and_readiness():
@@ -171,7 +173,7 @@ def test_programs_get_links_and_readiness():
 
     assert list(record["links"]) == [{"node_id": "b", "rtt_s": 0.0002, "bytes_per_s": 1e8, "age_s": 10.0}]
     assert isclose(record["ready_s"], sum(record["ready_parts"].values()))
-    assert list(record["ready_parts"]) == ["read_s.a", "move_s.b", "move_s.a"]
+    assert list(record["ready_parts"]) == ["start_s", "read_s.a", "move_s.b", "move_s.a"]
 
 
 def barely_faster(link: Link) -> Decision:
