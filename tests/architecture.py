@@ -29,6 +29,8 @@ PURE = (
     "proto/sollol/correction.py",
     "proto/sollol/names.py",
     "proto/sollol/redaction.py",
+    "proto/sollol/topics.py",
+    "proto/sollol/mqtt_outbox.py",
     "proto/sollol/identity.py",
     "proto/sollol/certificates.py",
     "agent/rate.py",
@@ -39,7 +41,18 @@ PURE = (
     "sollold/scaling.py",
     "sollold/options.py",
 )
-IMPURE_IMPORTS = ("asyncio", "grpc", "redis", "structlog", "time", "random", "aiohttp", "socket", "subprocess")
+IMPURE_IMPORTS = (
+    "asyncio",
+    "grpc",
+    "redis",
+    "structlog",
+    "time",
+    "random",
+    "aiohttp",
+    "aiomqtt",
+    "socket",
+    "subprocess",
+)
 # `_pb2` types stop at the gRPC edges.
 GRPC_EDGES = (
     "proto/sollol/v1/",

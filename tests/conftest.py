@@ -14,10 +14,17 @@ import pytest
 from sollol.directories import cache_directory
 
 from agent.engine.built import built_engine
+from tests.broker import broker, new_broker
 from tests.redis_fixture import clean_redis, every_key_has_a_lease, redis_url
 from tests.tiny_model import write_random_model, write_reciting_model
 
-__all__ = ["clean_redis", "every_key_has_a_lease", "redis_url"]  # fixtures that pytest finds here
+__all__ = [
+    "broker",
+    "clean_redis",
+    "every_key_has_a_lease",
+    "new_broker",
+    "redis_url",
+]  # fixtures that pytest finds here
 
 _PR_SET_CHILD_SUBREAPER = 36
 _PORTS = range(20_000, 32_000)  # below the ephemeral range, so that no outgoing connection takes one

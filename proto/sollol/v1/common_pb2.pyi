@@ -80,6 +80,9 @@ class _ReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTyp
     REASON_INVITATION_INVALID: _Reason.ValueType  # 107
     REASON_INVITATION_EXPIRED: _Reason.ValueType  # 108
     REASON_INVITATION_USED: _Reason.ValueType  # 109
+    REASON_BROKER_UNREACHABLE: _Reason.ValueType  # 140
+    """What an MQTT broker does to a daemon."""
+    REASON_BROKER_REFUSED: _Reason.ValueType  # 141
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Why a request was refused or failed. Closed: gRPC, HTTP (`error.code`) and the CLI (exit code) use the same names."""
@@ -139,6 +142,9 @@ REASON_CERTIFICATE_UNREADABLE: Reason.ValueType  # 106
 REASON_INVITATION_INVALID: Reason.ValueType  # 107
 REASON_INVITATION_EXPIRED: Reason.ValueType  # 108
 REASON_INVITATION_USED: Reason.ValueType  # 109
+REASON_BROKER_UNREACHABLE: Reason.ValueType  # 140
+"""What an MQTT broker does to a daemon."""
+REASON_BROKER_REFUSED: Reason.ValueType  # 141
 Global___Reason: typing_extensions.TypeAlias = Reason
 
 class _Retry:

@@ -1,0 +1,278 @@
+"""One connection to an MQTT 5 broker: presence by Last Will, a bounded outbox, and for ever another try.
+
+Import it only where a broker is configured: it is the only one to know the client library.
+"""
+
+import asyncio
+import random
+import ssl
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import aiomqtt
+import structlog
+from aiomqtt.exceptions import MqttConnectError
+from msgspec import Struct
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+
+from sollol.broker import Broker
+from sollol.errors import Reason, refuse
+from sollol.mqtt_outbox import Outbox, Publication
+from sollol.topics import OFFLINE, ONLINE
+
+log = structlog.get_logger(__name__)
+
+RETRY_MIN_S, RETRY_MAX_S = 0.25, 10.0
+ANSWER_WITHIN_S = 5.0  # of the broker, to anything
+GOODBYE_WITHIN_S = 2.0
+KEEPALIVE_S = 5
+# The broker says "offline" when a connection broke and none replaced it for so long; a session must outlive it.
+WILL_DELAY_S = 1
+SESSION_S = 5
+PACKET_BYTES = 65_536
+_TAKEN_OVER = 142
+_REFUSED_FROM = 128
+
+
+class Received(Struct, frozen=True, kw_only=True):
+    """A message from the broker. `user` are its user properties; of several with one name the last."""
+
+    topic: str
+    payload: bytes
+    retained: bool = False
+    response_topic: str = ""
+    correlation: bytes | None = None
+    user: dict[str, str] = {}
+
+
+class Connection:
+    """`run()` keeps it; `publish` never waits, and nothing that goes wrong here is anybody else's trouble.
+
+    Args:
+        client_id: Stable over restarts, so that one that comes back in time cancels its own Last Will.
+        status_topic: Where "online" and "offline" are retained.
+        packet_bytes: The broker keeps larger messages from us.
+    """
+
+    def __init__(self, broker: Broker, *, client_id: str, status_topic: str, packet_bytes: int = PACKET_BYTES) -> None:
+        self._broker = broker
+        self._client_id = client_id
+        self._status_topic = status_topic
+        self._packet_bytes = packet_bytes
+        self._outbox = Outbox()
+        self._wake = asyncio.Event()
+        self._subscriptions: dict[str, tuple[str, Callable[[Received], None]]] = {}
+        self._on_lost: list[Callable[[], None]] = []
+        self._client: aiomqtt.Client | None = None
+        self._problem = ""
+        self._publish_status()
+        self.subscribe(status_topic, self._status_seen)
+
+    def subscribe(self, topic: str, handler: Callable[[Received], None], *, group: str = "") -> None:
+        """Have `handler` called with every message to `topic`, from the next connection on.
+
+        With a `group` each message goes to one of the group's members.
+        """
+        self._subscriptions[topic] = (f"$share/{group}/{topic}" if group else topic, handler)
+
+    def on_lost(self, listener: Callable[[], None]) -> None:
+        """Have `listener` called when a connection that was there is not any more."""
+        self._on_lost.append(listener)
+
+    def publish(self, publication: Publication) -> None:
+        """Leave it in the outbox, from which it goes as soon as the broker takes it."""
+        self._outbox.put(publication)
+        self._wake.set()
+
+    async def send(self, publication: Publication) -> None:
+        """Publish now, past the outbox; return when the broker has it, which is how a slow one slows the sender.
+
+        Raises:
+            SollolError: BROKER_UNREACHABLE.
+        """
+        client = self._client
+        if client is None:
+            raise refuse(Reason.BROKER_UNREACHABLE, "no connection to the MQTT broker", retryable=True)
+        try:
+            await _publish(client, publication)
+        except aiomqtt.MqttError as error:
+            raise refuse(
+                Reason.BROKER_UNREACHABLE, f"the MQTT broker did not take it: {error}", retryable=True
+            ) from error
+
+    async def run(self) -> None:
+        """Stay connected until cancelled; then say "offline", empty the outbox within a bound, and leave."""
+        pause_s = RETRY_MIN_S
+        while True:
+            try:
+                await self._session()
+            except* Exception as errors:  # noqa: BLE001 - logged by _complain; a bug in here must not end the daemon
+                lost = _cause(_first(errors))
+            was_connected, self._client = self._client is not None, None
+            if was_connected:
+                pause_s = RETRY_MAX_S if _code(lost) == _TAKEN_OVER else RETRY_MIN_S
+                self._tell_lost()
+            self._complain(lost)
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1))  # noqa: S311 - heads and agents come back one by one
+            pause_s = min(pause_s * 2, RETRY_MAX_S)
+
+    async def _session(self) -> None:
+        """One connection; ends by MqttError only, or by cancellation."""
+        client = self._new_client()
+        await client.__aenter__()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._receive(client), name="mqtt receive")
+                await self._subscribe_all(client)
+                self._outbox.restore()
+                self._client = client
+                self._problem = ""
+                log.info("mqtt_connected", broker=self._broker.address)
+                tasks.create_task(self._drain(client), name="mqtt publish")
+        except asyncio.CancelledError:
+            await self._say_goodbye(client)
+            raise
+        finally:
+            with suppress(aiomqtt.MqttError, TimeoutError):
+                async with asyncio.timeout(GOODBYE_WITHIN_S):
+                    await client.__aexit__(None, None, None)
+
+    def _new_client(self) -> aiomqtt.Client:
+        broker = self._broker
+        connect = _properties(
+            PacketTypes.CONNECT, SessionExpiryInterval=SESSION_S, MaximumPacketSize=self._packet_bytes
+        )
+        will = _properties(PacketTypes.WILLMESSAGE, WillDelayInterval=WILL_DELAY_S)
+        try:
+            tls = ssl.create_default_context(cafile=broker.ca_file or None) if broker.tls else None
+        except OSError as error:
+            raise aiomqtt.MqttError(f"mqtt_ca_file = {broker.ca_file}: {error}") from error
+        return aiomqtt.Client(
+            broker.host,
+            broker.port,
+            username=broker.user or None,
+            password=broker.password or None,
+            identifier=self._client_id,
+            protocol=aiomqtt.ProtocolVersion.V5,
+            will=aiomqtt.Will(self._status_topic, OFFLINE, qos=1, retain=True, properties=will),
+            timeout=ANSWER_WITHIN_S,
+            keepalive=KEEPALIVE_S,
+            clean_start=False,  # it would end the session of before, and with it send that one's Last Will
+            properties=connect,
+            tls_context=tls,
+        )
+
+    async def _subscribe_all(self, client: aiomqtt.Client) -> None:
+        for topic_filter, _ in self._subscriptions.values():
+            for code in await client.subscribe(topic_filter, qos=1):
+                if isinstance(code, ReasonCode) and code.value >= _REFUSED_FROM:
+                    log.warning("mqtt_subscription_refused", topic=topic_filter, problem=str(code))
+
+    async def _receive(self, client: aiomqtt.Client) -> None:
+        async for message in client.messages:
+            topic = str(message.topic)
+            found = self._subscriptions.get(topic)
+            if found is None or not isinstance(message.payload, bytes):
+                continue
+            try:
+                found[1](_received(topic, message))
+            except Exception:  # a bug of a handler must not cost the connection
+                log.exception("mqtt_message_failed", topic=topic)
+
+    async def _drain(self, client: aiomqtt.Client) -> None:
+        while True:
+            publication = self._outbox.take()
+            if publication is None:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            try:
+                await _publish(client, publication)
+            except BaseException:
+                self._outbox.put_back(publication)
+                raise
+
+    async def _say_goodbye(self, client: aiomqtt.Client) -> None:
+        offline = Publication(topic=self._status_topic, payload=OFFLINE, retain=True)
+        with suppress(aiomqtt.MqttError, TimeoutError):  # else the Last Will says it
+            async with asyncio.timeout(GOODBYE_WITHIN_S):
+                await _publish(client, offline)
+                while (publication := self._outbox.take()) is not None:
+                    if publication.topic != self._status_topic:
+                        await _publish(client, publication)
+
+    def _publish_status(self) -> None:
+        self.publish(Publication(topic=self._status_topic, payload=ONLINE, retain=True))
+
+    def _status_seen(self, message: Received) -> None:
+        """An old Last Will, or another with our name that left, does not make us offline."""
+        if message.payload != ONLINE and self._client is not None:
+            self._publish_status()
+
+    def _tell_lost(self) -> None:
+        for listener in self._on_lost:
+            listener()
+
+    def _complain(self, error: BaseException) -> None:
+        """Once per reason: a broker that is down for a night fills no log."""
+        problem = str(error)
+        if problem != self._problem:
+            reason = Reason.BROKER_REFUSED if isinstance(error, MqttConnectError) else Reason.BROKER_UNREACHABLE
+            bug = None if isinstance(error, aiomqtt.MqttError | OSError) else error
+            log.warning("mqtt_lost", broker=self._broker.address, reason=reason, problem=problem, exc_info=bug)
+        self._problem = problem
+
+
+async def _publish(client: aiomqtt.Client, publication: Publication) -> None:
+    said: dict[str, Any] = {}
+    if publication.expiry_s:
+        said["MessageExpiryInterval"] = publication.expiry_s
+    if publication.correlation is not None:
+        said["CorrelationData"] = publication.correlation
+    await client.publish(
+        publication.topic,
+        publication.payload,
+        qos=publication.qos,
+        retain=publication.retain,
+        properties=_properties(
+            PacketTypes.PUBLISH, **{name: value for name, value in said.items() if value is not None}
+        ),
+    )
+
+
+def _properties(packet: int, **values: Any) -> Properties:
+    properties = Properties(packet)  # type: ignore[no-untyped-call]
+    for name, value in values.items():
+        setattr(properties, name, value)
+    return properties
+
+
+def _received(topic: str, message: aiomqtt.Message) -> Received:
+    assert isinstance(message.payload, bytes)
+    properties = message.properties
+    return Received(
+        topic=topic,
+        payload=message.payload,
+        retained=message.retain,
+        response_topic=getattr(properties, "ResponseTopic", ""),
+        correlation=getattr(properties, "CorrelationData", None),
+        user=dict(getattr(properties, "UserProperty", ())),
+    )
+
+
+def _first(errors: BaseExceptionGroup[Exception]) -> BaseException:
+    first = errors.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What a library's "Disconnected during message iteration" comes from."""
+    return error.__cause__ if isinstance(error, aiomqtt.MqttError) and error.__cause__ is not None else error
+
+
+def _code(error: BaseException) -> int:
+    code = getattr(error, "rc", None)
+    return int(getattr(code, "value", 0) or 0)

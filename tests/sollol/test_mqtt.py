@@ -1,0 +1,190 @@
+"""The connection to a real Mosquitto: presence, what a lost broker costs, and what it never costs."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+
+import pytest
+from sollol import log as logging
+from sollol.broker import broker_of
+from sollol.mqtt import Connection
+from sollol.mqtt_outbox import Publication
+
+from tests.broker import PASSWORD, USER
+from tests.waiting import wait_until
+
+STATUS = "sollol/v1/home/node/a/status"
+
+
+def connection(broker, *, url="", client_id="sollol-agent/a", **options):
+    found = broker_of(url or broker.url, password_file="", ca_file="")
+    return Connection(found, client_id=client_id, status_topic=STATUS, **options)
+
+
+@contextlib.asynccontextmanager
+async def running(link):
+    task = asyncio.create_task(link.run())
+    try:
+        yield link
+    finally:
+        task.cancel()
+        await asyncio.wait({task}, timeout=5)
+        assert task.cancelled(), "it leaves when it is told to"
+
+
+def state(value, topic="sollol/v1/home/node/a/state", **more):
+    return Publication(topic=topic, payload=json.dumps(value).encode(), retain=True, **more)
+
+
+@pytest.fixture
+def log_lines(tmp_path):
+    with (tmp_path / "log").open("w+") as stream:
+        logging.configure("info", "json", stream=stream)
+        yield lambda: [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+        logging.configure("warning", "json")
+
+
+async def test_presence_is_retained_while_it_runs_and_offline_at_once_when_it_ends(broker):
+    async with running(connection(broker)):
+        heard = await broker.listen(STATUS)
+        await heard.says(STATUS, "online")
+        begun = time.monotonic()
+    await heard.says(STATUS, "offline")
+    assert time.monotonic() - begun < 1
+    late = await broker.listen(STATUS)
+    assert late.messages[0] == (True, STATUS, "offline")
+
+
+KILLED = """
+import asyncio, sys
+from sollol.broker import broker_of
+from sollol.mqtt import Connection
+broker = broker_of(sys.argv[1], password_file="", ca_file="")
+asyncio.run(Connection(broker, client_id=sys.argv[2], status_topic=sys.argv[2]).run())
+"""
+
+
+@contextlib.asynccontextmanager
+async def killed_once_online(broker, heard, topic=STATUS):
+    child = await asyncio.create_subprocess_exec(sys.executable, "-c", KILLED, broker.url, topic)
+    try:
+        await heard.says(topic, "online", within_s=10)
+    finally:
+        child.kill()
+        await child.wait()
+    yield
+
+
+async def test_a_killed_process_is_offline_within_three_seconds(broker):
+    heard = await broker.listen(STATUS)
+    async with killed_once_online(broker, heard):
+        await heard.says(STATUS, "offline", within_s=3)
+
+
+async def test_who_comes_back_before_the_will_is_due_was_never_offline(broker):
+    other = "sollol/v1/home/node/b/status"
+    heard = await broker.listen(STATUS, other)
+    async with killed_once_online(broker, heard), running(connection(broker, client_id=STATUS)):
+        await wait_until(lambda: heard.on(STATUS) == ["online", "online"], what="it is back")
+        async with killed_once_online(broker, heard, other):
+            await heard.says(other, "offline")  # a will that was due later than the first one's
+        assert heard.on(STATUS) == ["online", "online"]
+
+
+async def test_a_broker_that_comes_back_empty_hears_presence_and_state_again_at_once(broker):
+    link = connection(broker)
+    async with running(link):
+        link.publish(state({"free_bytes": 1}))
+        link.publish(state({"free_bytes": 2}))
+        first = await broker.listen("sollol/#")
+        await first.says("sollol/v1/home/node/a/state", '{"free_bytes": 2}')
+
+        broker.stop()
+        link.publish(state({"pool": 1}, topic="sollol/v1/home/pool/p/state"))
+        await broker.start()
+
+        again = await broker.listen("sollol/#")
+        await again.says(STATUS, "online", within_s=3)
+        await again.says("sollol/v1/home/node/a/state", '{"free_bytes": 2}')
+        await again.says("sollol/v1/home/pool/p/state", '{"pool": 1}')
+
+
+async def test_what_a_broker_that_is_down_misses_is_sent_later_and_nobody_waits(new_broker, log_lines):
+    broker = new_broker()
+    link = connection(broker)
+    async with running(link):
+        await wait_until(log_lines, what="it complains")
+        begun = time.monotonic()
+        for number in range(1000):
+            link.publish(Publication(topic="sollol/v1/home/event", payload=b"%d" % number))
+        assert time.monotonic() - begun < 0.5
+        await broker.start()
+        heard = await broker.listen("sollol/#")
+        await heard.says(STATUS, "online", within_s=15)
+        await wait_until(lambda: heard.last("sollol/v1/home/event") in ("999", None), what="events are sent")
+
+    lost = [line for line in log_lines() if line["event"] == "mqtt_lost"]
+    assert [line["reason"] for line in lost] == ["BROKER_UNREACHABLE"], "once, however often it tries"
+    assert "refused" in lost[0]["problem"]
+
+
+async def test_a_broker_that_refuses_is_named_with_its_reason_once_and_the_password_nowhere(new_broker, log_lines):
+    broker = new_broker(password=True)
+    await broker.start()
+    async with running(connection(broker, url=f"mqtt://{USER}:wrong-secret@127.0.0.1:{broker.port}")):
+        await wait_until(lambda: broker.log.count("not authorised") >= 3, what="several tries")
+
+    lines = [line for line in log_lines() if line["event"] == "mqtt_lost"]
+    assert [line["reason"] for line in lines] == ["BROKER_REFUSED"]
+    assert "Not authorized" in lines[0]["problem"]
+    assert "wrong-secret" not in json.dumps(log_lines())
+
+
+async def test_user_and_password_are_read_from_the_url_and_the_file(new_broker, tmp_path):
+    broker = new_broker(password=True)
+    await broker.start()
+    (tmp_path / "password").write_text(PASSWORD + "\n")
+    found = broker_of(f"mqtt://{USER}@127.0.0.1:{broker.port}", password_file=str(tmp_path / "password"), ca_file="")
+    async with running(Connection(found, client_id="c", status_topic=STATUS)):
+        heard = await broker.listen(STATUS)
+        await heard.says(STATUS, "online")
+
+
+async def test_a_frozen_broker_holds_nobody_up_at_the_end(broker):
+    async with running(connection(broker)) as link:
+        heard = await broker.listen(STATUS)
+        await heard.says(STATUS, "online")
+        os.kill(broker.pid, signal.SIGSTOP)
+        link.publish(state({"free_bytes": 3}))
+        begun = time.monotonic()
+    os.kill(broker.pid, signal.SIGCONT)
+    assert time.monotonic() - begun < 5
+
+
+async def test_another_one_that_says_offline_in_our_name_is_contradicted(broker):
+    async with running(connection(broker)):
+        heard = await broker.listen(STATUS)
+        await heard.says(STATUS, "online")
+        await broker.publish(STATUS, "offline", "-r")
+        await wait_until(lambda: heard.on(STATUS)[-2:] == ["offline", "online"], what="contradicted")
+
+
+async def test_messages_reach_the_handler_of_their_topic_with_what_they_carry(broker):
+    link, received = connection(broker), []
+    link.subscribe("in/a", received.append)
+    link.subscribe("in/b", lambda _: 1 / 0)  # a bug in one handler
+    async with running(link):
+        heard = await broker.listen(STATUS)
+        await heard.says(STATUS, "online")
+        await broker.publish("in/b", "x")
+        words = ("-D", "publish", "response-topic", "out", "-D", "publish", "correlation-data", "7")
+        await broker.publish("in/a", "y", *words, "-D", "publish", "user-property", "api_key", "k")
+        await wait_until(lambda: received, what="received")
+
+    assert received[0].payload == b"y"
+    assert (received[0].response_topic, received[0].correlation) == ("out", b"7")
+    assert received[0].user == {"api_key": "k"}
