@@ -34,6 +34,7 @@ from agent.ledger import Ledger, LedgerEvent
 from agent.links import Links
 from agent.memory_account import MemoryAccount
 from agent.models import Inventory, ModelRoots, default_huggingface_dir, default_ollama_dir
+from agent.presence.start import start_presence
 from agent.probe import Probe
 from agent.relay import Relay
 from agent.reporter import Reporter
@@ -110,9 +111,14 @@ async def serve(config: AgentConfig, environ: Mapping[str, str], stop: Stop) -> 
                 reporter=reporter, ledger=ledger, supervisor=supervisor, relay=relay, links=links, sink=sink
             )
             await _open(server, service, closing)
-            stop.announce_ready()
-            log.info("agent_ready", node=config.node_id, grpc=f"{config.listen}:{config.port}")
+            start_presence(config, closing, stop)
+            _announce(config, stop)
             await stop.wait()
+
+
+def _announce(config: AgentConfig, stop: Stop) -> None:
+    stop.announce_ready()
+    log.info("agent_ready", node=config.node_id, grpc=f"{config.listen}:{config.port}")
 
 
 def _journal(event: LedgerEvent, reporter: Reporter) -> None:

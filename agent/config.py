@@ -6,8 +6,20 @@ from pathlib import Path
 from typing import Annotated
 
 from msgspec import Meta, Struct, field
+from sollol.broker import check_broker
 from sollol.config import ConfigError, is_loopback
-from sollol.config_types import LogFormat, LogLevel, NotNegative, Port, Seconds
+from sollol.config_types import (
+    LogFormat,
+    LogLevel,
+    MqttCaFile,
+    MqttCluster,
+    MqttDiscoveryPrefix,
+    MqttPasswordFile,
+    MqttUrl,
+    NotNegative,
+    Port,
+    Seconds,
+)
 
 COORDINATOR_PORTS = 64
 _KEY = re.compile(r"[A-Za-z0-9._~+/=-]{8,512}")  # what HTTP takes as a bearer token
@@ -66,6 +78,16 @@ class AgentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Seconds, Meta(description="How long a starting engine may make no progress before it is given up")
     ] = 600.0
     stop_grace_s: Annotated[Seconds, Meta(description="From SIGTERM to SIGKILL when an engine is stopped")] = 5.0
+    mqtt_url: MqttUrl = ""
+    mqtt_password_file: MqttPasswordFile = ""
+    mqtt_ca_file: MqttCaFile = ""
+    mqtt_cluster: MqttCluster = "default"
+    mqtt_interval_s: Annotated[
+        Seconds,
+        Meta(description="How often state is published when nothing happens; brokers drop it after three times"),
+    ] = 10.0
+    mqtt_discovery: Annotated[bool, Meta(description="Tell Home Assistant of this node and its pools")] = True
+    mqtt_discovery_prefix: MqttDiscoveryPrefix = "homeassistant"
     state_dir: Annotated[
         str, Meta(description="What outlives a restart; auto: systemd's directory, else ~/.local/state/sollol")
     ] = "auto"
@@ -83,6 +105,7 @@ class AgentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     def __post_init__(self) -> None:
         self.rpc_port_range()
+        check_broker(self.mqtt_url, self.mqtt_password_file)
         if self.coordinator_listen == "tcp":
             self._check_coordinators()
 

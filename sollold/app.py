@@ -28,6 +28,7 @@ from sollold.operators import ClusterService
 from sollold.options import Options
 from sollold.placement import PlacementDefaults, decide
 from sollold.pools import Pools
+from sollold.presence import start_presence
 from sollold.reaping import Reaper
 from sollold.server import HeadServer
 from sollold.surveyor import Surveyor
@@ -88,6 +89,7 @@ async def serve(config: HeadConfig, stop: Stop) -> None:
         nodes.subscribe(lambda _: server.on_nodes_changed())
         await _serve_grpc(config, closing, server)
         await _serve_http(config, closing, dispatch, catalogue)
+        start_presence(config, closing, stop)
         stop.announce_ready()
         log.info("head_ready", http=f"{config.listen}:{config.http_port}", grpc=f"{config.listen}:{config.grpc_port}")
         await stop.wait()

@@ -1,9 +1,22 @@
 """Every setting of the head. Environment `SOLLOL_HEAD_<NAME>`, file `/etc/sollol/head.toml`, flags `--name`."""
 
+import socket
 from typing import Annotated
 
 from msgspec import Meta, Struct, field
-from sollol.config_types import LogFormat, LogLevel, Port, Positive, Seconds
+from sollol.broker import check_broker
+from sollol.config_types import (
+    LogFormat,
+    LogLevel,
+    MqttCaFile,
+    MqttCluster,
+    MqttDiscoveryPrefix,
+    MqttPasswordFile,
+    MqttUrl,
+    Port,
+    Positive,
+    Seconds,
+)
 
 from sollold.options import KvType, ModelOptions, Policy, Strategy, check_tables
 
@@ -44,6 +57,14 @@ class HeadConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     first_byte_timeout_s: Annotated[Seconds, Meta(description="For the engine's queue and the prompt together")] = 600.0
     stall_timeout_s: Annotated[Seconds, Meta(description="Between two pieces of a running stream")] = 60.0
     shutdown_grace_s: Annotated[Seconds, Meta(description="What running streams get to end in at shutdown")] = 10.0
+    mqtt_url: MqttUrl = ""
+    mqtt_password_file: MqttPasswordFile = ""
+    mqtt_ca_file: MqttCaFile = ""
+    mqtt_cluster: MqttCluster = "default"
+    mqtt_head_id: Annotated[
+        str, Meta(description="This head's name in MQTT topics; empty: this host's and the HTTP port")
+    ] = ""
+    mqtt_discovery_prefix: MqttDiscoveryPrefix = "homeassistant"
     log_level: LogLevel = "info"
     log_format: LogFormat = "auto"
     exit_with_parent: Annotated[
@@ -56,3 +77,7 @@ class HeadConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         check_tables(self.models)
+        check_broker(self.mqtt_url, self.mqtt_password_file)
+
+    def head_id(self) -> str:
+        return self.mqtt_head_id or f"{socket.gethostname()}-{self.http_port}"
