@@ -4,22 +4,24 @@ A backend serves one client, and makes a second one wait in its queue without a 
 far. It outlives its agent: a restart of the agent cuts no pool.
 """
 
-import asyncio
-import errno
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from agent.forwarder.entrance import Entrance
 from agent.forwarder.link import Link
-from agent.forwarder.status import Status, StatusFile, log
+from agent.forwarder.loop import Loop, Timer
+from agent.forwarder.refused import BUSY
+from agent.forwarder.status import RefusalLog, Status, StatusFile
+from agent.forwarder.stream import Opening, Stream, connect
 
 # A coordinator that loads closes its connection and opens the next one at once, about a dozen times. The next one can
 # be seen before the end of the last one is, by as much as one lost packet takes to come again.
 HANDOVER_S = 0.3
-_STATUS_EVERY_S = 0.5
-_BACKLOG = 16
-_LOGGED_REFUSALS = 100
+STATUS_EVERY_S = 0.5
+# More that have come and not yet said who they are are cut.
+_MOST_UNKNOWN = 16
 
 
 class Ended(StrEnum):
@@ -31,8 +33,10 @@ class Ended(StrEnum):
 
 
 class Rules(NamedTuple):
+    """`admit` opens the side of whoever connects, given where they come from, or refuses."""
+
     target: tuple[str, int]
-    allowed: frozenset[str]
+    admit: Callable[[socket.socket, str], Opening[Stream]]
     attach_within_s: float
     gone_after_s: float
 
@@ -40,72 +44,77 @@ class Rules(NamedTuple):
 class Forwarder:
     """Listens from the moment `run` is called."""
 
-    def __init__(self, rules: Rules, listener: socket.socket, status: StatusFile) -> None:
-        self._rules, self._listener, self._file = rules, listener, status
+    def __init__(self, rules: Rules, listener: socket.socket, status: StatusFile, loop: Loop) -> None:
+        self._rules, self._listener, self._file, self._loop = rules, listener, status, loop
         self._status = Status(port=listener.getsockname()[1])
+        self._refusals = RefusalLog()
         self._attached: Link | None = None
         self._waiting: Link | None = None
-        self._handover: asyncio.TimerHandle | None = None
+        self._handover: Timer | None = None
         self._links: set[Link] = set()
-        self._done: asyncio.Future[Ended] | None = None
-        self._patience: asyncio.TimerHandle | None = None
+        self._unknown: set[Link] = set()
+        self._ended: Ended | None = None
+        self._patience: Timer | None = None
 
-    async def run(self) -> Ended:
+    def run(self) -> Ended:
         """Serve until nobody has come in time, the one that had come is gone, or `end` is called."""
-        loop = asyncio.get_running_loop()
-        self._done = loop.create_future()
         self._wait(self._rules.attach_within_s, Ended.NOBODY_ATTACHED)
-        server = await loop.create_server(self._new_client, sock=self._listener, backlog=_BACKLOG)
-        counting = asyncio.create_task(self._keep_counting(), name="status")
+        entrance = Entrance(self._loop, self._listener, self._came)
         self._file.write(self._status)
-        why = await self._done
-        server.close()
-        counting.cancel()
+        self._keep_counting()
+        self._loop.run()
+        why = self._ended or Ended.TERMINATED
+        entrance.close()
         for link in tuple(self._links):
             link.cut()
-        await asyncio.sleep(0)  # the sockets close in the loop's next turn
         self._tell(ended=why.value, attached=False)
         return why
 
     def end(self, why: Ended) -> None:
-        if self._done is not None and not self._done.done():
-            self._done.set_result(why)
+        self._ended = self._ended or why
+        self._loop.end()
 
-    def _new_client(self) -> asyncio.BaseProtocol:
-        return Link(on_arrived=self._arrived, on_end=self._ended).client
+    def _came(self, connection: socket.socket, peer: str) -> None:
+        if len(self._unknown) >= _MOST_UNKNOWN:
+            connection.close()
+            self._refused(peer, BUSY)
+            return
+        admitted = self._rules.admit(connection, peer)
+        link = Link(self._loop, peer, admitted, on_arrived=self._arrived, on_end=self._link_ended)
+        self._links.add(link)
+        self._unknown.add(link)
 
     def _arrived(self, link: Link) -> None:
-        self._links.add(link)
-        if link.peer not in self._rules.allowed:
-            self._refuse(link, "stranger")
-        elif self._attached is None:
+        self._unknown.discard(link)
+        if self._attached is None:
             self._attach(link)
         elif self._waiting is not None:
-            self._refuse(link, "busy")
+            link.refuse(BUSY)
         else:
             self._waiting = link
-            self._handover = asyncio.get_running_loop().call_later(HANDOVER_S, self._handover_over)
+            self._handover = self._loop.later(HANDOVER_S, self._handover_over)
 
     def _handover_over(self) -> None:
         """One that has said goodbye is as good as gone: its successor waits on. One that has not stays."""
         if self._waiting is not None and not (self._attached is not None and self._attached.leaving):
-            self._refuse(self._waiting, "busy")
+            self._waiting.refuse(BUSY)
 
-    def _refuse(self, link: Link, why: str) -> None:
-        self._tell(refused=self._status.refused + 1)
-        if self._status.refused <= _LOGGED_REFUSALS:
-            log("refused", peer=link.peer, why=why)
-        link.refuse()
+    def _refused(self, peer: str, why: str, who: str = "") -> None:
+        self._refusals.add(peer, why, who)
+        self._tell(refused=self._refusals.count)
 
     def _attach(self, link: Link) -> None:
         if self._patience is not None:
             self._patience.cancel()
         self._attached = link
         self._tell(attached=True, peer=link.peer, connections=self._status.connections + 1)
-        link.pump(self._rules.target)
+        link.pump(connect(self._rules.target))
 
-    def _ended(self, link: Link) -> None:
+    def _link_ended(self, link: Link) -> None:
         self._links.discard(link)
+        self._unknown.discard(link)
+        if link.refused:
+            self._refused(link.peer, link.refused, link.who)
         if link is self._waiting:
             self._waiting = None
         elif link is self._attached:
@@ -123,18 +132,17 @@ class Forwarder:
         if self._handover is not None:
             self._handover.cancel()
         link, self._waiting = self._waiting, None
-        if link is not None and not link.refused:
+        if link is not None:
             self._attach(link)
         else:
             self._wait(self._rules.gone_after_s, Ended.COORDINATOR_GONE)
 
     def _wait(self, patience_s: float, then: Ended) -> None:
-        self._patience = asyncio.get_running_loop().call_later(patience_s, self.end, then)
+        self._patience = self._loop.later(patience_s, lambda: self.end(then))
 
-    async def _keep_counting(self) -> None:
-        while True:
-            await asyncio.sleep(_STATUS_EVERY_S)
-            self._publish()
+    def _keep_counting(self) -> None:
+        self._publish()
+        self._loop.later(STATUS_EVERY_S, self._keep_counting)
 
     def _tell(self, **changes: Any) -> None:
         self._status = self._status._replace(**changes)
@@ -145,38 +153,3 @@ class Forwarder:
         if (link := self._attached) is not None:
             up, down = up + link.up_bytes, down + link.down_bytes
         self._file.write(self._status._replace(up_bytes=up, down_bytes=down))
-
-
-def listen_on_first_free(host: str, ports: Iterable[int]) -> socket.socket | None:
-    """Return a listening socket, None when every port is taken.
-
-    Raises:
-        OSError: `host` is not an address of this machine.
-    """
-    for port in ports:
-        listener = socket.socket()
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-            listener.listen(_BACKLOG)  # also taken: a port that somebody listens on and lets others bind
-        except OSError as error:
-            listener.close()
-            if error.errno != errno.EADDRINUSE:
-                raise
-        else:
-            listener.setblocking(False)
-            return listener
-    return None
-
-
-def addresses_of(hosts: Iterable[str]) -> frozenset[str]:
-    """Return the IPv4 addresses of hosts (the engine knows no others); a name that nobody knows has none."""
-    found: set[str] = set()
-    for host in hosts:
-        try:
-            answers = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)
-        except OSError as error:
-            log("unknown_host", host=host, error=str(error))
-            continue
-        found.update(str(answer[4][0]) for answer in answers)
-    return frozenset(found)

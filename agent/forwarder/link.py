@@ -1,169 +1,257 @@
-"""One coordinator's connection and the one made for it to the backend: bytes both ways, at the slower one's speed."""
+"""One connection that came in and the one made for it: bytes both ways, at the slower one's speed."""
 
-import asyncio
-import socket
+import errno
 from collections.abc import Callable
-from typing import cast
+from functools import partial
 
-CONNECT_WITHIN_S = 5.0
+from agent.forwarder.loop import READ, WRITE, Loop
+from agent.forwarder.refused import HUNG_UP, SILENT, RefusedError
+from agent.forwarder.stream import BLOCKED, Opening, Stream
+
+OPEN_WITHIN_S = 5.0
 LEAVE_WITHIN_S = 10.0  # a backend that got the end of its input frees its buffers first, and those can be large
-_KEEPALIVE_IDLE_S, _KEEPALIVE_EVERY_S, _KEEPALIVE_PROBES = 3, 2, 2
-_UNACKNOWLEDGED_MS = 8000
-_WRITE_HIGH_BYTES = 512 * 1024
+_VANISHED = frozenset({errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN})
+# Shared by all links: nothing stays in it from one event to the next.
+_BUFFER = memoryview(bytearray(256 * 1024))
 
 
-class Side(asyncio.Protocol):
-    """One of a link's two connections: what it reads, the other one writes."""
+class Side:
+    """One of a link's two connections.
 
-    transport: asyncio.Transport
+    Attributes:
+        stream: None before it is open and after it is closed.
+        left: What could not be written yet; the other side is not read meanwhile.
+        ended: Nothing more will come from it.
+        closes: Once nothing is left.
+    """
 
-    def __init__(self, link: "Link") -> None:
-        self._link = link
+    def __init__(self) -> None:
+        self.stream: Stream | None = None
+        self.left = memoryview(b"")
         self.moved = 0
-        self.open = False
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast("asyncio.Transport", transport)
-        self.transport.set_write_buffer_limits(high=_WRITE_HIGH_BYTES)
-        self.open = True
-
-    def data_received(self, data: bytes) -> None:
-        self.moved += len(data)
-        self._link.other(self).transport.write(data)
-
-    def pause_writing(self) -> None:
-        other = self._link.other(self)
-        if other.open:
-            other.transport.pause_reading()
-
-    def resume_writing(self) -> None:
-        other = self._link.other(self)
-        if other.open:
-            other.transport.resume_reading()
-
-    def eof_received(self) -> bool:
-        self._link.half_closed(self)
-        return True  # what flows the other way may still be under way
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.open = False
-        if isinstance(exc, OSError) and not isinstance(exc, ConnectionError):  # timed out, or no route any more
-            self._link.peer_vanished = True
-        self._link.lost(self)
-
-
-class Client(Side):
-    """The coordinator's side: the first to exist, and silent until there is a backend's."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self.transport.pause_reading()
-        self._link.arrived()
+        self.ended = self.closes = self.ends_output = False
 
 
 class Link:
-    """Both sides of one connection of a coordinator.
+    """Both sides of one connection.
 
     Args:
-        on_arrived: Called when the client is connected: decides by `pump`, `refuse`, or later.
-        on_end: Called once when both sides are gone.
+        near: Opens the side of whoever came.
+        on_arrived: Called when that side is open: decides by `pump`, `refuse`, or later.
+        on_end: Called once, when both sides are gone.
+
+    Attributes:
+        refused: Why who came was sent away; empty: not.
+        who: What is known of them, when they were.
+        failed: Why the far side could not be opened.
+        leaving: One of them has said goodbye, or is gone.
     """
 
-    def __init__(self, *, on_arrived: Callable[["Link"], None], on_end: Callable[["Link"], None]) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        peer: str,
+        near: Opening[Stream],
+        *,
+        on_arrived: Callable[["Link"], None],
+        on_end: Callable[["Link"], None],
+    ) -> None:
+        self._loop, self.peer = loop, peer
         self._on_arrived, self._on_end = on_arrived, on_end
-        self.client, self._backend = Client(self), Side(self)
-        self.leaving = self.refused = self.peer_vanished = False
-        self.peer = ""
-        self._connecting: asyncio.Task[None] | None = None
-        self._cut: asyncio.TimerHandle | None = None
-        self._ended = False
+        self._near, self._far = Side(), Side()
+        self.leaving = self.peer_vanished = self._flows = self._ended = False
+        self.refused = self.who = self.failed = ""
+        self._opening: Opening[Stream] | None = near
+        self._waits_on = -1
+        self._timer = loop.later(OPEN_WITHIN_S, lambda: self._not_open(RefusedError(SILENT)))
+        loop.soon(lambda: self._open(self._near, lambda: self._on_arrived(self)))
 
     @property
     def up_bytes(self) -> int:
-        return self.client.moved
+        return self._near.moved
 
     @property
     def down_bytes(self) -> int:
-        return self._backend.moved
+        return self._far.moved
 
-    def other(self, side: Side) -> Side:
-        return self._backend if side is self.client else self.client
+    def pump(self, far: Opening[Stream]) -> None:
+        """Open the other side, then let the bytes flow."""
+        self._opening = far
+        self._timer = self._loop.later(OPEN_WITHIN_S, lambda: self._not_open(RefusedError(SILENT)))
+        self._open(self._far, self._flow)
 
-    def arrived(self) -> None:
-        self.peer = self.client.transport.get_extra_info("peername")[0]
-        _notice_a_vanished_peer(self.client.transport.get_extra_info("socket"))
-        self._on_arrived(self)
-
-    def refuse(self) -> None:
-        self.refused = True
-        self.client.transport.abort()
-
-    def pump(self, target: tuple[str, int]) -> None:
-        """Connect to the backend, then let the bytes flow."""
-        self._connecting = asyncio.create_task(self._connect(target), name="connect to the backend")
-
-    async def _connect(self, target: tuple[str, int]) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(CONNECT_WITHIN_S):
-                await loop.create_connection(lambda: self._backend, *target)
-        except (OSError, TimeoutError):  # the agent sees for itself what became of its backend
-            self.client.transport.abort()
-            return
-        if self.client.open:
-            self.client.transport.resume_reading()
-        else:
-            self._backend.transport.abort()
-
-    def half_closed(self, side: Side) -> None:
-        """One side will send no more: pass on what is left, and the end. The backend's end ends both."""
-        self._leave_soon()
-        if side is self.client and self._backend.open:
-            self._backend.transport.write_eof()
-        else:
-            for each in (self.client, self._backend):
-                if each.open:
-                    each.transport.close()
-
-    def lost(self, side: Side) -> None:
-        self._leave_soon()
-        other = self.other(side)
-        if side is self.client and other.open:
-            other.transport.abort()
-        elif other.open:
-            other.transport.close()
-        if not self.client.open and not self._backend.open and not self._is_connecting():
-            self._finish()
+    def refuse(self, why: str, who: str = "") -> None:
+        self.refused, self.who = why, who
+        self.cut()
 
     def cut(self) -> None:
-        for side in (self.client, self._backend):
-            if side.open:
-                side.transport.abort()
+        self._stop_opening()
+        for side in (self._near, self._far):
+            self._close(side)
+        self._finish()
 
-    def _is_connecting(self) -> bool:
-        if self._connecting is None or self._connecting.done():
-            return False
-        self._connecting.add_done_callback(lambda _: None if self._backend.open else self._finish())
-        return True
+    def _open(self, side: Side, then: Callable[[], None]) -> None:
+        """Go on with the opening as far as it goes now."""
+        opening = self._opening
+        if opening is None:
+            return
+        self._wait_no_more()  # before what it waited for may be closed
+        try:
+            wait = next(opening)
+        except StopIteration as done:
+            self._stop_opening()
+            side.stream = done.value
+            then()
+        except (OSError, RefusedError) as error:
+            self._not_open(error)
+        else:
+            self._waits_on = wait.connection.fileno()
+            self._loop.watch(self._waits_on, wait.events, lambda: self._open(side, then))
+
+    def _stop_opening(self) -> None:
+        self._timer.cancel()
+        self._wait_no_more()
+        opening, self._opening = self._opening, None
+        if opening is not None:
+            opening.close()
+
+    def _wait_no_more(self) -> None:
+        if self._waits_on >= 0:
+            self._loop.forget(self._waits_on)
+            self._waits_on = -1
+
+    def _not_open(self, error: OSError | RefusedError) -> None:
+        if self._near.stream is not None:
+            self.failed = str(error)
+            self.cut()
+        elif isinstance(error, RefusedError):
+            self.refuse(error.why, error.who)
+        else:
+            self.refuse(HUNG_UP)
+
+    def _flow(self) -> None:
+        self._flows = True
+        for side in (self._near, self._far):
+            self._watch(side)
+            self._read(side)  # there may be more than the kernel knows of
+
+    def _reads(self, side: Side) -> bool:
+        other = self._other(side)
+        return self._flows and not (side.ended or side.closes or other.left or other.stream is None)
+
+    def _watch(self, side: Side) -> None:
+        if side.stream is not None:
+            events = (READ if self._reads(side) else 0) | (WRITE if side.left else 0)
+            self._loop.watch(side.stream.connection.fileno(), events, lambda: self._ready(side))
+
+    def _ready(self, side: Side) -> None:
+        if side.left:
+            self._write_rest(side)
+        self._read(side)
+
+    def _read(self, side: Side) -> None:
+        if side.stream is None or not self._reads(side):
+            return
+        try:
+            size = side.stream.recv_into(_BUFFER)
+        except OSError as error:
+            self._lost(side, error)
+            return
+        if size > 0:
+            side.moved += size
+            self._write(self._other(side), _BUFFER[:size])
+            if side.stream is not None and side.stream.holds():
+                self._loop.soon(partial(self._read, side))
+        elif size != BLOCKED:
+            self._half_closed(side)
+
+    def _write(self, side: Side, data: memoryview) -> None:
+        data = self._sent(side, data)
+        if data:
+            side.left = memoryview(bytes(data))
+            self._watch(side)
+            self._watch(self._other(side))
+
+    def _write_rest(self, side: Side) -> None:
+        side.left = self._sent(side, side.left)
+        if not side.left and side.stream is not None:
+            self._nothing_left(side)
+            self._watch(side)
+            self._watch(self._other(side))
+            self._read(self._other(side))
+
+    def _sent(self, side: Side, data: memoryview) -> memoryview:
+        """Write what is possible and return the rest; nothing is the rest when the side breaks."""
+        try:
+            while data and side.stream is not None:
+                size = side.stream.send(data)
+                if size == BLOCKED:
+                    return data
+                data = data[size:]
+        except OSError as error:
+            self._lost(side, error)
+        return data[:0]
+
+    def _half_closed(self, side: Side) -> None:
+        """One side will send no more: pass on what is left, and the end. The far side's end ends both."""
+        self._leave_soon()
+        side.ended = True
+        self._watch(side)
+        if side is self._near:
+            self._far.ends_output = True
+            self._nothing_left(self._far)
+        else:
+            self._close_after_rest(self._near, self._far)
+
+    def _lost(self, side: Side, error: OSError) -> None:
+        """One side broke. What has come from the far one still goes to the near one; the other way nobody waits."""
+        if side is self._near and error.errno in _VANISHED:
+            self.peer_vanished = True
+        self._leave_soon()
+        self._close(side)
+        if side is self._near:
+            self._close(self._far)
+        else:
+            self._close_after_rest(self._near)
+        self._finish()
+
+    def _close_after_rest(self, *sides: Side) -> None:
+        for side in sides:
+            side.closes = True
+            self._watch(side)
+            self._nothing_left(side)
+
+    def _nothing_left(self, side: Side) -> None:
+        """Do what had to wait until the last byte for this side was written."""
+        if side.left or side.stream is None:
+            return
+        if side.closes:
+            self._close(side)
+            self._finish()
+        elif side.ends_output:
+            side.ends_output = False
+            try:
+                side.stream.end()
+            except OSError as error:
+                self._lost(side, error)
+
+    def _other(self, side: Side) -> Side:
+        return self._far if side is self._near else self._near
 
     def _leave_soon(self) -> None:
         if not self.leaving:
             self.leaving = True
-            self._cut = asyncio.get_running_loop().call_later(LEAVE_WITHIN_S, self.cut)
+            self._timer = self._loop.later(LEAVE_WITHIN_S, self.cut)
+
+    def _close(self, side: Side) -> None:
+        stream, side.stream, side.left = side.stream, None, memoryview(b"")
+        if stream is not None:
+            self._loop.forget(stream.connection.fileno())
+            stream.connection.close()
 
     def _finish(self) -> None:
-        if self._cut is not None:
-            self._cut.cancel()
-        if not self._ended:
-            self._ended = True
-            self._on_end(self)
-
-
-def _notice_a_vanished_peer(connection: socket.socket) -> None:
-    """See within 10 s that the other machine is gone, whether we wait for it to speak or to acknowledge."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_EVERY_S)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNACKNOWLEDGED_MS)
+        if self._ended or self._opening is not None or any(each.stream for each in (self._near, self._far)):
+            return
+        self._ended = True
+        self._timer.cancel()
+        self._on_end(self)

@@ -5,10 +5,11 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 # Exit statuses: 0 ended as its rules say.
-NO_FREE_PORT, NO_ADDRESS = 3, 4
+NO_FREE_PORT, NO_ADDRESS, NO_TLS_FILES = 3, 4, 5
+_LOGGED_REFUSALS = 100
 
 
 class Status(NamedTuple):
@@ -24,12 +25,16 @@ class Status(NamedTuple):
     ended: str = ""
 
 
+class Published(Protocol):
+    def _asdict(self) -> dict[str, Any]: ...
+
+
 class StatusFile:
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._written: Status | None = None
+        self._written: Published | None = None
 
-    def write(self, status: Status) -> None:
+    def write(self, status: Published) -> None:
         """Replace the file in one step, if there is news. A full disk must not cut a running pool."""
         if status == self._written:
             return
@@ -50,3 +55,15 @@ def read_status(path: Path) -> Status | None:
 
 def log(event: str, **fields: object) -> None:
     print(json.dumps({"at": round(time.time(), 3), "event": event, **fields}), file=sys.stderr, flush=True)  # noqa: T201 - its log is its standard error
+
+
+class RefusalLog:
+    """Counts who was sent away, and logs the first of them: nobody fills a disk by knocking."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, peer: str, why: str, who: str) -> None:
+        self.count += 1
+        if self.count <= _LOGGED_REFUSALS:
+            log("refused", peer=peer, why=why, **({"who": who} if who else {}))
