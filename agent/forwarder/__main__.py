@@ -52,11 +52,10 @@ def _admission(given: argparse.Namespace) -> Callable[[socket.socket, str], Open
         return lambda connection, peer: admit_from(connection, peer, allowed)
     from agent.forwarder import tls  # noqa: PLC0415 - a third of this process's memory
 
-    try:
-        files, pool = tls.TlsFiles(given.tls), tls.Pool(given.pool, tls.read_secret(given.secret))
-    except (tls.SollolError, OSError, ValueError) as error:
-        log("no_tls", error=str(error))
+    credentials = tls.credentials(given.tls, given.pool, given.secret)
+    if credentials is None:
         return None
+    files, pool = credentials
     return lambda connection, _: tls.admit(connection, files, pool, given.coordinator)
 
 

@@ -40,7 +40,7 @@ class Loop:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        self._watched: dict[int, tuple[int, Callable[[], None]]] = {}
+        self._watched: dict[int, tuple[int, Callable[[], object]]] = {}
         self._timers: list[Timer] = []
         self._due: deque[Callable[[], None]] = deque()
         self._ended = False
@@ -49,7 +49,7 @@ class Loop:
             end.setblocking(False)
         self.watch(self._woken.fileno(), READ, lambda: self._woken.recv(4096))
 
-    def watch(self, fd: int, events: int, handler: Callable[[], None]) -> None:
+    def watch(self, fd: int, events: int, handler: Callable[[], object]) -> None:
         """Call `handler` at each of `events`, and when the connection breaks; instead of what was watched before.
 
         Without events a connection that breaks is not told of either: whoever waits for nothing could do nothing.

@@ -24,9 +24,14 @@ class Status(NamedTuple):
     down_bytes: int = 0
     ended: str = ""
 
+    def as_json(self) -> dict[str, Any]:
+        return self._asdict()
+
 
 class Published(Protocol):
-    def _asdict(self) -> dict[str, Any]: ...
+    """What can be written as one JSON object."""
+
+    def as_json(self) -> dict[str, Any]: ...
 
 
 class StatusFile:
@@ -40,7 +45,7 @@ class StatusFile:
             return
         draft = self._path.with_name(self._path.name + ".new")
         with contextlib.suppress(OSError):
-            draft.write_text(json.dumps(status._asdict()) + "\n")
+            draft.write_text(json.dumps(status.as_json()) + "\n")
             draft.replace(self._path)
             self._written = status
 

@@ -1,8 +1,10 @@
 """Connections that never block: open them, read and write what is possible now, end one's own side."""
 
 import errno
+import os
 import socket
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol, TypeVar
 
 from agent.forwarder.loop import READ, WRITE
@@ -71,20 +73,27 @@ def accepted(connection: socket.socket) -> Opening[Stream]:
     return Plain(connection)
 
 
+@contextmanager
+def closed_unless_open(connection: socket.socket) -> Iterator[None]:
+    """Close it when an opening fails, or is given up."""
+    try:
+        yield
+    except BaseException:
+        connection.close()
+        raise
+
+
 def connect(address: tuple[str, int]) -> Opening[Stream]:
     connection = socket.socket()
     connection.setblocking(False)
-    try:
+    with closed_unless_open(connection):
         notice_a_vanished_peer(connection)
         error = connection.connect_ex(address)
         if error == errno.EINPROGRESS:
             yield Wait(connection, WRITE)
             error = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
-            raise OSError(error, f"cannot connect to {address[0]}:{address[1]}")
-    except BaseException:
-        connection.close()
-        raise
+            raise OSError(error, f"{os.strerror(error)}: {address[0]}:{address[1]}")
     return Plain(connection)
 
 

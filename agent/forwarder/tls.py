@@ -1,8 +1,8 @@
 """The way between two nodes: TLS 1.3, both ends with a certificate of the cluster, and the word of their pool.
 
-A certificate of the cluster opens nothing by itself. The backend's end admits the pool's coordinator node only, and only
-with the secret that the head has told the two agents of this pool; the coordinator's end gives the secret away only to
-the node that lends. Imported where there is TLS: it costs memory.
+A certificate of the cluster opens nothing by itself. The backend's end admits the pool's coordinator node only, and
+only with the secret that the head has told the agents of this pool; the coordinator's end gives the secret away to the
+node that lends and to nobody else. Imported only where there is TLS: it costs memory.
 """
 
 import hashlib
@@ -17,7 +17,17 @@ from sollol.tls import TlsFiles
 
 from agent.forwarder.loop import READ, WRITE
 from agent.forwarder.refused import NO_TLS, WRONG_NODE, WRONG_POOL, WRONG_ROLE, WRONG_SECRET, RefusedError
-from agent.forwarder.stream import BLOCKED, Opening, Stream, Wait, connect, read_exactly, write_all
+from agent.forwarder.status import log
+from agent.forwarder.stream import (
+    BLOCKED,
+    Opening,
+    Stream,
+    Wait,
+    closed_unless_open,
+    connect,
+    read_exactly,
+    write_all,
+)
 
 SECRET_BYTES = 32
 _MAGIC = b"SOLLOL1\n"
@@ -80,11 +90,10 @@ class Pool:
         self._named = _MAGIC + hashlib.sha256(pool_id.encode()).digest()
         self.preamble = self._named + secret
 
-    def check(self, preamble: bytes) -> None:
+    def check(self, preamble: bytes, who: str) -> None:
         """Raises RefusedError: it is another pool's, or has another secret."""
-        if hmac.compare_digest(preamble, self.preamble):
-            return
-        raise RefusedError(WRONG_SECRET if preamble.startswith(self._named) else WRONG_POOL)
+        if not hmac.compare_digest(preamble, self.preamble):
+            raise RefusedError(WRONG_SECRET if preamble.startswith(self._named) else WRONG_POOL, who)
 
 
 def admit(connection: socket.socket, files: TlsFiles, pool: Pool, coordinator: str) -> Opening[Stream]:
@@ -95,22 +104,11 @@ def admit(connection: socket.socket, files: TlsFiles, pool: Pool, coordinator: s
         OSError: They hung up.
     """
     tls = _wrapped(connection, files, server=True)
-    try:
+    with closed_unless_open(tls):
         yield from _shake_hands(tls)
-        who = _peer(tls, files)
-        if who.role is not Role.AGENT:
-            raise RefusedError(WRONG_ROLE, str(who))
-        if who.node_id != coordinator:
-            raise RefusedError(WRONG_NODE, str(who))
+        who = _coordinator(tls, files, coordinator)
         stream = Tls(tls)
-        preamble = yield from read_exactly(stream, len(pool.preamble))
-        try:
-            pool.check(preamble)
-        except RefusedError as error:
-            raise RefusedError(error.why, str(who)) from error
-    except BaseException:
-        tls.close()
-        raise
+        pool.check((yield from read_exactly(stream, len(pool.preamble))), str(who))
     return stream
 
 
@@ -123,21 +121,22 @@ def reach(address: tuple[str, int], files: TlsFiles, pool: Pool, lender: str) ->
     """
     plain = yield from connect(address)
     tls = _wrapped(plain.connection, files, server=False, lender=lender)
-    try:
+    with closed_unless_open(tls):
         yield from _shake_hands(tls)
         stream = Tls(tls)
         yield from write_all(stream, pool.preamble)
-    except BaseException:
-        tls.close()
-        raise
     return stream
 
 
-def read_secret(path: Path) -> bytes:
-    """Read a pool's secret and remove the file: it is for one process, once."""
-    secret = path.read_bytes()
-    path.unlink()
-    return secret
+def credentials(directory: Path, pool_id: str, secret: Path) -> tuple[TlsFiles, Pool] | None:
+    """Read what it takes, and remove the secret's file: it is for one process, once. None: logged why not."""
+    try:
+        found = secret.read_bytes()
+        secret.unlink()
+        return TlsFiles(directory, tell=lambda _, event, **fields: log(event, **fields)), Pool(pool_id, found)
+    except (SollolError, OSError, ValueError) as error:
+        log("no_tls", error=str(error))
+        return None
 
 
 def _wrapped(connection: socket.socket, files: TlsFiles, *, server: bool, lender: str = "") -> ssl.SSLSocket:
@@ -166,8 +165,13 @@ def _shake_hands(tls: ssl.SSLSocket) -> Opening[None]:
             return
 
 
-def _peer(tls: ssl.SSLSocket, files: TlsFiles) -> Identity:
+def _coordinator(tls: ssl.SSLSocket, files: TlsFiles, node_id: str) -> Identity:
     try:
-        return files.peer(tls)
+        who = files.peer(tls)
     except SollolError as error:
         raise RefusedError(error.refusal.reason.lower(), error.refusal.message) from error
+    if who.role is not Role.AGENT:
+        raise RefusedError(WRONG_ROLE, str(who))
+    if who.node_id != node_id:
+        raise RefusedError(WRONG_NODE, str(who))
+    return who

@@ -8,9 +8,10 @@ import os
 import ssl
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import structlog
 from msgspec import Struct
 
 from sollol import certificates
@@ -19,8 +20,6 @@ from sollol.errors import Reason, SollolError, refuse
 from sollol.identity import Identity, Role, role_name
 
 __all__ = ["Identity", "Material", "Role", "TlsFiles", "admitted", "role_name"]
-
-log = structlog.get_logger(__name__)
 
 CA, CERTIFICATE, KEY, REVOKED = "ca.pem", "node.pem", "node.key", "revoked"
 _NAMES = (CA, CERTIFICATE, KEY, REVOKED)
@@ -52,12 +51,16 @@ class TlsFiles:
     Files that change are read again when somebody asks next; a change that cannot be used is logged, and the former
     content stays in use.
 
+    Args:
+        tell: Called with a level, an event and its fields when the files have changed.
+
     Raises:
         SollolError: CERTIFICATE_UNREADABLE; a file is missing, not readable, or does not belong to the others.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, tell: Callable[..., None] | None = None) -> None:
         self.directory = directory
+        self._tell = tell or _to_our_log
         self._lock = threading.Lock()
         self._stamp, self._material = self._first()
         self._contexts: dict[tuple[bool, bool], tuple[Material, ssl.SSLContext]] = {}
@@ -120,10 +123,14 @@ class TlsFiles:
         try:
             material = self._read()
         except SollolError as error:
-            log.warning("certificate_not_followed", reason=error.refusal.reason, message=error.refusal.message)
+            self._tell(
+                "warning", "certificate_not_followed", reason=error.refusal.reason, message=error.refusal.message
+            )
         else:
             if material != self._material:
-                log.info("certificate_followed", identity=material.identity.uri, serial=material.certificate.serial)
+                self._tell(
+                    "info", "certificate_followed", identity=material.identity.uri, serial=material.certificate.serial
+                )
                 self._material = material
         self._stamp = stamp
 
@@ -204,6 +211,12 @@ def _load_chain(context: ssl.SSLContext, material: Material) -> None:
         context.load_cert_chain(f"/proc/self/fd/{descriptor}")
     finally:
         os.close(descriptor)
+
+
+def _to_our_log(level: str, event: str, **fields: Any) -> None:
+    import structlog  # noqa: PLC0415 - 9 MiB, half of what a small process takes
+
+    getattr(structlog.get_logger(__name__), level)(event, **fields)
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

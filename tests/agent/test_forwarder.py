@@ -7,117 +7,14 @@ import os
 import random
 import signal
 import socket
-import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
 from agent.forwarder.status import NO_ADDRESS, NO_FREE_PORT, Status, StatusFile, read_status
+from tests.forwarding import MIB, Forwarding, argv, ask, backend_that, echo, forwarding, is_cut
 from tests.waiting import wait_until
-
-MIB = 1 << 20
-
-
-class Forwarding:
-    """A running forwarder and what it says of itself."""
-
-    def __init__(self, process: asyncio.subprocess.Process, directory: Path) -> None:
-        self.process, self._directory = process, directory
-
-    @property
-    def status(self) -> Status:
-        status = read_status(self._directory / "status")
-        assert status is not None
-        return status
-
-    async def connect(self, source: str = "127.0.0.1") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        return await asyncio.open_connection("127.0.0.1", self.status.port, local_addr=(source, 0))
-
-    async def ended(self, within_s: float = 3) -> str:
-        assert await asyncio.wait_for(self.process.wait(), within_s) == 0
-        return self.status.ended
-
-    def logged(self) -> list[dict[str, object]]:
-        return [json.loads(line) for line in (self._directory / "log").read_text().splitlines()]
-
-
-class Backend:
-    """Serves one connection after the other, as the real one does, with a conversation of the test's choice."""
-
-    def __init__(self, converse: Callable[[asyncio.StreamReader, asyncio.StreamWriter], object]) -> None:
-        self._converse, self._turn = converse, asyncio.Lock()
-        self.port = self.served = self.most = self.open = 0
-        self.links: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.links[asyncio.current_task()] = writer
-        self.open += 1
-        self.most = max(self.most, self.open)
-        async with self._turn:
-            self.served += 1
-            await self._converse(reader, writer)
-            writer.close()
-        self.open -= 1
-
-
-async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    try:
-        while data := await reader.read(1 << 16):
-            writer.write(data)
-            await writer.drain()
-    except ConnectionError:
-        return
-
-
-@asynccontextmanager
-async def backend_that(converse=echo) -> AsyncIterator[Backend]:
-    backend = Backend(converse)
-    server = await asyncio.start_server(backend.serve, "127.0.0.1", 0)
-    backend.port = server.sockets[0].getsockname()[1]
-    async with server:
-        yield backend
-    for writer in backend.links.values():
-        writer.transport.abort()
-    await asyncio.wait_for(asyncio.gather(*backend.links), 5)
-
-
-def argv(directory: Path, target: int, **given: object) -> list[str]:
-    flags = {"listen": "127.0.0.1:18500-18599", "target": f"127.0.0.1:{target}", "allow": "127.0.0.1"}
-    flags |= {"attach_within": 20, "gone_after": 20, "status": directory / "status"} | given
-    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    return [sys.executable, "-P", "-m", "agent.forwarder", *words]
-
-
-@asynccontextmanager
-async def forwarding(directory: Path, target: int, **given: object) -> AsyncIterator[Forwarding]:
-    with (directory / "log").open("wb") as output:
-        process = await asyncio.create_subprocess_exec(*argv(directory, target, **given), stderr=output, cwd="/")
-    forwarding = Forwarding(process, directory)
-    try:
-        await wait_until(lambda: read_status(directory / "status"), within_s=10, what="it listens")
-        yield forwarding
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
-
-
-async def ask(link: tuple[asyncio.StreamReader, asyncio.StreamWriter], data: bytes) -> bytes:
-    reader, writer = link
-    writer.write(data)
-    return await asyncio.wait_for(reader.readexactly(len(data)), 5)
-
-
-async def is_cut(link: tuple[asyncio.StreamReader, asyncio.StreamWriter], within_s: float = 1) -> bool:
-    try:
-        return await asyncio.wait_for(link[0].read(1), within_s) == b""
-    except ConnectionError:
-        return True
-    finally:
-        link[1].close()
 
 
 async def test_it_tells_where_it_listens_who_is_attached_and_how_many_bytes_went(tmp_path: Path) -> None:
