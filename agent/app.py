@@ -111,7 +111,7 @@ async def serve(config: AgentConfig, environ: Mapping[str, str], stop: Stop) -> 
                 reporter=reporter, ledger=ledger, supervisor=supervisor, relay=relay, links=links, sink=sink
             )
             await _open(server, service, closing)
-            start_presence(config, closing, stop)
+            start_presence(config, reporter.watch, closing, stop)
             _announce(config, stop)
             await stop.wait()
 

@@ -89,7 +89,7 @@ async def serve(config: HeadConfig, stop: Stop) -> None:
         nodes.subscribe(lambda _: server.on_nodes_changed())
         await _serve_grpc(config, closing, server)
         await _serve_http(config, closing, dispatch, catalogue)
-        start_presence(config, closing, stop)
+        start_presence(config, history, closing, stop)
         stop.announce_ready()
         log.info("head_ready", http=f"{config.listen}:{config.http_port}", grpc=f"{config.listen}:{config.grpc_port}")
         await stop.wait()

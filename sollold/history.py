@@ -1,6 +1,7 @@
 """Decisions for the record: into the log at once, into the registry when it is there. Never in a request's way."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Protocol
 
 import structlog
@@ -28,12 +29,19 @@ class History:
     def __init__(self, *, written: bool) -> None:
         self._written = written
         self._unwritten: asyncio.Queue[Decision] = asyncio.Queue(KEPT_UNWRITTEN)
+        self._listeners: list[Callable[[Decision], None]] = []
+
+    def subscribe(self, listener: Callable[[Decision], None]) -> None:
+        """Have `listener` called with every decision; it must not block."""
+        self._listeners.append(listener)
 
     def decided(self, decision: Decision) -> None:
         if decision.refusal is None:
             log.info("placed", model=decision.model, policy=decision.policy, coordinator=decision.coordinator)
         else:
             log.warning("unplaceable", model=decision.model, policy=decision.policy, reason=decision.refusal.reason)
+        for listener in self._listeners:
+            listener(decision)
         if not self._written:
             return
         if self._unwritten.full():

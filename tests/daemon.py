@@ -9,6 +9,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from sollol.channels import open_channel
+from sollol.v1 import agent_pb2, agent_pb2_grpc, common_pb2
+
 from tests.fakes.fake_engine import fake_engine
 from tests.waiting import wait_until
 
@@ -89,3 +92,21 @@ def agent_flags(home: Path, *, node: str = "a", port: int, engine: Path, model: 
         *("--model-dirs", str(models), "--ollama-dir", "", "--huggingface-dir", "", "--stop-grace-s", "1"),
         *(word for name, path in places.items() for word in (f"--{name}-dir", str(path))),
     ]
+
+
+async def start_engine(port: int) -> common_pb2.Instance:
+    """Reserve and start as a head does; return when it serves."""
+    async with open_channel(f"127.0.0.1:{port}") as channel:
+        stub = agent_pb2_grpc.AgentServiceStub(channel)
+        await stub.Reserve(agent_pb2.ReserveRequest(pool_id="p", bytes={"CPU": 1 << 20}, ttl_s=5))
+        request = agent_pb2.StartCoordinatorRequest(pool_id="p")
+        request.plan.model, request.plan.parallel, request.plan.context_per_slot = "tiny-reciter", 1, 64
+        request.plan.kv_type, request.plan.batch, request.plan.ubatch = "f16", 64, 64
+        request.plan.shares.add(
+            device_id="CPU", layers=9, first_layer=0, last_layer=7, weight_bytes=1 << 20, total_bytes=1 << 20
+        )
+        started = await stub.StartCoordinator(request)
+        assert not started.HasField("refusal"), started.refusal
+        async for response in stub.WatchInstance(agent_pb2.WatchInstanceRequest(instance_id="p")):
+            last = response.instance
+        return last

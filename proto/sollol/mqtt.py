@@ -6,9 +6,9 @@ Import it only where a broker is configured: it is the only one to know the clie
 import asyncio
 import random
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import aiomqtt
 import structlog
@@ -24,6 +24,8 @@ from sollol.mqtt_outbox import Outbox, Publication
 from sollol.topics import OFFLINE, ONLINE
 
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
 
 RETRY_MIN_S, RETRY_MAX_S = 0.25, 10.0
 ANSWER_WITHIN_S = 5.0  # of the broker, to anything
@@ -122,7 +124,7 @@ class Connection:
     async def _session(self) -> None:
         """One connection; ends by MqttError only, or by cancellation."""
         client = self._new_client()
-        await client.__aenter__()
+        await _heeding(client.__aenter__())
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._receive(client), name="mqtt receive")
@@ -138,7 +140,7 @@ class Connection:
         finally:
             with suppress(aiomqtt.MqttError, TimeoutError):
                 async with asyncio.timeout(GOODBYE_WITHIN_S):
-                    await client.__aexit__(None, None, None)
+                    await _heeding(client.__aexit__(None, None, None))
 
     def _new_client(self) -> aiomqtt.Client:
         broker = self._broker
@@ -167,7 +169,7 @@ class Connection:
 
     async def _subscribe_all(self, client: aiomqtt.Client) -> None:
         for topic_filter, _ in self._subscriptions.values():
-            for code in await client.subscribe(topic_filter, qos=1):
+            for code in await _heeding(client.subscribe(topic_filter, qos=1)):
                 if isinstance(code, ReasonCode) and code.value >= _REFUSED_FROM:
                     log.warning("mqtt_subscription_refused", topic=topic_filter, problem=str(code))
 
@@ -232,15 +234,26 @@ async def _publish(client: aiomqtt.Client, publication: Publication) -> None:
         said["MessageExpiryInterval"] = publication.expiry_s
     if publication.correlation is not None:
         said["CorrelationData"] = publication.correlation
-    await client.publish(
-        publication.topic,
-        publication.payload,
-        qos=publication.qos,
-        retain=publication.retain,
-        properties=_properties(
-            PacketTypes.PUBLISH, **{name: value for name, value in said.items() if value is not None}
-        ),
+    await _heeding(
+        client.publish(
+            publication.topic,
+            publication.payload,
+            qos=publication.qos,
+            retain=publication.retain,
+            properties=_properties(PacketTypes.PUBLISH, **said),
+        )
     )
+
+
+async def _heeding(call: Awaitable[T]) -> T:
+    """Await the library without losing a cancellation: Python 3.11's `wait_for`, which it uses, can swallow one."""
+    task = asyncio.current_task()
+    assert task is not None
+    before = task.cancelling()
+    result = await call
+    if task.cancelling() > before:
+        raise asyncio.CancelledError
+    return result
 
 
 def _properties(packet: int, **values: Any) -> Properties:

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -28,7 +28,9 @@ class Child:
         self._shown = 0  # bytes of the log that were looked at
 
     @classmethod
-    async def start(cls, name: str, module: str, flags: Sequence[str], log_file: Path) -> "Child":
+    async def start(
+        cls, name: str, module: str, flags: Sequence[str], log_file: Path, environ: Mapping[str, str]
+    ) -> "Child":
         log_file.parent.mkdir(parents=True, exist_ok=True)
         with log_file.open("wb") as log:
             process = await asyncio.create_subprocess_exec(
@@ -37,6 +39,7 @@ class Child:
                 stdout=DEVNULL,
                 stderr=log,
                 start_new_session=True,
+                env={**os.environ, **environ},
             )
         return cls(name, process, log_file)
 

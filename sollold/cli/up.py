@@ -84,8 +84,14 @@ class _Up:
         for at, port in enumerate(_agent_ports(self._options)):
             name = f"node-{at + 1}"
             flags = self._agent_flags(name, port, redis_url, caps[at])
-            self._agents.append(await Child.start(name, AGENT_MODULE, flags, self._logs / f"{name}.log"))
-        self._head = await Child.start("head", HEAD_MODULE, self._head_flags(redis_url), self._logs / "head.log")
+            environ, log_file = self._environ("SOLLOL_AGENT"), self._logs / f"{name}.log"
+            self._agents.append(await Child.start(name, AGENT_MODULE, flags, log_file, environ))
+        environ, log_file = self._environ("SOLLOL_HEAD"), self._logs / "head.log"
+        self._head = await Child.start("head", HEAD_MODULE, self._head_flags(redis_url), log_file, environ)
+
+    def _environ(self, prefix: str) -> dict[str, str]:
+        """The broker's address may hold a password, and anybody can read a command line."""
+        return {f"{prefix}_MQTT_URL": self._options.mqtt_url} if self._options.mqtt_url else {}
 
     def _head_flags(self, redis_url: str) -> list[str]:
         return [

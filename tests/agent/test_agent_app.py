@@ -13,7 +13,7 @@ from sollol.lifecycle import Stop
 from sollol.v1 import agent_pb2, agent_pb2_grpc
 
 from agent.app import _before_stop
-from tests.daemon import agent_flags, daemon, write_engine
+from tests.daemon import agent_flags, daemon, start_engine, write_engine
 from tests.waiting import wait_until
 
 
@@ -26,24 +26,6 @@ def home():
 def keys(url):
     with Redis.from_url(url) as redis:
         return {key.decode() for key in redis.scan_iter()}
-
-
-async def start_engine(port):
-    """Reserve and start as a head does; return when it serves."""
-    async with open_channel(f"127.0.0.1:{port}") as channel:
-        stub = agent_pb2_grpc.AgentServiceStub(channel)
-        await stub.Reserve(agent_pb2.ReserveRequest(pool_id="p", bytes={"CPU": 1 << 20}, ttl_s=5))
-        request = agent_pb2.StartCoordinatorRequest(pool_id="p")
-        request.plan.model, request.plan.parallel, request.plan.context_per_slot = "tiny-reciter", 1, 64
-        request.plan.kv_type, request.plan.batch, request.plan.ubatch = "f16", 64, 64
-        request.plan.shares.add(
-            device_id="CPU", layers=9, first_layer=0, last_layer=7, weight_bytes=1 << 20, total_bytes=1 << 20
-        )
-        started = await stub.StartCoordinator(request)
-        assert not started.HasField("refusal"), started.refusal
-        async for response in stub.WatchInstance(agent_pb2.WatchInstanceRequest(instance_id="p")):
-            last = response.instance
-        return last
 
 
 async def test_at_its_end_engines_are_stopped_and_the_registry_knows_it(ports, home, clean_redis, reciting_model):

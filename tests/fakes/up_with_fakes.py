@@ -18,8 +18,13 @@ def flag(name: str) -> str:
 
 def daemon() -> None:
     name = flag("--node-id") or "head"
+    mqtt = os.environ.get(f"SOLLOL_{'HEAD' if name == 'head' else 'AGENT'}_MQTT_URL", "")
     for level, event in (("info", "started"), ("error", "complained")):
-        print(json.dumps({"level": level, "event": event, "caps": flag("--caps")}), file=sys.stderr, flush=True)
+        print(
+            json.dumps({"level": level, "event": event, "caps": flag("--caps"), "mqtt": mqtt}),
+            file=sys.stderr,
+            flush=True,
+        )
     if os.environ.get("FAKE_DIES") == name:
         sys.exit("Traceback: boom")
     if os.environ.get("FAKE_DEAF") == name:

@@ -11,7 +11,7 @@ import time
 import pytest
 from sollol import log as logging
 from sollol.broker import broker_of
-from sollol.mqtt import Connection
+from sollol.mqtt import Connection, _heeding
 from sollol.mqtt_outbox import Publication
 
 from tests.broker import PASSWORD, USER
@@ -188,3 +188,27 @@ async def test_messages_reach_the_handler_of_their_topic_with_what_they_carry(br
     assert received[0].payload == b"y"
     assert (received[0].response_topic, received[0].correlation) == ("out", b"7")
     assert received[0].user == {"api_key": "k"}
+
+
+async def test_a_word_that_is_on_its_way_at_the_end_delays_it_not(broker):
+    """An answer of the broker that comes in the very moment of a cancellation must not swallow it."""
+    for pause in range(20):
+        async with running(connection(broker)) as link:
+            heard = await broker.listen(STATUS)
+            await heard.says(STATUS, "online")
+            for number in range(30):
+                link.publish(Publication(topic="event", payload=b"%d" % number))
+            for _ in range(pause):
+                await asyncio.sleep(0)
+
+
+async def test_a_cancellation_that_the_library_swallows_is_heeded():
+    async def swallowing():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(_heeding(swallowing()))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task

@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 
+import psutil
 import pytest
 from sollol.errors import Reason, SollolError
 
@@ -79,6 +80,18 @@ async def test_a_signal_stops_the_head_first_then_the_agents_and_is_exit_0(start
     assert status == 0
     assert up.ends()[0] == "head"
     assert {"node-1", "node-2"} == set(up.ends()[1:])
+
+
+async def test_the_broker_is_passed_to_every_daemon_and_not_on_its_command_line(start):
+    up = await start("--verbose", "--mqtt-url", "mqtt://u:p@127.0.0.1:1")
+    await up.ready()
+    lines = [" ".join(child.cmdline()) for child in psutil.Process(up.process.pid).children()]
+    _, errors = await up.end(signal.SIGTERM)
+
+    assert len(lines) == 2
+    assert not any("mqtt" in line for line in lines)
+    for name in ("head", "node-1"):
+        assert f"{name} | started caps= mqtt=mqtt://u:p@127.0.0.1:1" in errors
 
 
 async def test_children_end_when_up_is_killed(start):

@@ -1,11 +1,16 @@
 """What a head says of itself over a real broker."""
 
+import json
 import tempfile
 from pathlib import Path
 
+import aiohttp
 import pytest
+from sollol.report import CoordinatorPlan, Decision, DeviceShare
 
-from tests.daemon import daemon
+from sollold.presence import event_of
+from tests.daemon import agent_flags, daemon, write_engine
+from tests.waiting import wait_until
 
 STATUS = "sollol/v1/home/head/h/status"
 
@@ -42,3 +47,39 @@ async def test_a_broker_that_is_down_costs_a_head_nothing_but_a_line(home, flags
         await head.says("mqtt_lost")
         assert await head.end() == 0
     assert "Traceback" not in head.log
+
+
+def decision(**more):
+    return Decision(model="m", policy="fit", unit="ms/token", nodes=(), **more)
+
+
+def test_a_placement_names_its_nodes_the_coordinators_first():
+    shares = tuple(DeviceShare(device_id="CPU", layers=1, node_id=node) for node in ("", "b", "b", "c"))
+    plan = CoordinatorPlan(model="m", parallel=1, context_per_slot=1, shares=shares)
+    event = event_of(decision(coordinator="a", plan=plan), "h", 5.0)
+    assert (event.event, event.head_id, event.nodes, event.unix_s) == ("placement", "h", ("a", "b", "c"), 5.0)
+
+
+async def test_what_cannot_be_placed_is_told_with_the_reason(home, flags, broker, ports, reciting_model):
+    heard = await broker.listen("sollol/#")
+    port = ports()
+    agent_words = agent_flags(home, port=port, engine=write_engine(home / "engine"), model=reciting_model)
+    words = [*flags, "--mqtt-url", broker.url, "--mqtt-cluster", "home", "--agents", f"127.0.0.1:{port}"]
+    async with (
+        daemon("agent", home, *agent_words, "--caps", "CPU=1000") as agent,
+        daemon("sollold", home, *words) as head,
+    ):
+        await agent.says("agent_ready")
+        await head.says("node_connected")
+        body = {"model": "tiny-reciter", "prompt": "x"}
+        url = f"http://127.0.0.1:{flags[flags.index('--http-port') + 1]}/v1/completions"
+        async with aiohttp.ClientSession() as session, session.post(url, json=body) as response:
+            assert response.status == 503
+        await wait_until(lambda: heard.on("sollol/v1/home/event"), what="told")
+    event = json.loads(heard.on("sollol/v1/home/event")[0])
+    assert (event["event"], event["model"], event["reason"], event["head_id"]) == (
+        "refused",
+        "tiny-reciter",
+        "NO_FIT",
+        "h",
+    )
