@@ -18,11 +18,13 @@ def main() -> None:
         HeadConfig, name="head", argv=sys.argv[1:], environ=os.environ, default_file=DEFAULT_FILE
     ).value
     log.configure(config.log_level, config.log_format, journal_stream=os.environ.get("JOURNAL_STREAM", ""))
-    from sollold.app import serve  # noqa: PLC0415 - after --help and --check-config: grpc and aiohttp are slow to load
+    # After --help and --check-config: grpc and aiohttp are slow to load.
+    from sollold.app import serve  # noqa: PLC0415
+    from sollold.key_file import keys_path  # noqa: PLC0415
 
     sys.exit(
         lifecycle.run(
-            lambda stop: serve(config, stop),
+            lambda stop: serve(config, keys_path(config.keys_file, os.environ), stop),
             exit_with_parent=config.exit_with_parent,
             notify_socket=os.environ.get("NOTIFY_SOCKET", ""),
         )

@@ -7,6 +7,7 @@ measured, and history writes decisions down.
 
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 
 import structlog
 from sollol.errors import Reason, refuse
@@ -14,6 +15,7 @@ from sollol.lifecycle import Closing, Stop
 from sollol.registry import Registry
 from sollol.report import Decision, NodeStatus, PlacementWish
 
+from sollold.admission import Admission
 from sollold.catalogue import Catalogue
 from sollold.config import HeadConfig
 from sollold.dispatch import Dispatch
@@ -21,6 +23,8 @@ from sollold.front.grpc import InferenceService
 from sollold.front.http import build_app
 from sollold.front.http import serve as serve_http
 from sollold.history import History
+from sollold.key_file import KeyFile
+from sollold.key_policy import check_keys, key_mode
 from sollold.loading import RELEASE_WITHIN_S, Loader
 from sollold.nodes import Nodes
 from sollold.numbers import PoolNumbers
@@ -38,12 +42,13 @@ log = structlog.get_logger(__name__)
 STEP_WITHIN_S = 5.0
 
 
-async def serve(config: HeadConfig, stop: Stop) -> None:
+async def serve(config: HeadConfig, keys: Path, stop: Stop) -> None:
     """Run the head until `stop`; returns when everything it started has ended.
 
     Raises:
-        SollolError: PORT_TAKEN.
+        SollolError: PORT_TAKEN; INVALID_REQUEST when requests need keys and the file `keys` is not there.
     """
+    check_keys(config, keys)
     async with Closing() as closing:
         registry = _registry(config, closing)
         nodes = Nodes(registry, static_addresses=config.agents, forget_after_s=config.forget_after_s)
@@ -85,10 +90,11 @@ async def serve(config: HeadConfig, stop: Stop) -> None:
         closing.add("releases", loader.close, within_s=STEP_WITHIN_S)
         closing.add("pools", pools.close, within_s=RELEASE_WITHIN_S + STEP_WITHIN_S)
         operators = ClusterService(nodes, pools, catalogue, decide=lambda wish: decided(wish, nodes.statuses()))
-        server = HeadServer(InferenceService(dispatch, catalogue), operators, is_ready=catalogue.ready)
+        admission = Admission(KeyFile(keys), mode=key_mode(config), known=catalogue.known)
+        server = HeadServer(InferenceService(dispatch, catalogue, admission), operators, is_ready=catalogue.ready)
         nodes.subscribe(lambda _: server.on_nodes_changed())
         await _serve_grpc(config, closing, server)
-        await _serve_http(config, closing, dispatch, catalogue)
+        await _serve_http(config, closing, dispatch, catalogue, admission)
         start_presence(config, history, closing, stop)
         stop.announce_ready()
         log.info("head_ready", http=f"{config.listen}:{config.http_port}", grpc=f"{config.listen}:{config.grpc_port}")
@@ -136,13 +142,16 @@ async def _serve_grpc(config: HeadConfig, closing: Closing, server: HeadServer) 
     closing.add("health", server.drain, within_s=STEP_WITHIN_S)
 
 
-async def _serve_http(config: HeadConfig, closing: Closing, dispatch: Dispatch, catalogue: Catalogue) -> None:
-    app = build_app(dispatch, catalogue, max_body_bytes=config.max_body_bytes, shutdown_grace_s=config.shutdown_grace_s)
+async def _serve_http(
+    config: HeadConfig, closing: Closing, dispatch: Dispatch, catalogue: Catalogue, admission: Admission
+) -> None:
+    grace_s = config.shutdown_grace_s
+    app = build_app(dispatch, catalogue, admission, max_body_bytes=config.max_body_bytes, shutdown_grace_s=grace_s)
     try:
         runner = await serve_http(app, config.listen, config.http_port)
     except OSError as error:
         raise _port_taken("http_port", _address(config.listen, config.http_port)) from error
-    closing.add("HTTP", runner.cleanup, within_s=config.shutdown_grace_s + STEP_WITHIN_S)
+    closing.add("HTTP", runner.cleanup, within_s=grace_s + STEP_WITHIN_S)
 
 
 def _address(host: str, port: int) -> str:

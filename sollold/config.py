@@ -20,6 +20,8 @@ from sollol.config_types import (
 
 from sollold.options import KvType, ModelOptions, Policy, Strategy, check_tables
 
+RequireKeys = Annotated[str, Meta(pattern="^(auto|always|never)$")]
+
 
 class HeadConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sizes are bytes, durations seconds. Empty strings mean "not set"."""
@@ -31,6 +33,13 @@ class HeadConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     http_port: Annotated[Port, Meta(description="The OpenAI-compatible API's port")] = 7460
     grpc_port: Annotated[Port, Meta(description="The gRPC API's port")] = 7461
     insecure: Annotated[bool, Meta(description="Allow listening off loopback without TLS and keys")] = False
+    keys_file: Annotated[
+        str, Meta(min_length=1, description="What `sollol keys` writes; auto: keys.json in the head's state directory")
+    ] = "auto"
+    require_keys: Annotated[
+        RequireKeys,
+        Meta(description="Whether requests need a key; auto: off loopback, and on it once there is one"),
+    ] = "auto"
     redis_url: Annotated[str, Meta(description="The registry; empty: none, only `agents` are known")] = (
         "redis://127.0.0.1:6379/0"
     )

@@ -19,11 +19,13 @@ class EngineRequest:
         model: As the user named it: a name or an alias. The dispatcher resolves it.
         path: The engine's route, `/v1/chat/completions` or `/v1/completions`.
         body: JSON for llama-server; always says `"stream": true`, so that leaving frees the slot at once.
+        asker: Whose turn it is when several wait for the same model: the name of a key, empty for all who need none.
     """
 
     model: str
     path: str
     body: bytes
+    asker: str = ""
 
 
 class EngineStream(Protocol):

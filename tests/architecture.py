@@ -42,6 +42,8 @@ PURE = (
     "agent/supervisor/command.py",
     "agent/engine/environment.py",
     "sollold/scaling.py",
+    "sollold/keys.py",
+    "sollold/allowance.py",
     "sollold/options.py",
 )
 IMPURE_IMPORTS = (

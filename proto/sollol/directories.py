@@ -26,8 +26,8 @@ def directories(
     Raises:
         ConfigError: a directory cannot be made, or one that others could have prepared in /tmp is not ours alone.
     """
-    state_path = _chosen("state_dir", state, environ.get("STATE_DIRECTORY"), lambda: _state_home(environ) / "sollol")
-    log_path = _chosen("log_dir", log, environ.get("LOGS_DIRECTORY"), lambda: _state_home(environ) / "sollol" / "log")
+    state_path = _chosen("state_dir", state, environ.get("STATE_DIRECTORY"), lambda: state_home(environ) / "sollol")
+    log_path = _chosen("log_dir", log, environ.get("LOGS_DIRECTORY"), lambda: state_home(environ) / "sollol" / "log")
     run_path = _chosen("run_dir", run, environ.get("RUNTIME_DIRECTORY"), lambda: runtime_directory(environ))
     return Directories(state=state_path, log=log_path, run=run_path)
 
@@ -50,7 +50,8 @@ def _home(environ: Mapping[str, str]) -> Path:
     return Path(environ["HOME"]) if environ.get("HOME") else Path.home()
 
 
-def _state_home(environ: Mapping[str, str]) -> Path:
+def state_home(environ: Mapping[str, str]) -> Path:
+    """`$XDG_STATE_HOME`, else `~/.local/state`. Not created."""
     given = environ.get("XDG_STATE_HOME", "")
     return Path(given) if given.startswith("/") else _home(environ) / ".local" / "state"
 

@@ -59,6 +59,13 @@ class Reason(StrEnum):
     INVITATION_USED = "INVITATION_USED"
     BROKER_UNREACHABLE = "BROKER_UNREACHABLE"
     BROKER_REFUSED = "BROKER_REFUSED"
+    KEY_MISSING = "KEY_MISSING"
+    KEY_INVALID = "KEY_INVALID"
+    KEY_EXPIRED = "KEY_EXPIRED"
+    KEY_SCOPE = "KEY_SCOPE"
+    KEY_CONCURRENCY = "KEY_CONCURRENCY"
+    KEY_TOKENS = "KEY_TOKENS"
+    KEYS_UNREADABLE = "KEYS_UNREADABLE"
 
 
 class Retry(StrEnum):
@@ -105,6 +112,8 @@ _BUSY = Surface(503, "unavailable_error", "UNAVAILABLE", 3)
 _NO_ROOM = Surface(503, "unavailable_error", "RESOURCE_EXHAUSTED", 5)
 _NOT_NOW = Surface(503, "unavailable_error", "FAILED_PRECONDITION", 5)
 _FORBIDDEN = Surface(403, "permission_error", "PERMISSION_DENIED", 5)
+_UNKNOWN = Surface(401, "authentication_error", "UNAUTHENTICATED", 5)
+_TOO_MUCH = Surface(429, "rate_limit_error", "RESOURCE_EXHAUSTED", 3)
 _BROKEN = Surface(502, "server_error", "ABORTED", 6)
 
 SURFACES: dict[Reason, Surface] = {
@@ -146,7 +155,7 @@ SURFACES: dict[Reason, Surface] = {
     Reason.STREAM_STALLED: _BROKEN,
     Reason.CANCELLED: Surface(499, "cancelled", "CANCELLED", 130),
     Reason.INTERNAL: Surface(500, "server_error", "INTERNAL", 1),
-    Reason.NO_CERTIFICATE: Surface(401, "authentication_error", "UNAUTHENTICATED", 5),
+    Reason.NO_CERTIFICATE: _UNKNOWN,
     Reason.FOREIGN_CERTIFICATE: _FORBIDDEN,
     Reason.CERTIFICATE_EXPIRED: _FORBIDDEN,
     Reason.CERTIFICATE_REVOKED: _FORBIDDEN,
@@ -158,6 +167,13 @@ SURFACES: dict[Reason, Surface] = {
     Reason.INVITATION_USED: _FORBIDDEN,
     Reason.BROKER_UNREACHABLE: _BUSY,
     Reason.BROKER_REFUSED: _BUSY,
+    Reason.KEY_MISSING: _UNKNOWN,
+    Reason.KEY_INVALID: _UNKNOWN,
+    Reason.KEY_EXPIRED: _UNKNOWN,
+    Reason.KEY_SCOPE: _FORBIDDEN,
+    Reason.KEY_CONCURRENCY: _TOO_MUCH,
+    Reason.KEY_TOKENS: _TOO_MUCH,
+    Reason.KEYS_UNREADABLE: _BUSY,
 }
 
 

@@ -15,8 +15,10 @@ from sollol.inference import Message, Piece, Progress, Sampling, Usage
 from sollol.v1 import inference_pb2 as pb
 from sollol.v1 import inference_pb2_grpc as rpc
 
+from sollold.admission import ANYBODY, Admission, Caller
 from sollold.front import requests
 from sollold.front.assemble import frame_of, piece_of
+from sollold.front.authorization import bearer
 from sollold.front.opening import ProgressBoard, opened, refuse_engine_error
 from sollold.front.sse import EventReader
 from sollold.streams import Catalogue, Dispatcher, EngineStream
@@ -30,41 +32,57 @@ R = TypeVar("R", pb.ChatResponse, pb.CompleteResponse)
 class InferenceService(rpc.InferenceServiceServicer):
     """Users' calls; refusals end a call with a status and the refusal in its trailers."""
 
-    def __init__(self, dispatcher: Dispatcher, catalogue: Catalogue) -> None:
+    def __init__(self, dispatcher: Dispatcher, catalogue: Catalogue, admission: Admission) -> None:
         self._dispatcher = dispatcher
         self._catalogue = catalogue
+        self._admission = admission
 
     async def Chat(self, request: pb.ChatRequest, context: Context) -> AsyncIterator[pb.ChatResponse]:
         async with _aborting(context):
+            caller = self._caller(context)
             body = {
                 "model": request.model,
                 "messages": [msgspec.to_builtins(wire.value(Message, message)) for message in request.messages],
                 **_sampling(request.sampling),
             }
             asked = requests.chat(body)
-            async with contextlib.aclosing(self._events(asked)) as events:
+            async with contextlib.aclosing(self._events(asked, caller)) as events:
                 async for event in events:
                     yield _response(pb.ChatResponse, event)
 
     async def Complete(self, request: pb.CompleteRequest, context: Context) -> AsyncIterator[pb.CompleteResponse]:
         async with _aborting(context):
+            caller = self._caller(context)
             asked = requests.completion(
                 {"model": request.model, "prompt": request.prompt, **_sampling(request.sampling)}
             )
-            async with contextlib.aclosing(self._events(asked)) as events:
+            async with contextlib.aclosing(self._events(asked, caller)) as events:
                 async for event in events:
                     yield _response(pb.CompleteResponse, event)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         response = pb.ListModelsResponse()
-        for model in self._catalogue.models():
-            wire.fill(response.models.add(), model)
+        async with _aborting(context):
+            for model in self._admission.visible(self._caller(context), self._catalogue.models()):
+                wire.fill(response.models.add(), model)
         return response
 
-    async def _events(self, asked: requests.Asked) -> AsyncGenerator[Progress | Piece, None]:
+    def _caller(self, context: Context) -> Caller:
+        """Who calls: by certificate, which the server has checked, else by key.
+
+        Raises:
+            SollolError: see `Admission.authenticate`.
+        """
+        if context.auth_context().get("transport_security_type") == [b"ssl"]:
+            return ANYBODY
+        sent = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
+        return self._admission.authenticate(bearer(sent.get("authorization")) or sent.get("x-api-key"))
+
+    async def _events(self, asked: requests.Asked, caller: Caller) -> AsyncGenerator[Progress | Piece, None]:
         """Yield what the request waits for, then what the engine says."""
+        permit = self._admission.permit(caller, asked.engine.model)
         board = ProgressBoard()
-        async with opened(self._dispatcher, asked.engine, board) as opening:
+        async with opened(self._dispatcher, asked.engine, board, permit) as opening:
             async with contextlib.aclosing(_progress(opening, board)) as steps:
                 async for progress in steps:
                     yield progress

@@ -14,8 +14,10 @@ from aiohttp import web
 from sollol.errors import Reason, SollolError, refuse
 from sollol.names import closest
 
+from sollold.admission import Admission
 from sollold.front import requests
 from sollold.front.assemble import Assembly
+from sollold.front.authorization import CALLER, authorization
 from sollold.front.departure import Departure
 from sollold.front.events import ClientGoneError, EventResponse
 from sollold.front.observe import NODE, POOL, REASON, add_request_id, json_response, observed
@@ -35,12 +37,17 @@ BODY_WITHIN_S = 60
 
 
 def build_app(
-    dispatcher: Dispatcher, catalogue: Catalogue, *, max_body_bytes: int, shutdown_grace_s: float
+    dispatcher: Dispatcher,
+    catalogue: Catalogue,
+    admission: Admission,
+    *,
+    max_body_bytes: int,
+    shutdown_grace_s: float,
 ) -> web.Application:
     """Return the application with all routes of the front; at its shutdown requests have `shutdown_grace_s` to end."""
     departure = Departure(shutdown_grace_s)
-    front = HttpFront(dispatcher, catalogue, departure)
-    app = web.Application(middlewares=[observed], client_max_size=max_body_bytes)
+    front = HttpFront(dispatcher, catalogue, admission, departure)
+    app = web.Application(middlewares=[observed, authorization(admission)], client_max_size=max_body_bytes)
     app.on_response_prepare.append(add_request_id)
     app.on_shutdown.append(lambda _: departure.leave())
     app.router.add_post(requests.CHAT_PATH, front.chat)
@@ -76,8 +83,11 @@ async def serve(app: web.Application, host: str, port: int) -> web.AppRunner:
 class HttpFront:
     """The handlers."""
 
-    def __init__(self, dispatcher: Dispatcher, catalogue: Catalogue, departure: Departure) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, catalogue: Catalogue, admission: Admission, departure: Departure
+    ) -> None:
         self._dispatcher = dispatcher
+        self._admission = admission
         self._departure = departure
         self._catalogue = catalogue
 
@@ -87,12 +97,12 @@ class HttpFront:
     async def completion(self, request: web.Request) -> web.StreamResponse:
         return await self._generate(request, requests.completion)
 
-    async def models(self, _request: web.Request) -> web.StreamResponse:
-        return json_response(model_list(self._catalogue.models()))
+    async def models(self, request: web.Request) -> web.StreamResponse:
+        return json_response(model_list(self._admission.visible(request[CALLER], self._catalogue.models())))
 
     async def model(self, request: web.Request) -> web.StreamResponse:
         name = request.match_info["name"]
-        models = self._catalogue.models()
+        models = self._admission.visible(request[CALLER], self._catalogue.models())
         found = find_model(models, name)
         if found is None:
             near = closest(name, {known for model in models for known in (model.name, *model.aliases)})
@@ -113,8 +123,9 @@ class HttpFront:
     ) -> web.StreamResponse:
         asked = check(requests.decode_body(await _body(request)))
         structlog.contextvars.bind_contextvars(model=asked.engine.model)
+        permit = self._admission.permit(request[CALLER], asked.engine.model)
         board = ProgressBoard()
-        async with opened(self._dispatcher, asked.engine, board) as opening:
+        async with opened(self._dispatcher, asked.engine, board, permit) as opening:
             if asked.stream:
                 return await self._stream(request, opening, board)
             with self._departure.running():

@@ -22,8 +22,9 @@ REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
 NODE: web.RequestKey[str] = web.RequestKey("node", str)
 POOL: web.RequestKey[str] = web.RequestKey("pool", str)
 REASON: web.RequestKey[Reason] = web.RequestKey("reason", Reason)
+KEY_NAME: web.RequestKey[str] = web.RequestKey("key_name", str)
 
-_NOTED: dict[str, web.RequestKey[Any]] = {"node": NODE, "pool": POOL, "reason": REASON}
+_NOTED: dict[str, web.RequestKey[Any]] = {"node": NODE, "pool": POOL, "key_name": KEY_NAME, "reason": REASON}
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _QUIET = frozenset({"/healthz", "/readyz"})
 
@@ -43,8 +44,10 @@ def error_response(error: SollolError, status: int | None = None) -> web.Respons
     content = envelope(error)
     if status == 404:
         content["error"]["type"] = "not_found_error"
-    after = retry_after(refusal, status)
-    return json_response(content, status=status, headers={"Retry-After": after} if after else None)
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+    if after := retry_after(refusal, status):
+        headers["Retry-After"] = after
+    return json_response(content, status=status, headers=headers)
 
 
 async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:

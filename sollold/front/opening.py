@@ -3,9 +3,12 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import structlog
 
+from sollold.admission import Permit
+from sollold.front.metering import open_metered
 from sollold.front.openai import read_engine_error
 from sollold.streams import Dispatcher, EngineRequest, EngineStream, Progress
 
@@ -37,14 +40,21 @@ class ProgressBoard:
 
 @asynccontextmanager
 async def opened(
-    dispatcher: Dispatcher, request: EngineRequest, board: ProgressBoard
+    dispatcher: Dispatcher, request: EngineRequest, board: ProgressBoard, permit: Permit
 ) -> AsyncIterator[asyncio.Task[EngineStream]]:
-    """Yield the task that opens the stream; on leaving it is cancelled, or what it opened is closed."""
-    opening = asyncio.create_task(dispatcher.open(request, board.note), name="open_stream")
+    """Yield the task that opens the stream; on leaving it is cancelled, or what it opened is closed.
+
+    The permit is released then, too.
+    """
+    request = replace(request, asker=permit.asker)
+    opening = asyncio.create_task(open_metered(dispatcher, request, board.note, permit), name="open_stream")
     try:
         yield opening
     finally:
-        await _let_go(opening)
+        try:
+            await _let_go(opening)
+        finally:
+            permit.release()
 
 
 async def _let_go(opening: asyncio.Task[EngineStream]) -> None:

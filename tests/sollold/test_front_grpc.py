@@ -12,6 +12,7 @@ from sollol.v1 import inference_pb2_grpc as rpc
 
 from sollold.front.grpc import InferenceService
 from tests.fakes.fake_dispatcher import HELLO, HELLO_TEXT, MODEL, FakeCatalogue, FakeDispatcher, FakeStream
+from tests.fakes.fake_keys import OPEN
 from tests.waiting import wait_until
 
 HI = [Message("user", "hi")]
@@ -24,7 +25,7 @@ async def serving(ports):
         async def start(answer=None):
             dispatcher = FakeDispatcher(answer)
             server = new_server()
-            rpc.add_InferenceServiceServicer_to_server(InferenceService(dispatcher, FakeCatalogue(MODEL)), server)
+            rpc.add_InferenceServiceServicer_to_server(InferenceService(dispatcher, FakeCatalogue(MODEL), OPEN), server)
             address = f"127.0.0.1:{ports()}"
             server.add_insecure_port(address)
             await server.start()

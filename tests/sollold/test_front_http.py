@@ -14,6 +14,7 @@ from sollol.inference import Progress
 
 from sollold.front import http
 from tests.fakes.fake_dispatcher import HELLO, HELLO_TEXT, MODEL, FakeCatalogue, FakeDispatcher, FakeStream, chat_frame
+from tests.fakes.fake_keys import OPEN
 from tests.waiting import wait_until
 
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
@@ -22,8 +23,10 @@ DIED = refuse(Reason.ENGINE_DIED, "llama-server of pool-0 on node-a died", retry
 
 
 @contextlib.asynccontextmanager
-async def front(dispatcher, port, *, models=(MODEL,), grace_s=0.2):
-    app = http.build_app(dispatcher, FakeCatalogue(*models), max_body_bytes=100_000, shutdown_grace_s=grace_s)
+async def front(dispatcher, port, *, models=(MODEL,), grace_s=0.2, admission=OPEN):
+    app = http.build_app(
+        dispatcher, FakeCatalogue(*models), admission, max_body_bytes=100_000, shutdown_grace_s=grace_s
+    )
     runner = await http.serve(app, "127.0.0.1", port)
     try:
         async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
@@ -267,7 +270,7 @@ async def test_a_reader_that_takes_nothing_is_given_up(serving, monkeypatch):
 async def test_at_shutdown_a_running_stream_gets_a_last_word(ports):
     engine = FakeStream(chunks=HELLO[:3], hangs=True)
     dispatcher = FakeDispatcher(engine)
-    app = http.build_app(dispatcher, FakeCatalogue(MODEL), max_body_bytes=1000, shutdown_grace_s=0.1)
+    app = http.build_app(dispatcher, FakeCatalogue(MODEL), OPEN, max_body_bytes=1000, shutdown_grace_s=0.1)
     port = ports()
     runner = await http.serve(app, "127.0.0.1", port)
     async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:

@@ -83,6 +83,14 @@ class _ReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTyp
     REASON_BROKER_UNREACHABLE: _Reason.ValueType  # 140
     """What an MQTT broker does to a daemon."""
     REASON_BROKER_REFUSED: _Reason.ValueType  # 141
+    REASON_KEY_MISSING: _Reason.ValueType  # 150
+    """Keys of the HTTP API, and what each of them may use. INVALID: unknown or revoked; the head's log says which."""
+    REASON_KEY_INVALID: _Reason.ValueType  # 151
+    REASON_KEY_EXPIRED: _Reason.ValueType  # 152
+    REASON_KEY_SCOPE: _Reason.ValueType  # 153
+    REASON_KEY_CONCURRENCY: _Reason.ValueType  # 154
+    REASON_KEY_TOKENS: _Reason.ValueType  # 155
+    REASON_KEYS_UNREADABLE: _Reason.ValueType  # 156
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Why a request was refused or failed. Closed: gRPC, HTTP (`error.code`) and the CLI (exit code) use the same names."""
@@ -145,6 +153,14 @@ REASON_INVITATION_USED: Reason.ValueType  # 109
 REASON_BROKER_UNREACHABLE: Reason.ValueType  # 140
 """What an MQTT broker does to a daemon."""
 REASON_BROKER_REFUSED: Reason.ValueType  # 141
+REASON_KEY_MISSING: Reason.ValueType  # 150
+"""Keys of the HTTP API, and what each of them may use. INVALID: unknown or revoked; the head's log says which."""
+REASON_KEY_INVALID: Reason.ValueType  # 151
+REASON_KEY_EXPIRED: Reason.ValueType  # 152
+REASON_KEY_SCOPE: Reason.ValueType  # 153
+REASON_KEY_CONCURRENCY: Reason.ValueType  # 154
+REASON_KEY_TOKENS: Reason.ValueType  # 155
+REASON_KEYS_UNREADABLE: Reason.ValueType  # 156
 Global___Reason: typing_extensions.TypeAlias = Reason
 
 class _Retry:
