@@ -18,10 +18,11 @@ def flag(name: str) -> str:
 
 def daemon() -> None:
     name = flag("--node-id") or "head"
-    mqtt = os.environ.get(f"SOLLOL_{'HEAD' if name == 'head' else 'AGENT'}_MQTT_URL", "")
+    url = os.environ.get(f"SOLLOL_{'HEAD' if name == 'head' else 'AGENT'}_MQTT_URL")
+    mqtt = {"mqtt": url} if url else {}
     for level, event in (("info", "started"), ("error", "complained")):
         print(
-            json.dumps({"level": level, "event": event, "caps": flag("--caps"), "mqtt": mqtt}),
+            json.dumps({"level": level, "event": event, "caps": flag("--caps"), **mqtt}),
             file=sys.stderr,
             flush=True,
         )

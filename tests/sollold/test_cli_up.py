@@ -89,7 +89,7 @@ async def test_the_broker_is_passed_to_every_daemon_and_not_on_its_command_line(
     _, errors = await up.end(signal.SIGTERM)
 
     assert len(lines) == 2
-    assert not any("mqtt" in line for line in lines)
+    assert not any("mqtt:" in line for line in lines)
     for name in ("head", "node-1"):
         assert f"{name} | started caps= mqtt=mqtt://u:p@127.0.0.1:1" in errors
 
