@@ -28,8 +28,13 @@ _KEPT = (
 
 _DEFAULTS = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}
 
-# An abort would call gdb for a backtrace and take half a second more to end.
-_ALWAYS = {"GGML_NO_BACKTRACE": "1"}
+_ALWAYS = {
+    # An abort would call gdb for a backtrace and take half a second more to end.
+    "GGML_NO_BACKTRACE": "1",
+    # Huge pages for large allocations, which the system gives to those that ask. A backend's weights lie there: 180 MiB
+    # of them took 17 ms to read instead of 23, and 15 MiB of memory more. Ignored by other C libraries and old ones.
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
 
 
 def engine_environment(base: Mapping[str, str]) -> dict[str, str]:
