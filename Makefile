@@ -11,7 +11,7 @@ test: setup                 ## set up everything and run the whole suite
 check: setup                ## ruff, mypy strict, architecture test
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy && $(PY) -m pytest -q tests/test_architecture.py
 bench: setup                ## ratios within one run
-	$(PY) -m tests.bench
+	$(PY) -m tests.bench && $(PY) -m tests.bench.predictions
 memory-model: setup         ## predicted against logged memory over a grid of models, loads and splits
 	$(PY) -m tests.memory_grid --write docs/memory-model.md
 proto: setup                ## regenerate the committed stubs
