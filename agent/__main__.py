@@ -6,9 +6,11 @@ from pathlib import Path
 
 import sollol  # noqa: F401 - before grpc: switches its fork handlers off
 from sollol import lifecycle, log
-from sollol.config import load_or_exit
+from sollol.config import load, load_or_exit
+from sollol.live import Live
+from sollol.notices import Notices
 
-from agent.config import AgentConfig
+from agent.config import LIVE, AgentConfig
 
 DEFAULT_FILE = Path("/etc/sollol/agent.toml")
 
@@ -18,14 +20,24 @@ def main() -> None:
     config = load_or_exit(
         AgentConfig, name="agent", argv=sys.argv[1:], environ=environ, default_file=DEFAULT_FILE
     ).value
-    log.configure(config.log_level, config.log_format, journal_stream=environ.get("JOURNAL_STREAM", ""))
+
+    def reread() -> AgentConfig:
+        return load(AgentConfig, name="agent", argv=sys.argv[1:], environ=environ, default_file=DEFAULT_FILE).value
+
+    def set_up_log(config: AgentConfig) -> None:
+        log.configure(config.log_level, config.log_format, journal_stream=environ.get("JOURNAL_STREAM", ""))
+
+    set_up_log(config)
+    live = Live(config, reread=reread, changeable=LIVE)
+    live.subscribe(set_up_log)
     from agent.app import serve  # noqa: PLC0415 - after --help and --check-config: grpc is slow to load
 
     sys.exit(
         lifecycle.run(
-            lambda stop: serve(config, environ, stop),
+            lambda stop: serve(live, environ, stop),
             exit_with_parent=config.exit_with_parent,
-            notify_socket=environ.get("NOTIFY_SOCKET", ""),
+            reload=live.reload,
+            notices=Notices.to_systemd(environ, os.getpid()),
         )
     )
 

@@ -5,11 +5,8 @@ token streams; the gRPC service only asks them.
 """
 
 import asyncio
-import fcntl
-import os
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from sollol.config import is_loopback
 from sollol.directories import Directories, cache_directory, directories
 from sollol.errors import Reason, refuse
 from sollol.lifecycle import Closing, Stop
+from sollol.live import Live
 from sollol.registry import Registry
 from sollol.report import Instance
 
@@ -39,6 +37,7 @@ from agent.probe import Probe
 from agent.relay import Relay
 from agent.reporter import Reporter
 from agent.server import AgentService
+from agent.sole import sole_owner
 from agent.speeds import FILE_NAME as SPEEDS_FILE
 from agent.speeds import Speeds
 from agent.streams import Streams
@@ -54,22 +53,21 @@ STEP_WITHIN_S = 5.0
 STREAMS_GRACE_S = 1.0
 
 
-async def serve(config: AgentConfig, environ: Mapping[str, str], stop: Stop) -> None:
+async def serve(live: Live[AgentConfig], environ: Mapping[str, str], stop: Stop) -> None:
     """Run the agent until `stop`; returns when every engine it started is gone.
 
     Raises:
         SollolError: PORT_TAKEN, ENGINE_MISSING for a configured engine that is not there, or another agent uses the
             state directory.
     """
+    config = live.now
     places = directories(environ, state=config.state_dir, log=config.log_dir, run=config.run_dir)
-    with _sole_owner(places.state):
+    with sole_owner(places.state):
         async with Closing() as closing:
             server = _listening(config)  # before anything is published or ended under this address
-            registry = _registry(config, closing)
-            threads = config.threads or usable_cores()
-            found = await _found_engine(config, environ, threads)
+            found = await _found_engine(config, environ)
             ledger = Ledger(clock=time.monotonic, journal=lambda event: _journal(event, reporter))
-            inventory = Inventory(_model_roots(config, environ))
+            inventory, probe = Inventory(_model_roots(config, environ)), _probe(config, places, found)
             streams, learned, key = Streams(), Learned(places.state), config.coordinator_key()
             supervisor = _supervisor(
                 config,
@@ -88,7 +86,7 @@ async def serve(config: AgentConfig, environ: Mapping[str, str], stop: Stop) -> 
             links, sink = Links(probe=link_probe.probe, who=link_probe.who_answers), link_probe.Sink()
             reporter = Reporter(
                 config=config,
-                probe=_probe(config, places, found, threads),
+                probe=probe,
                 inventory=inventory,
                 ledger=ledger,
                 supervisor=_Busy(supervisor, streams, speeds),
@@ -96,10 +94,11 @@ async def serve(config: AgentConfig, environ: Mapping[str, str], stop: Stop) -> 
                 links=links,
                 learned=learned,
                 engine=found.engine if found else None,
-                registry=registry,
+                registry=_registry(config, closing),
             )
             supervisor.subscribe(lambda _: reporter.changed())
             links.subscribe(reporter.changed)
+            live.subscribe(lambda settings: _reconfigure(settings, environ, inventory, probe, reporter))
             closing.run("speeds", speeds.run(), stop, within_s=STEP_WITHIN_S)
             await supervisor.reap_leftovers()
             closing.run("report", reporter.run(), stop, within_s=STEP_WITHIN_S)
@@ -112,13 +111,21 @@ async def serve(config: AgentConfig, environ: Mapping[str, str], stop: Stop) -> 
             )
             await _open(server, service, closing)
             start_presence(config, reporter.watch, closing, stop)
-            _announce(config, stop)
+            _announce(config, reporter, stop)
             await stop.wait()
 
 
-def _announce(config: AgentConfig, stop: Stop) -> None:
-    stop.announce_ready()
+def _announce(config: AgentConfig, reporter: Reporter, stop: Stop) -> None:
+    stop.announce_ready(reporter.summary)
     log.info("agent_ready", node=config.node_id, grpc=f"{config.listen}:{config.port}")
+
+
+def _reconfigure(
+    config: AgentConfig, environ: Mapping[str, str], inventory: Inventory, probe: Probe, reporter: Reporter
+) -> None:
+    inventory.look_in(_model_roots(config, environ))
+    probe.set_caps(config.caps)
+    reporter.use(config)
 
 
 def _journal(event: LedgerEvent, reporter: Reporter) -> None:
@@ -165,23 +172,6 @@ class _Busy:
         )
 
 
-@contextmanager
-def _sole_owner(state: Path) -> Iterator[None]:
-    """Two agents with one state directory would end each other's engines."""
-    descriptor = os.open(state / "agent.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise refuse(
-                Reason.PORT_TAKEN,
-                f"another agent uses {state}: stop it, or give this one its own --state-dir, --log-dir and --run-dir",
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def _registry(config: AgentConfig, closing: Closing) -> Registry | None:
     if not config.redis_url:
         return None
@@ -190,7 +180,7 @@ def _registry(config: AgentConfig, closing: Closing) -> Registry | None:
     return registry
 
 
-async def _found_engine(config: AgentConfig, environ: Mapping[str, str], threads: int) -> FoundEngine | None:
+async def _found_engine(config: AgentConfig, environ: Mapping[str, str]) -> FoundEngine | None:
     found = await find_engine(
         config.engine_path(), search_path=environ.get("PATH", ""), cache_dir=cache_directory(environ), environ=environ
     )
@@ -200,7 +190,11 @@ async def _found_engine(config: AgentConfig, environ: Mapping[str, str], threads
         )
         return None
     log.info("engine_found", source=found.engine.source, path=found.engine.path, build=found.engine.build)
-    return replace(found, engine=replace(found.engine, threads=threads))
+    return replace(found, engine=replace(found.engine, threads=_threads(config)))
+
+
+def _threads(config: AgentConfig) -> int:
+    return config.threads or usable_cores()
 
 
 def _model_roots(config: AgentConfig, environ: Mapping[str, str]) -> ModelRoots:
@@ -256,8 +250,8 @@ def _reached_at(config: AgentConfig) -> str:
     return config.listen if is_loopback(config.listen) else config.host
 
 
-def _probe(config: AgentConfig, places: Directories, found: FoundEngine | None, threads: int) -> Probe:
-    probe = Probe(drivers=default_drivers(), caps=config.caps, state_dir=places.state, threads=threads)
+def _probe(config: AgentConfig, places: Directories, found: FoundEngine | None) -> Probe:
+    probe = Probe(drivers=default_drivers(), caps=config.caps, state_dir=places.state, threads=_threads(config))
     probe.heard_engine(found.devices if found else ())
     return probe
 

@@ -22,6 +22,10 @@ from sollol.config_types import (
 )
 
 COORDINATOR_PORTS = 64
+LIVE = frozenset(
+    {"model_dirs", "ollama_dir", "huggingface_dir", "caps", "labels", "heartbeat_s", "lease_s", "rescan_s"}
+    | {"log_level", "log_format"}
+)  # a reload changes these, anything else needs a restart
 _KEY = re.compile(r"[A-Za-z0-9._~+/=-]{8,512}")  # what HTTP takes as a bearer token
 
 

@@ -54,6 +54,10 @@ class Inventory:
         self._listing = _Listing()
         self._known: dict[_Version, Model | None] = {}
 
+    def look_in(self, roots: ModelRoots) -> None:
+        """From the next scan on."""
+        self._roots = roots
+
     def scan(self) -> tuple[Model, ...]:
         """Look through all roots again. Blocks on the disk: run it in a thread, one at a time.
 

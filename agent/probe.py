@@ -59,6 +59,10 @@ class Probe:
         self._bandwidth: float | None = None
         self._cpu_name = _cpu_name(root)
 
+    def set_caps(self, caps: Mapping[str, int]) -> None:
+        """From the next measurement on."""
+        self._caps = dict(caps)
+
     def heard_engine(self, devices: Sequence[EngineDevice]) -> None:
         """Take the engine's newest list of devices: these are the usable ones, under the engine's names."""
         self._engine = tuple(devices)

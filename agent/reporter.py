@@ -108,6 +108,7 @@ class Reporter:
         )
         self._models: tuple[Model, ...] = ()
         self._scanned = asyncio.Event()
+        self._rescan = asyncio.Event()
         self._scan_problem = ""
         self._report: Report | None = None
         self._dirty = asyncio.Event()
@@ -123,6 +124,12 @@ class Reporter:
         if self._report is None:
             raise refuse(Reason.STALE_REPORT, "this node has not measured itself yet: ask again", retryable=True)
         return self._report
+
+    def summary(self) -> str:
+        """What runs here, in a few words."""
+        report = self.current()
+        streams = sum(instance.active_streams for instance in report.instances)
+        return f"{len(report.instances)} engines, {streams} streams, {len(report.models)} models"
 
     async def ready(self) -> Report:
         """The first report, as soon as there is one."""
@@ -144,6 +151,12 @@ class Reporter:
     def changed(self) -> None:
         """Report as soon as possible: something that a report shows has changed. Calls that come together are one."""
         self._dirty.set()
+
+    def use(self, config: AgentConfig) -> None:
+        """Go on with these settings: look for models and report at once."""
+        self._config = config
+        self._rescan.set()
+        self.changed()
 
     async def run(self) -> None:
         """Measure, report and publish until cancelled; then withdraw from the registry."""
@@ -169,7 +182,10 @@ class Reporter:
                     self._models = models  # an unchanged list stays the same object: watchers skip it then
                     self.changed()
             self._scanned.set()
-            await asyncio.sleep(OVERDUE_SCAN_POLL_S if self._scan.overdue else self._config.rescan_s)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(OVERDUE_SCAN_POLL_S if self._scan.overdue else self._config.rescan_s):
+                    await self._rescan.wait()
+            self._rescan.clear()
 
     def _tell_scan_problem(self, problem: str) -> None:
         if problem and problem != self._scan_problem:

@@ -6,27 +6,38 @@ from pathlib import Path
 
 import sollol  # noqa: F401 - before grpc: switches its fork handlers off
 from sollol import lifecycle, log
-from sollol.config import load_or_exit
+from sollol.config import load, load_or_exit
+from sollol.live import Live
+from sollol.notices import Notices
 
-from sollold.config import HeadConfig
+from sollold.config import LIVE, HeadConfig
 
 DEFAULT_FILE = Path("/etc/sollol/head.toml")
 
 
 def main() -> None:
-    config = load_or_exit(
-        HeadConfig, name="head", argv=sys.argv[1:], environ=os.environ, default_file=DEFAULT_FILE
-    ).value
-    log.configure(config.log_level, config.log_format, journal_stream=os.environ.get("JOURNAL_STREAM", ""))
+    environ = dict(os.environ)
+    config = load_or_exit(HeadConfig, name="head", argv=sys.argv[1:], environ=environ, default_file=DEFAULT_FILE).value
+
+    def reread() -> HeadConfig:
+        return load(HeadConfig, name="head", argv=sys.argv[1:], environ=environ, default_file=DEFAULT_FILE).value
+
+    def set_up_log(config: HeadConfig) -> None:
+        log.configure(config.log_level, config.log_format, journal_stream=environ.get("JOURNAL_STREAM", ""))
+
+    set_up_log(config)
+    live = Live(config, reread=reread, changeable=LIVE)
+    live.subscribe(set_up_log)
     # After --help and --check-config: grpc and aiohttp are slow to load.
     from sollold.app import serve  # noqa: PLC0415
     from sollold.key_file import keys_path  # noqa: PLC0415
 
     sys.exit(
         lifecycle.run(
-            lambda stop: serve(config, keys_path(config.keys_file, os.environ), stop),
+            lambda stop: serve(live, keys_path(config.keys_file, environ), stop),
             exit_with_parent=config.exit_with_parent,
-            notify_socket=os.environ.get("NOTIFY_SOCKET", ""),
+            reload=live.reload,
+            notices=Notices.to_systemd(environ, os.getpid()),
         )
     )
 

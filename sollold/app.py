@@ -7,11 +7,13 @@ measured, and history writes decisions down.
 
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import structlog
 from sollol.errors import Reason, refuse
 from sollol.lifecycle import Closing, Stop
+from sollol.live import Live
 from sollol.registry import Registry
 from sollol.report import Decision, NodeStatus, PlacementWish
 
@@ -42,23 +44,23 @@ log = structlog.get_logger(__name__)
 STEP_WITHIN_S = 5.0
 
 
-async def serve(config: HeadConfig, keys: Path, stop: Stop) -> None:
+async def serve(live: Live[HeadConfig], keys: Path, stop: Stop) -> None:
     """Run the head until `stop`; returns when everything it started has ended.
 
     Raises:
         SollolError: PORT_TAKEN; INVALID_REQUEST when requests need keys and the file `keys` is not there.
     """
+    config = live.now
     check_keys(config, keys)
     async with Closing() as closing:
         registry = _registry(config, closing)
         nodes = Nodes(registry, static_addresses=config.agents, forget_after_s=config.forget_after_s)
         history = History(written=registry is not None)
         catalogue = Catalogue(nodes, stale_after_s=config.stale_after_s)
-        defaults = _placement_defaults(config)
         options = Options(config.models, known=catalogue.known)
 
         def decided(wish: PlacementWish, among: Sequence[NodeStatus]) -> Decision:
-            return decide(options.complete(wish), among, defaults, head_host=config.host)
+            return decide(options.complete(wish), among, _placement_defaults(live.now), head_host=config.host)
 
         numbers = PoolNumbers(nodes)
         pools = Pools(
@@ -82,6 +84,8 @@ async def serve(config: HeadConfig, keys: Path, stop: Stop) -> None:
         for listener in (reaper.on_node_changed, pools.on_node_changed, numbers.on_node_changed):
             nodes.subscribe(listener)
         dispatch = _dispatch(config, nodes, pools, catalogue, reaper)
+        reconfigure = partial(_reconfigure, nodes=nodes, options=options, pools=pools, loader=loader, dispatch=dispatch)
+        live.subscribe(reconfigure)
         if registry is not None:
             closing.run("history", history.run(registry), stop, within_s=STEP_WITHIN_S)
         closing.run("nodes", nodes.run(), stop, within_s=STEP_WITHIN_S)
@@ -96,9 +100,20 @@ async def serve(config: HeadConfig, keys: Path, stop: Stop) -> None:
         await _serve_grpc(config, closing, server)
         await _serve_http(config, closing, dispatch, catalogue, admission)
         start_presence(config, history, closing, stop)
-        stop.announce_ready()
+        stop.announce_ready(nodes.summary)
         log.info("head_ready", http=f"{config.listen}:{config.http_port}", grpc=f"{config.listen}:{config.grpc_port}")
         await stop.wait()
+
+
+def _reconfigure(
+    config: HeadConfig, *, nodes: Nodes, options: Options, pools: Pools, loader: Loader, dispatch: Dispatch
+) -> None:
+    """What is asked for from now on; what runs or waits already goes on as it began."""
+    nodes.watch_also(config.agents)
+    options.follow(config.models)
+    pools.limit_queue(config.max_queue)
+    loader.limit(config.load_timeout_s)
+    dispatch.limit(first_byte_timeout_s=config.first_byte_timeout_s, stall_timeout_s=config.stall_timeout_s)
 
 
 def _dispatch(config: HeadConfig, nodes: Nodes, pools: Pools, catalogue: Catalogue, reaper: Reaper) -> Dispatch:

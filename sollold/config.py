@@ -21,6 +21,10 @@ from sollol.config_types import (
 from sollold.options import KvType, ModelOptions, Policy, Strategy, check_tables
 
 RequireKeys = Annotated[str, Meta(pattern="^(auto|always|never)$")]
+LIVE = frozenset(
+    {"agents", "policy", "strategy", "context_per_slot", "parallel", "kv_type", "models"}
+    | {"max_queue", "first_byte_timeout_s", "stall_timeout_s", "load_timeout_s", "log_level", "log_format"}
+)  # a reload changes these, anything else needs a restart
 
 
 class HeadConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

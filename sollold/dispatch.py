@@ -121,6 +121,11 @@ class Dispatch:
         self._first_byte_timeout_s = first_byte_timeout_s
         self._stall_timeout_s = stall_timeout_s
 
+    def limit(self, *, first_byte_timeout_s: float, stall_timeout_s: float) -> None:
+        """For requests that are sent to an engine from now on."""
+        self._first_byte_timeout_s = first_byte_timeout_s
+        self._stall_timeout_s = stall_timeout_s
+
     async def open(self, request: EngineRequest, on_progress: ProgressSink) -> RelayedStream:
         """See `sollold.streams.Dispatcher.open`."""
         model = self._catalogue.canonical(request.model)

@@ -128,6 +128,10 @@ class Loader:
                 Reason.LOAD_TIMEOUT, f"{wish.model} was not ready within {self._load_timeout_s:.0f} s", retryable=True
             ) from error
 
+    def limit(self, load_timeout_s: float) -> None:
+        """For loads that begin from now on."""
+        self._load_timeout_s = load_timeout_s
+
     async def close(self) -> None:
         """End the cleaning up that still goes on; agents let go of reservations by themselves."""
         for task in tuple(self._releases):

@@ -15,7 +15,7 @@ import structlog
 from msgspec.structs import replace
 from sollol.errors import Reason, SollolError, refuse
 from sollol.registry import RegistryUnavailable
-from sollol.report import Model, ModelShape, NodeStatus, Report
+from sollol.report import InstanceKind, Model, ModelShape, NodeStatus, Report
 
 from sollold.agent_link import AgentLink
 
@@ -87,6 +87,13 @@ class Nodes:
     def _status(node: _Node, now: float) -> NodeStatus:
         return NodeStatus(report=node.report, report_age_s=now - node.received_s, connected=node.connected)
 
+    def summary(self) -> str:
+        """Who is there and what runs, in a few words."""
+        running = [instance for node in self._nodes.values() for instance in node.report.instances]
+        pools = [instance for instance in running if instance.kind is InstanceKind.COORDINATOR]
+        streams = sum(pool.active_streams for pool in pools)
+        return f"{len(self._nodes)} nodes, {len(pools)} pools, {streams} streams"
+
     def any_live(self, stale_after_s: float) -> bool:
         """Some node is connected, or was until a moment ago."""
         limit = self._clock() - stale_after_s
@@ -98,6 +105,10 @@ class Nodes:
         if node is None:
             raise refuse(Reason.AGENT_UNREACHABLE, f"node {node_id} is not known to this head", retryable=True)
         return node.link
+
+    def watch_also(self, addresses: Iterable[str]) -> None:
+        """From the next look on, instead of the former `static_addresses`."""
+        self._static = tuple(addresses)
 
     async def run(self) -> None:
         """Follow registry and agents until cancelled; closes every channel on the way out."""

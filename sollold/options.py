@@ -85,6 +85,10 @@ class Options:
         self._tables = tables
         self._known = known
 
+    def follow(self, tables: Mapping[str, ModelOptions]) -> None:
+        """Go by these from now on."""
+        self._tables = tables
+
     def pools(self, model: str) -> int:
         """How many pools of a model its requests alone may bring up."""
         return next((options.pools for options in self._of(model) if options.pools is not None), 1)

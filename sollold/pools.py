@@ -85,6 +85,10 @@ class Pools:
             self._give_up(queue, waiter)
             raise
 
+    def limit_queue(self, max_queue: int) -> None:
+        """For requests that come from now on."""
+        self._max_queue = max_queue
+
     def _open_queue(self, model: str) -> ModelQueue:
         if self._closed:
             raise SollolError(_shutting_down())

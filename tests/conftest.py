@@ -15,6 +15,7 @@ from sollol.directories import cache_directory
 
 from agent.engine.built import built_engine
 from tests.broker import broker, new_broker
+from tests.fakes.systemd import Systemd, listening_systemd
 from tests.redis_fixture import clean_redis, every_key_has_a_lease, redis_url
 from tests.tiny_model import write_random_model, write_reciting_model
 
@@ -116,3 +117,9 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "tiny-random.gguf"
     write_random_model(path, seed=0)
     return path
+
+
+@pytest.fixture
+def systemd(tmp_path: Path) -> Iterator[Systemd]:
+    with listening_systemd(str(tmp_path / "notify")) as listening:
+        yield listening

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -31,6 +32,15 @@ class Daemon:
     def log(self) -> str:
         return self._log.read_text()
 
+    async def reload(self) -> list[dict]:
+        """Ask for a reload; return the lines that say how it went."""
+        said = len(self.events())
+        self.process.send_signal(signal.SIGHUP)
+        await wait_until(
+            lambda: {"settings_reloaded", "reload_refused"} & set(self.events()[said:]), what="the end of a reload"
+        )
+        return [json.loads(line) for line in self.log.splitlines() if line.startswith("{")][said:]
+
     async def says(self, event: str) -> None:
         await wait_until(
             lambda: event in self.events() or self.process.returncode is not None, within_s=20, what=f"{event}"
@@ -51,7 +61,11 @@ async def daemon(module: str, home: Path, *flags: str) -> AsyncIterator[Daemon]:
     environ = {**os.environ, "HOME": str(home), "XDG_RUNTIME_DIR": str(home), "XDG_CACHE_HOME": str(home / "cache")}
     with log.open("wb") as file:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", module, "--log-format", "json", *flags), stdout=file, stderr=file, env=environ
+            *(sys.executable, "-m", module, "--log-format", "json", *flags),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            env=environ,
         )
     try:
         yield Daemon(process, log)

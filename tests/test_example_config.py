@@ -10,7 +10,9 @@ from sollol.config import load
 from sollol.config_text import default, description, expected, options_of, toml_value
 from sollol.report import PlacementWish
 
+from agent.config import LIVE as LIVE_IN_AGENT
 from agent.config import AgentConfig
+from sollold.config import LIVE as LIVE_IN_HEAD
 from sollold.config import HeadConfig
 from sollold.options import EVERY_MODEL, ModelOptions, Options
 from sollold.placement import PlacementDefaults
@@ -46,6 +48,15 @@ def test_the_example_describes_every_setting_as_help_does(kind, name):
     for info in fields(kind):
         if info.name not in TABLES:
             assert described(name, info.name) == f"# {description(info.type)} ({expected(info.type)})."
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "live"), [(AgentConfig, "agent", LIVE_IN_AGENT), (HeadConfig, "head", LIVE_IN_HEAD)]
+)
+def test_the_example_says_which_settings_a_reload_changes(kind, name, live):
+    (listed,) = re.findall(r"while everything runs: ([^.]*)\.", (EXAMPLES / f"{name}.toml").read_text())
+    assert listed.replace("#", "").split() == sorted(live)
+    assert live <= set(kind.__struct_fields__)
 
 
 def test_the_example_lists_and_describes_every_option_of_a_model():

@@ -1,12 +1,14 @@
 """A daemon from start to exit status: signals, ordered bounded shutdown, systemd's notices.
 
-The first SIGINT or SIGTERM asks for a graceful stop, the second one leaves at once.
+The first SIGINT or SIGTERM asks for a graceful stop, the second one leaves at once. SIGHUP asks for a reload, or for a
+stop where it means that the terminal is closed.
 """
 
 import asyncio
+import faulthandler
 import os
 import signal
-import socket
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from types import FrameType, TracebackType
@@ -15,11 +17,14 @@ from typing import Any, Self
 import structlog
 
 from sollol.errors import SURFACES, Reason, SollolError, refuse
+from sollol.notices import Notices
+from sollol.pulse import pulse
 
 log = structlog.get_logger(__name__)
 
 # After `main` has returned: what asyncio's own clean-up (left tasks, threads of the executor) may take.
 _LEAVE_WITHIN_S = 5.0
+_PULSE_END_S = 1.0
 _STDIN = 0
 
 
@@ -28,11 +33,17 @@ class UncleanStop(Exception):  # noqa: N818 - it reads as the fact it is
 
 
 class Stop:
-    """The one place where "please stop" is asked and awaited. Asking again changes nothing; the first cause stays."""
+    """The one place where "please stop" is asked and awaited. Asking again changes nothing; the first cause stays.
 
-    def __init__(self, notify_socket: str = "") -> None:
+    Whoever runs the daemon hears from it by `notices`: when it serves, what it does, that it reloads.
+    """
+
+    def __init__(self, notices: Notices | None = None, reload: Callable[[], None] | None = None) -> None:
         self._event = asyncio.Event()
-        self._notify_socket = notify_socket
+        self._notices = notices or Notices()
+        self._reload = reload
+        self._ready = False
+        self._status: Callable[[], str] = lambda: "starting"
         self.cause = ""
 
     @property
@@ -43,15 +54,33 @@ class Stop:
         if not self.requested:
             self.cause = cause
             log.info("stop_requested", cause=cause)
-            sd_notify("STOPPING=1", self._notify_socket)
+            self._notices.stopping()
             self._event.set()
 
     async def wait(self) -> None:
         await self._event.wait()
 
-    def announce_ready(self) -> None:
-        """Tell systemd (Type=notify) that the daemon serves."""
-        sd_notify("READY=1", self._notify_socket)
+    def announce_ready(self, status: Callable[[], str] = lambda: "") -> None:
+        """The daemon serves. From now on `status` is asked, every few seconds, for a line about what it does."""
+        self._status, self._ready = status, True
+        self._notices.status(self.status())
+        self._notices.ready()
+
+    def status(self) -> str:
+        return f"stopping ({self.cause}): {self._status()}" if self.requested else self._status()
+
+    def reload(self) -> None:
+        """Reload, when the daemon serves; what is refused leaves it as it was."""
+        if self._reload is None or not self._ready or self.requested:
+            log.warning("reload_ignored", why="not now: starting, stopping, or nothing that could be reloaded")
+            return
+        self._notices.reloading()
+        try:
+            self._reload()
+        except SollolError as error:
+            log.error("reload_refused", reason=error.refusal.reason, message=error.refusal.message)  # noqa: TRY400 - expected
+        finally:
+            self._notices.ready()
 
 
 class Closing:
@@ -125,22 +154,29 @@ async def _closed(name: str, close: Callable[[], Awaitable[object]], within_s: f
 
 
 async def run_until_signal(
-    main: Callable[[Stop], Awaitable[None]], *, exit_with_parent: bool = False, notify_socket: str = ""
+    main: Callable[[Stop], Awaitable[None]],
+    *,
+    exit_with_parent: bool = False,
+    reload: Callable[[], None] | None = None,
+    notices: Notices | None = None,
 ) -> int:
     """Run `main` until it returns; it must return soon after `stop.wait()` does.
 
-    With `exit_with_parent` the end of standard input asks for a stop too. `notify_socket` is `$NOTIFY_SOCKET`.
+    With `exit_with_parent` the end of standard input asks for a stop too. `reload` may raise SollolError.
 
     Returns:
         The exit status: 0 after a clean end, that of the refusal's reason after a SollolError, 1 after anything else.
     """
-    stop = Stop(notify_socket)
+    notices = notices or Notices()
+    stop = Stop(notices, reload)
     loop = asyncio.get_running_loop()
-    restore = _handle_signals(loop, stop)
+    restore = _handle_signals(loop, stop, hangup_is_reload=not exit_with_parent and not _has_terminal())
     try:
         if exit_with_parent:
             _watch_stdin(loop, stop)
-        await main(stop)
+        async with Closing() as closing:
+            closing.run("pulse", pulse(stop, notices), stop, within_s=_PULSE_END_S)
+            await main(stop)
     except SollolError as error:
         log.error("ended_by_refusal", reason=error.refusal.reason, message=error.refusal.message)  # noqa: TRY400 - expected
         return SURFACES[error.refusal.reason].exit_code
@@ -159,15 +195,20 @@ async def run_until_signal(
 
 
 def run(
-    main: Callable[[Stop], Coroutine[Any, Any, None]], *, exit_with_parent: bool = False, notify_socket: str = ""
+    main: Callable[[Stop], Coroutine[Any, Any, None]],
+    *,
+    exit_with_parent: bool = False,
+    reload: Callable[[], None] | None = None,
+    notices: Notices | None = None,
 ) -> int:
     """`run_until_signal` in a new event loop, for entry points: `sys.exit(run(main))`.
 
     Once `main` is over, the process ends within a bound even if a task or a thread of a library does not.
     """
+    faulthandler.enable()  # what a watchdog's SIGABRT found us doing
 
     async def bounded() -> int:
-        status = await run_until_signal(main, exit_with_parent=exit_with_parent, notify_socket=notify_socket)
+        status = await run_until_signal(main, exit_with_parent=exit_with_parent, reload=reload, notices=notices)
         timer = threading.Timer(_LEAVE_WITHIN_S, os._exit, args=[status or 1])
         timer.daemon = True
         timer.start()
@@ -176,26 +217,35 @@ def run(
     return asyncio.run(bounded())
 
 
-def _handle_signals(loop: asyncio.AbstractEventLoop, stop: Stop) -> Callable[[], None]:
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # under nohup it is ignored, and stays so
-        numbers.append(signal.SIGHUP)
-    former = {number: signal.getsignal(number) for number in numbers}
+def _has_terminal() -> bool:
+    return any(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
+
+
+def _handle_signals(loop: asyncio.AbstractEventLoop, stop: Stop, *, hangup_is_reload: bool) -> Callable[[], None]:
+    ends = [signal.SIGINT, signal.SIGTERM]
+    reloads = []
+    if hangup_is_reload:
+        reloads.append(signal.SIGHUP)
+    elif signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # under nohup it is ignored, and stays so
+        ends.append(signal.SIGHUP)
+    former = {number: signal.getsignal(number) for number in (*ends, *reloads)}
 
     def first(number: signal.Signals) -> None:
         # A plain handler from now on: it works even when the event loop is stuck.
-        for each in numbers:
+        for each in ends:
             loop.remove_signal_handler(each)
             signal.signal(each, _leave_at_once)
         stop.request(number.name)
 
     def restore() -> None:
-        for number in numbers:
+        for number, handler in former.items():
             loop.remove_signal_handler(number)
-            signal.signal(number, former[number])
+            signal.signal(number, handler)
 
-    for number in numbers:
+    for number in ends:
         loop.add_signal_handler(number, first, number)
+    for number in reloads:
+        loop.add_signal_handler(number, stop.reload)
     return restore
 
 
@@ -221,13 +271,3 @@ def _watch_stdin(loop: asyncio.AbstractEventLoop, stop: Stop) -> None:
             Reason.INVALID_REQUEST,
             "exit_with_parent needs a pipe or a terminal as standard input; leave it off otherwise",
         ) from error
-
-
-def sd_notify(state: str, notify_socket: str) -> None:
-    """Send one notice to systemd; nothing happens when `notify_socket` is empty. Raises OSError when nobody listens."""
-    if not notify_socket:
-        return
-    address = "\0" + notify_socket[1:] if notify_socket.startswith("@") else notify_socket
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-        sender.connect(address)
-        sender.sendall(state.encode())

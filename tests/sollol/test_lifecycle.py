@@ -1,6 +1,7 @@
 import asyncio
+import os
+import pty
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -8,7 +9,7 @@ from typing import Self
 
 import pytest
 from sollol.errors import Reason, refuse
-from sollol.lifecycle import Closing, Stop, UncleanStop, run_until_signal, sd_notify
+from sollol.lifecycle import Closing, Stop, UncleanStop, run_until_signal
 
 PREAMBLE = """
 import asyncio, signal, sys, threading, time
@@ -60,7 +61,7 @@ async def main(stop):
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_stops_gracefully_with_status_0(number):
     with Daemon(GRACEFUL) as daemon:
         assert daemon.hear() == "ready"
@@ -248,24 +249,93 @@ async def test_the_first_cause_of_a_stop_stays():
     assert (stop.cause, stop.requested) == ("first", True)
 
 
-async def test_systemd_hears_ready_and_stopping(tmp_path):
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
-        systemd.bind(str(tmp_path / "notify"))
-
-        async def main(stop: Stop) -> None:
-            stop.announce_ready()
-            stop.request("test")
-
-        assert await run_until_signal(main, notify_socket=str(tmp_path / "notify")) == 0
-        assert [systemd.recv(99), systemd.recv(99)] == [b"READY=1", b"STOPPING=1"]
+RELOADING = """
+def reload():
+    say("reloaded")
+async def main(stop):
+    stop.announce_ready()
+    say("ready")
+    await stop.wait()
+"""
 
 
-def test_without_systemd_notices_go_nowhere():
-    sd_notify("READY=1", "")
+def test_a_hangup_reloads_a_service_and_it_goes_on():
+    with Daemon(RELOADING, options=", reload=reload") as daemon:
+        assert daemon.hear() == "ready"
+        for _ in range(2):
+            daemon.send(signal.SIGHUP)
+            assert daemon.hear() == "reloaded"
+        daemon.send(signal.SIGTERM)
+        assert daemon.end()[0] == 0
 
 
-def test_an_abstract_notify_socket_works():
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
-        systemd.bind("\0sollol-test-notify")
-        sd_notify("READY=1", "@sollol-test-notify")
-        assert systemd.recv(99) == b"READY=1"
+def test_a_hangup_of_a_service_that_does_not_serve_yet_changes_nothing():
+    body = """
+    def reload():
+        say("reloaded")
+    async def main(stop):
+        signal.raise_signal(signal.SIGHUP)
+        await asyncio.sleep(0)
+        say("ready")
+        await stop.wait()
+    """
+    with Daemon(body, options=", reload=reload") as daemon:
+        assert daemon.hear() == "ready"
+        daemon.send(signal.SIGTERM)
+        status, log_text = daemon.end()
+        assert status == 0
+        assert "reload_ignored" in log_text
+
+
+def test_a_hangup_of_the_terminal_stops_a_daemon_that_has_one():
+    ours, theirs = pty.openpty()
+    try:
+        with Daemon(RELOADING, options=", reload=reload", stdin=theirs) as daemon:
+            assert daemon.hear() == "ready"
+            daemon.send(signal.SIGHUP)
+            assert daemon.end()[0] == 0
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def test_a_hangup_stops_a_child_that_shall_leave_with_its_parent():
+    with Daemon(RELOADING, options=", reload=reload, exit_with_parent=True", stdin=subprocess.PIPE) as daemon:
+        assert daemon.hear() == "ready"
+        daemon.send(signal.SIGHUP)
+        daemon.process.wait(10)
+        assert daemon.end()[0] == 0
+
+
+async def test_systemd_hears_of_a_reload_even_when_it_is_refused(systemd):
+    def refused() -> None:
+        raise refuse(Reason.INVALID_REQUEST, "no such setting")
+
+    stop = Stop(systemd.notices, refused)
+    stop.announce_ready()
+    stop.reload()
+
+    ready, reloading, ready_again = systemd.heard()
+    assert (ready, ready_again) == ("READY=1", "READY=1")
+    assert reloading.startswith("RELOADING=1\nMONOTONIC_USEC=")
+
+
+async def test_systemd_hears_what_the_daemon_does_that_it_is_ready_and_that_it_stops(systemd):
+    async def main(stop: Stop) -> None:
+        stop.announce_ready(lambda: "2 nodes")
+        stop.request("test")
+
+    assert await run_until_signal(main, notices=systemd.notices) == 0
+    assert systemd.heard() == ["STATUS=2 nodes", "READY=1", "STOPPING=1"]
+
+
+async def test_a_status_that_cannot_be_told_ends_the_daemon_and_is_no_silence(systemd, monkeypatch):
+    monkeypatch.setattr("sollol.pulse.BEAT_S", 0.01)
+
+    async def main(stop: Stop) -> None:
+        told = iter(["2 nodes"])
+        stop.announce_ready(lambda: next(told))
+        await stop.wait()
+        assert stop.cause == "pulse ended"
+
+    assert await run_until_signal(main, notices=systemd.notices) == 1
