@@ -16,7 +16,9 @@ from sollol.v1 import inference_pb2, inference_pb2_grpc  # noqa: E402
 
 
 def main() -> None:
-    ours = [name for name in ("sollold", "agent", "sollol.client") if importlib.util.find_spec(name) is not None]
+    # A directory without code, such as the units that an editable install lays down, has no origin.
+    found = {name: importlib.util.find_spec(name) for name in ("sollold", "agent", "sollol.client")}
+    ours = [name for name, spec in found.items() if spec is not None and spec.origin is not None]
     request = inference_pb2.ChatRequest(
         model=MODEL,
         messages=[inference_pb2.Message(role="user", content="Who are you?")],

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import structlog
 from sollol import log as logging
 from sollol.broker import broker_of
 from sollol.mqtt import Connection, _heeding
@@ -45,7 +46,7 @@ def log_lines(tmp_path):
     with (tmp_path / "log").open("w+") as stream:
         logging.configure("info", "json", stream=stream)
         yield lambda: [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
-        logging.configure("warning", "json")
+        structlog.reset_defaults()  # a level left behind would silence the logs that other tests look at
 
 
 async def test_presence_is_retained_while_it_runs_and_offline_at_once_when_it_ends(broker):
