@@ -7,16 +7,17 @@ token streams; the gRPC service only asks them.
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc.aio
 import structlog
 from msgspec.structs import replace
-from sollol.channels import new_server
+from sollol.certified import certified
 from sollol.config import is_loopback
 from sollol.directories import Directories, cache_directory, directories
-from sollol.errors import Reason, refuse
+from sollol.identity import Role
 from sollol.lifecycle import Closing, Stop
 from sollol.live import Live
 from sollol.registry import Registry
@@ -30,6 +31,7 @@ from agent.gpus import default_drivers
 from agent.learned import Learned
 from agent.ledger import Ledger, LedgerEvent
 from agent.links import Links
+from agent.listening import listening
 from agent.memory_account import MemoryAccount
 from agent.models import Inventory, ModelRoots, default_huggingface_dir, default_ollama_dir
 from agent.presence.start import start_presence
@@ -57,33 +59,28 @@ async def serve(live: Live[AgentConfig], environ: Mapping[str, str], stop: Stop)
     """Run the agent until `stop`; returns when every engine it started is gone.
 
     Raises:
-        SollolError: PORT_TAKEN, ENGINE_MISSING for a configured engine that is not there, or another agent uses the
-            state directory.
+        SollolError: PORT_TAKEN, ENGINE_MISSING for a configured engine that is not there, another agent uses the
+            state directory, or the certificate is not this node's.
     """
     config = live.now
     places = directories(environ, state=config.state_dir, log=config.log_dir, run=config.run_dir)
     with sole_owner(places.state):
         async with Closing() as closing:
-            server = _listening(config)  # before anything is published or ended under this address
+            tls = certified(config, Role.AGENT, environ, closing, stop)
+            server = listening(config.listen, config.port, tls)  # before anything is published or ended there
             found = await _found_engine(config, environ)
             ledger = Ledger(clock=time.monotonic, journal=lambda event: _journal(event, reporter))
             inventory, probe = Inventory(_model_roots(config, environ)), _probe(config, places, found)
             streams, learned, key = Streams(), Learned(places.state), config.coordinator_key()
             supervisor = _supervisor(
-                config,
-                environ,
-                places,
-                found=found,
-                inventory=inventory,
-                ledger=ledger,
-                streams=streams,
-                key=key,
-                learned=learned,
-            )
+                config, environ, places,
+                found=found, inventory=inventory, ledger=ledger, streams=streams, key=key, learned=learned,
+            )  # fmt: skip
             relay = Relay(supervisor.socket_of, supervisor.failure_of, streams, key)
             speeds = _speeds(places, found, supervisor, inventory, key, on_change=lambda: reporter.changed())  # noqa: PLW0108 - defined below
             streams.subscribe(speeds.streams_changed)
-            links, sink = Links(probe=link_probe.probe, who=link_probe.who_answers), link_probe.Sink()
+            sink = link_probe.Sink()
+            links = Links(probe=partial(link_probe.probe, tls=tls), who=partial(link_probe.who_answers, tls=tls))
             reporter = Reporter(
                 config=config,
                 probe=probe,
@@ -277,16 +274,3 @@ def _speeds(
     )
     supervisor.subscribe(speeds.instance_changed)
     return speeds
-
-
-def _listening(config: AgentConfig) -> grpc.aio.Server:
-    """A server that has its port, and answers nobody before it is started."""
-    server = new_server()
-    address = f"[{config.listen}]:{config.port}" if ":" in config.listen else f"{config.listen}:{config.port}"
-    try:
-        server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise refuse(
-            Reason.PORT_TAKEN, f"cannot listen on {address}: is another agent running? Set port to another"
-        ) from error
-    return server

@@ -38,6 +38,10 @@ class AgentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     host: Annotated[str, Meta(min_length=1, description="The address heads reach this node at")] = "127.0.0.1"
     listen: Annotated[str, Meta(min_length=1, description="The address the gRPC server listens on")] = "127.0.0.1"
     port: Annotated[Port, Meta(description="The gRPC server's port")] = 7462
+    tls_dir: Annotated[
+        str,
+        Meta(description="Where ca.pem, node.pem, node.key are; auto: /etc/sollol/pki/agent, the user's; empty: none"),
+    ] = "auto"
     insecure: Annotated[bool, Meta(description="Allow listening off loopback without TLS")] = False
     redis_url: Annotated[
         str, Meta(description="The registry; empty: none, and heads must list this agent themselves")

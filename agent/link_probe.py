@@ -15,6 +15,7 @@ import grpc.aio
 from msgspec import Struct
 from sollol.channels import open_channel, refusal_of, unreachable
 from sollol.errors import Reason, SollolError, refuse
+from sollol.tls import TlsFiles
 from sollol.v1 import agent_pb2, agent_pb2_grpc
 
 from agent.links import address_of
@@ -40,7 +41,7 @@ class Probed(Struct, frozen=True, kw_only=True):
     bytes_per_s: float
 
 
-async def probe(host: str, port: int) -> Probed:
+async def probe(host: str, port: int, tls: TlsFiles | None = None) -> Probed:
     """Measure the way to the agent at this address; takes a second, and never more than `PROBE_WITHIN_S` and a ping.
 
     Raises:
@@ -48,11 +49,11 @@ async def probe(host: str, port: int) -> Probed:
     """
     address = address_of(host, port)
     try:
-        rtt_s = await round_trip_s(host, port)
+        rtt_s = await round_trip_s(host, port, tls)
     except OSError as error:  # a time-out is one
         problem = str(error) or "no answer in time"
         raise SollolError(unreachable(f"agent {address} cannot be reached ({problem})")) from error
-    async with _calling(address, PROBE_WITHIN_S) as call:
+    async with _calling(address, PROBE_WITHIN_S, tls) as call:
         who = await _answer(call, address)
         sending = asyncio.create_task(_send(call), name=f"probe {address}")
         try:
@@ -63,20 +64,20 @@ async def probe(host: str, port: int) -> Probed:
     return Probed(node_id=who.node_id, boot_id=who.boot_id, rtt_s=rtt_s, bytes_per_s=answer.bytes_per_s)
 
 
-async def who_answers(host: str, port: int) -> str:
+async def who_answers(host: str, port: int, tls: TlsFiles | None = None) -> str:
     """The node id of the agent at this address.
 
     Raises:
         SollolError: as `probe`.
     """
     address = address_of(host, port)
-    async with _calling(address, WHO_WITHIN_S) as call:
+    async with _calling(address, WHO_WITHIN_S, tls) as call:
         return (await _answer(call, address)).node_id
 
 
 @asynccontextmanager
-async def _calling(address: str, within_s: float) -> AsyncIterator[Any]:
-    channel = open_channel(address)
+async def _calling(address: str, within_s: float, tls: TlsFiles | None) -> AsyncIterator[Any]:
+    channel = open_channel(address, tls.current() if tls is not None else None)
     try:
         call = agent_pb2_grpc.AgentServiceStub(channel).ProbeLink(timeout=within_s)
         try:

@@ -7,6 +7,9 @@ then. Timing TCP's own handshake would be simpler still, but a proxy or tunnel i
 import asyncio
 import time
 
+from sollol.identity import Role, role_name
+from sollol.tls import TlsFiles
+
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 PINGS = 10
 WITHIN_S = 2.0
@@ -17,15 +20,15 @@ _HEADER_BYTES = 9
 _MAX_FRAME_BYTES = 1 << 14  # what HTTP/2 allows before anything else is agreed
 
 
-async def round_trip_s(host: str, port: int) -> float:
-    """The shortest of a few round trips to the gRPC server there.
+async def round_trip_s(host: str, port: int, tls: TlsFiles | None = None) -> float:
+    """The shortest of a few round trips to the gRPC server there, an agent's when we have a certificate.
 
     Raises:
         OSError: nobody listens, the connection breaks, or what listens there speaks no HTTP/2.
         TimeoutError: it accepts and does not answer, or drops everything.
     """
     async with asyncio.timeout(WITHIN_S):
-        reader, writer = await asyncio.open_connection(host, port)
+        reader, writer = await _connected(host, port, tls)
         try:
             writer.write(PREFACE + _frame(_SETTINGS))
             return await _shortest(reader, writer)
@@ -33,6 +36,13 @@ async def round_trip_s(host: str, port: int) -> float:
             raise ConnectionResetError(f"{host}:{port} closed the connection before it answered a ping") from error
         finally:
             writer.transport.abort()  # nothing is left to be sent, and nobody waits for a peer that hangs
+
+
+async def _connected(host: str, port: int, tls: TlsFiles | None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    if tls is None:
+        return await asyncio.open_connection(host, port)
+    context = tls.client_context(http2=True)
+    return await asyncio.open_connection(host, port, ssl=context, server_hostname=role_name(Role.AGENT))
 
 
 async def _shortest(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> float:

@@ -30,11 +30,10 @@ def main() -> None:
     live.subscribe(set_up_log)
     # After --help and --check-config: grpc and aiohttp are slow to load.
     from sollold.app import serve  # noqa: PLC0415
-    from sollold.key_file import keys_path  # noqa: PLC0415
 
     sys.exit(
         lifecycle.run(
-            lambda stop: serve(live, keys_path(config.keys_file, environ), stop),
+            lambda stop: serve(live, environ, stop),
             exit_with_parent=config.exit_with_parent,
             reload=live.reload,
             notices=Notices.to_systemd(environ, os.getpid()),

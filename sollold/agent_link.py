@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Literal, Protocol
 
@@ -10,14 +10,18 @@ import grpc
 from msgspec import ValidationError
 from msgspec.structs import replace
 from sollol import wire
-from sollol.channels import open_channel, refusal_of, unreachable
-from sollol.errors import Reason, Refusal, SollolError
+from sollol.channels import refusal_of, unreachable
+from sollol.dial import who_listens
+from sollol.errors import Reason, Refusal, SollolError, refuse
+from sollol.identity import Identity, Role
 from sollol.link import Link
 from sollol.report import BackendEndpoint, CoordinatorPlan, Instance, Model, Report
+from sollol.tls import TlsFiles
 from sollol.v1 import agent_pb2 as pb
 from sollol.v1 import agent_pb2_grpc as rpc
 from sollol.v1 import common_pb2
 
+from sollold.agent_line import Line
 from sollold.relay import AgentRelay
 
 UNARY_TIMEOUT_S = 5.0
@@ -27,46 +31,84 @@ MEASURE_TIMEOUT_S = 20.0  # another head's measurement may come first, and a pee
 
 
 class AgentLink:
-    """The gRPC channel to one agent, with the relay that all its token streams share.
+    """All that this head asks of one agent: calls, and the relay that all its token streams share.
+
+    With `tls` the agent must show a certificate of its role, and only reports of the node that is named there count.
+    When our files change a new connection takes over; what runs on the former one goes on there.
 
     Every method raises SollolError: the agent's own refusal, or AGENT_UNREACHABLE when the call does not get through.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, tls: TlsFiles | None = None) -> None:
         self.address = address
-        self._channel = open_channel(address)
-        self._stub = rpc.AgentServiceStub(self._channel)
-        self.relay = AgentRelay(self._stub, address)
+        self._tls = tls
+        self._line = Line(address) if tls is None else None
+        self._draining: set[asyncio.Task[None]] = set()
+
+    @property
+    def relay(self) -> AgentRelay:
+        return self._connected().relay
 
     async def close(self) -> None:
         """End every call and stream on this link; using it afterwards raises AGENT_UNREACHABLE."""
-        try:
-            await self.relay.close()
-        finally:
-            await self._channel.close()
+        for task in self._draining:
+            task.cancel()
+        await asyncio.gather(*self._draining, return_exceptions=True)
+        if self._line is not None:
+            await self._line.close()
 
     async def watch_report(self) -> AsyncGenerator[Report]:
         """Yield the agent's full report, then each newer one; ends or raises when the agent goes away.
 
         `models` stays the same object until the agent's list changes.
         """
-        models: tuple[Model, ...] = ()
-        with self._calling():
-            async for response in self._stub.WatchReport(pb.WatchReportRequest(), wait_for_ready=False):
-                report = wire.value(Report, response.report)
-                if response.models_unchanged:
-                    report = replace(report, models=models)
-                models = report.models
-                yield report
+        while True:
+            who = await self._identified()
+            with self._calling() as stub:
+                call = stub.WatchReport(pb.WatchReportRequest(), wait_for_ready=False)
+                try:
+                    async with contextlib.aclosing(_reports(call)) as reports:
+                        async for report in reports:
+                            _check_named(report, who, self.address)
+                            yield report
+                            if self._is_outdated():
+                                break
+                        else:
+                            return
+                finally:
+                    call.cancel()
+
+    async def _identified(self) -> Identity | None:
+        """See who is there, and have a connection to exactly them that was made with our newest certificate."""
+        if self._tls is None:
+            return None
+        material = self._tls.current()
+        who = await who_listens(self.address, self._tls, Role.AGENT)
+        former = self._line
+        if former is None or former.material is not material or former.name != who.dns_name:
+            self._line = Line(self.address, material, who.dns_name)
+            if former is not None:
+                task = asyncio.create_task(former.drain(), name=f"drain {self.address}")
+                self._draining.add(task)
+                task.add_done_callback(self._draining.discard)
+        return who
+
+    def _is_outdated(self) -> bool:
+        return self._tls is not None and self._line is not None and self._line.material is not self._tls.current()
+
+    def _connected(self) -> Line:
+        if self._line is None:
+            raise SollolError(unreachable(f"agent {self.address} has not been reached yet"))
+        return self._line
 
     async def reserve(self, pool_id: str, bytes_by_device: Mapping[str, int], ttl: timedelta) -> None:
         request = pb.ReserveRequest(pool_id=pool_id, bytes=dict(bytes_by_device), ttl_s=ttl.total_seconds())
-        with self._calling():
-            _raise_refusal(await self._stub.Reserve(request, timeout=UNARY_TIMEOUT_S))
+        with self._calling() as stub:
+            _raise_refusal(await stub.Reserve(request, timeout=UNARY_TIMEOUT_S))
 
     async def release(self, pool_id: str) -> None:
-        with self._calling():
-            await self._stub.Release(pb.ReleaseRequest(pool_id=pool_id), timeout=UNARY_TIMEOUT_S)
+        with self._calling() as stub:
+            await stub.Release(pb.ReleaseRequest(pool_id=pool_id), timeout=UNARY_TIMEOUT_S)
 
     async def start_backend(
         self,
@@ -84,51 +126,52 @@ class AgentLink:
             attach_within_s=attach_within_s,
             upload_bytes=upload_bytes,
         )
-        with self._calling():
-            response = await self._stub.StartBackend(request, timeout=BACKEND_TIMEOUT_S)
+        with self._calling() as stub:
+            response = await stub.StartBackend(request, timeout=BACKEND_TIMEOUT_S)
             _raise_refusal(response)
             return wire.value(BackendEndpoint, response.endpoint)
 
     async def start_coordinator(self, pool_id: str, plan: CoordinatorPlan) -> Instance:
         request = pb.StartCoordinatorRequest(pool_id=pool_id)
         wire.fill(request.plan, plan)
-        with self._calling():
-            response = await self._stub.StartCoordinator(request, timeout=UNARY_TIMEOUT_S)
+        with self._calling() as stub:
+            response = await stub.StartCoordinator(request, timeout=UNARY_TIMEOUT_S)
             _raise_refusal(response)
             return wire.value(Instance, response.instance)
 
     async def watch_instance(self, instance_id: str) -> AsyncGenerator[Instance]:
-        with self._calling():
-            async for response in self._stub.WatchInstance(pb.WatchInstanceRequest(instance_id=instance_id)):
+        with self._calling() as stub:
+            async for response in stub.WatchInstance(pb.WatchInstanceRequest(instance_id=instance_id)):
                 yield wire.value(Instance, response.instance)
 
     async def stop(self, instance_id: str, *, at_once: bool = False) -> None:
         """Return when the engine's process is gone and its reservation is released; `at_once` for one that hangs."""
-        with self._calling():
+        with self._calling() as stub:
             request = pb.StopRequest(instance_id=instance_id, at_once=at_once)
-            await self._stub.Stop(request, timeout=STOP_TIMEOUT_S)
+            await stub.Stop(request, timeout=STOP_TIMEOUT_S)
 
     async def tail_log(self, instance_id: str, *, lines: int, follow: bool) -> AsyncGenerator[tuple[str, ...]]:
         request = pb.TailLogRequest(instance_id=instance_id, lines=lines, follow=follow)
-        with self._calling():
-            async for response in self._stub.TailLog(request):
+        with self._calling() as stub:
+            async for response in stub.TailLog(request):
                 _raise_refusal(response)
                 yield tuple(response.lines)
 
     async def measure_link(self, node_id: str, host: str, port: int) -> Link:
         """Have the agent measure its link to another node's agent; out of reach is a result, too."""
-        with self._calling():
+        with self._calling() as stub:
             request = pb.MeasureLinkRequest(node_id=node_id, host=host, port=port)
-            response = await self._stub.MeasureLink(request, timeout=MEASURE_TIMEOUT_S)
+            response = await stub.MeasureLink(request, timeout=MEASURE_TIMEOUT_S)
             _raise_refusal(response)
             return wire.value(Link, response.link)
 
     @contextlib.contextmanager
-    def _calling(self) -> Iterator[None]:
+    def _calling(self) -> Iterator["rpc.AgentServiceAsyncStub"]:
         """Turn whatever a call can end in into SollolError."""
         peer = f"agent {self.address}"
         try:
-            yield
+            with self._connected().used() as stub:
+                yield stub
         except grpc.aio.AioRpcError as error:
             raise SollolError(refusal_of(error, peer)) from error
         except grpc.aio.UsageError as error:
@@ -143,6 +186,23 @@ class AgentLink:
         except ValidationError as error:
             message = f"{peer} sent what this head does not understand ({error}): do both run the same version?"
             raise SollolError(Refusal(reason=Reason.INTERNAL, message=message)) from error
+
+
+async def _reports(call: AsyncIterable[pb.WatchReportResponse]) -> AsyncGenerator[Report]:
+    models: tuple[Model, ...] = ()
+    async for response in call:
+        report = wire.value(Report, response.report)
+        if response.models_unchanged:
+            report = replace(report, models=models)
+        models = report.models
+        yield report
+
+
+def _check_named(report: Report, who: Identity | None, address: str) -> None:
+    if who is not None and report.node_id != who.node_id:
+        raise refuse(
+            Reason.WRONG_NODE, f"{address} reports as node {report.node_id}, and its certificate is that of {who}"
+        )
 
 
 class _Answer(Protocol):

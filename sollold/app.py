@@ -5,13 +5,14 @@ front. Around it, nodes follows the registry and the agents, reaping ends what l
 measured, and history writes decisions down.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import structlog
+from sollol.certified import certified
 from sollol.errors import Reason, refuse
+from sollol.identity import Role
 from sollol.lifecycle import Closing, Stop
 from sollol.live import Live
 from sollol.registry import Registry
@@ -25,7 +26,7 @@ from sollold.front.grpc import InferenceService
 from sollold.front.http import build_app
 from sollold.front.http import serve as serve_http
 from sollold.history import History
-from sollold.key_file import KeyFile
+from sollold.key_file import KeyFile, keys_path
 from sollold.key_policy import check_keys, key_mode
 from sollold.loading import RELEASE_WITHIN_S, Loader
 from sollold.nodes import Nodes
@@ -44,17 +45,19 @@ log = structlog.get_logger(__name__)
 STEP_WITHIN_S = 5.0
 
 
-async def serve(live: Live[HeadConfig], keys: Path, stop: Stop) -> None:
+async def serve(live: Live[HeadConfig], environ: Mapping[str, str], stop: Stop) -> None:
     """Run the head until `stop`; returns when everything it started has ended.
 
     Raises:
-        SollolError: PORT_TAKEN; INVALID_REQUEST when requests need keys and the file `keys` is not there.
+        SollolError: PORT_TAKEN; INVALID_REQUEST when requests need keys and the file of keys is not there; or the
+            certificate cannot be used.
     """
-    config = live.now
+    config, keys = live.now, keys_path(live.now.keys_file, environ)
     check_keys(config, keys)
     async with Closing() as closing:
+        tls = certified(config, Role.HEAD, environ, closing, stop)
         registry = _registry(config, closing)
-        nodes = Nodes(registry, static_addresses=config.agents, forget_after_s=config.forget_after_s)
+        nodes = Nodes(registry, static_addresses=config.agents, forget_after_s=config.forget_after_s, tls=tls)
         history = History(written=registry is not None)
         catalogue = Catalogue(nodes, stale_after_s=config.stale_after_s)
         options = Options(config.models, known=catalogue.known)
@@ -72,15 +75,9 @@ async def serve(live: Live[HeadConfig], keys: Path, stop: Stop) -> None:
         )
         reaper = Reaper(nodes, on_lost=pools.forget)
         loader = Loader(
-            nodes,
-            decide=decided,
-            record=history.decided,
-            lost=reaper,
-            pools=pools,
-            numbers=numbers,
-            reservation_ttl=timedelta(seconds=config.reservation_ttl_s),
-            load_timeout_s=config.load_timeout_s,
-        )
+            nodes, decide=decided, record=history.decided, lost=reaper, pools=pools, numbers=numbers,
+            reservation_ttl=timedelta(seconds=config.reservation_ttl_s), load_timeout_s=config.load_timeout_s,
+        )  # fmt: skip
         for listener in (reaper.on_node_changed, pools.on_node_changed, numbers.on_node_changed):
             nodes.subscribe(listener)
         dispatch = _dispatch(config, nodes, pools, catalogue, reaper)
@@ -95,7 +92,8 @@ async def serve(live: Live[HeadConfig], keys: Path, stop: Stop) -> None:
         closing.add("pools", pools.close, within_s=RELEASE_WITHIN_S + STEP_WITHIN_S)
         operators = ClusterService(nodes, pools, catalogue, decide=lambda wish: decided(wish, nodes.statuses()))
         admission = Admission(KeyFile(keys), mode=key_mode(config), known=catalogue.known)
-        server = HeadServer(InferenceService(dispatch, catalogue, admission), operators, is_ready=catalogue.ready)
+        inference = InferenceService(dispatch, catalogue, admission)
+        server = HeadServer(inference, operators, is_ready=catalogue.ready, tls=tls)
         nodes.subscribe(lambda _: server.on_nodes_changed())
         await _serve_grpc(config, closing, server)
         await _serve_http(config, closing, dispatch, catalogue, admission)

@@ -36,6 +36,10 @@ class HeadConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = "127.0.0.1"
     http_port: Annotated[Port, Meta(description="The OpenAI-compatible API's port")] = 7460
     grpc_port: Annotated[Port, Meta(description="The gRPC API's port")] = 7461
+    tls_dir: Annotated[
+        str,
+        Meta(description="Where ca.pem, node.pem, node.key are; auto: /etc/sollol/pki/head, the user's; empty: none"),
+    ] = "auto"
     insecure: Annotated[bool, Meta(description="Allow listening off loopback without TLS and keys")] = False
     keys_file: Annotated[
         str, Meta(min_length=1, description="What `sollol keys` writes; auto: keys.json in the head's state directory")

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from sollol.errors import Reason, SollolError, refuse
 from sollol.registry import RegistryUnavailable
 from sollol.report import InstanceKind, Model, ModelShape, NodeStatus, Report
+from sollol.tls import TlsFiles
 
 from sollold.agent_link import AgentLink
 
@@ -46,6 +47,7 @@ class Nodes:
     Args:
         static_addresses: Agents to watch whatever the registry says.
         forget_after_s: A lost node that stays silent for longer is not listed any more.
+        tls: This head's certificate; agents must then have theirs.
     """
 
     def __init__(
@@ -54,11 +56,13 @@ class Nodes:
         *,
         static_addresses: Iterable[str],
         forget_after_s: float,
+        tls: TlsFiles | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._registry = registry
         self._static = tuple(static_addresses)
         self._forget_after_s = forget_after_s
+        self._tls = tls
         self._clock = clock
         self._nodes: dict[str, _Node] = {}  # ordered by node id
         self._watches: dict[str, asyncio.Task[None]] = {}
@@ -165,25 +169,25 @@ class Nodes:
 
     async def _watch(self, address: str) -> None:
         """Keep one agent watched; the channel outlives reconnects and is closed with the task."""
-        link = AgentLink(address)
+        link = AgentLink(address, self._tls)
         pause_s = RECONNECT_MIN_S
-        complained = False
+        told = ""
         try:
             while True:
-                problem = "it ended the watch"
+                problem, reason = "it ended the watch", "ENDED"
                 try:
                     async with contextlib.aclosing(link.watch_report()) as reports:
                         async for report in reports:
                             self._received(report, link)
-                            pause_s, complained = RECONNECT_MIN_S, False
+                            pause_s, told = RECONNECT_MIN_S, ""
                 except SollolError as error:
-                    problem = error.refusal.message
+                    problem, reason = error.refusal.message, error.refusal.reason
                 except Exception as error:  # a bug must not leave a node that looks connected and is not watched
                     log.exception("agent_watch_failed", address=address)
-                    problem = repr(error)
-                if not complained:
-                    log.warning("agent_not_watched", address=address, problem=problem)
-                complained = True
+                    problem, reason = repr(error), Reason.INTERNAL
+                if reason != told:
+                    log.warning("agent_not_watched", address=address, reason=reason, problem=problem)
+                told = reason
                 self._lost(link)
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, RECONNECT_MAX_S)

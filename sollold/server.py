@@ -4,7 +4,9 @@ import asyncio
 from collections.abc import Callable
 
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
-from sollol.channels import new_server
+from sollol.channels import bind, new_server
+from sollol.guard import Guard
+from sollol.tls import TlsFiles
 from sollol.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 from sollold.front.grpc import InferenceService
@@ -20,8 +22,16 @@ _NAMES = (
 class HeadServer:
     """Health says SERVING while some node is live, as `/readyz` does, and NOT_SERVING for good once it drains."""
 
-    def __init__(self, inference: InferenceService, operators: ClusterService, *, is_ready: Callable[[], bool]) -> None:
-        self._server = new_server()
+    def __init__(
+        self,
+        inference: InferenceService,
+        operators: ClusterService,
+        *,
+        is_ready: Callable[[], bool],
+        tls: TlsFiles | None = None,
+    ) -> None:
+        self._tls = tls
+        self._server = new_server([Guard(tls)] if tls is not None else ())
         self._health = health.aio.HealthServicer()
         self._is_ready = is_ready
         self._told: bool | None = None
@@ -32,7 +42,7 @@ class HeadServer:
 
     async def listen(self, address: str) -> None:
         """Raises RuntimeError when the address cannot be listened on."""
-        self._server.add_insecure_port(address)
+        bind(self._server, address, self._tls)
         await self._tell()
         await self._server.start()
 

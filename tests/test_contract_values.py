@@ -8,10 +8,12 @@ import grpc
 import msgspec
 import pytest
 from google.protobuf import descriptor_pool
+from grpc_health.v1 import health_pb2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec import inspect as types
 from sollol import correction, engine, errors, inference, link, report, wire
+from sollol.access import ACCESS
 from sollol.errors import SURFACES, Reason, Refusal, Retry, SollolError, refuse
 from sollol.v1 import agent_pb2, cluster_pb2, common_pb2, inference_pb2
 
@@ -138,3 +140,12 @@ def test_refuse_builds_an_error_that_carries_the_whole_refusal():
         retry_after_s=1.5,
     )
     assert math.isclose(error.refusal.retry_after_s or 0, 1.5)
+
+
+def test_every_method_of_every_service_says_who_may_call_it():
+    modules = (agent_pb2, cluster_pb2, inference_pb2, health_pb2)
+    services = [service for module in modules for service in module.DESCRIPTOR.services_by_name.values()]
+    methods = {f"/{service.full_name}/{method.name}" for service in services for method in service.methods}
+    assert methods - set(ACCESS) == set()
+    assert {method for method in set(ACCESS) - methods if method.startswith("/sollol.")} == set()
+    assert all(ACCESS.values())

@@ -14,6 +14,8 @@ from google.protobuf.message import DecodeError
 
 from sollol import wire
 from sollol.errors import SURFACES, Reason, Refusal, Retry
+from sollol.identity import Role, role_name
+from sollol.tls import Material, TlsFiles
 from sollol.v1 import common_pb2
 
 MAX_MESSAGE_BYTES = 64 << 20
@@ -57,16 +59,60 @@ _UNREACHABLE = frozenset(
 _LOST_WHILE_WRITING = "Internal error from Core"
 
 
-def open_channel(address: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
-    """Return a channel to `address` (`host:port` or `unix:PATH`); it dials on first use and redials by itself."""
-    if credentials is None:
+def open_channel(
+    address: str, material: Material | None = None, *, name: str = role_name(Role.AGENT)
+) -> grpc.aio.Channel:
+    """Return a channel to `address` (`host:port` or `unix:PATH`); it dials on first use and redials by itself.
+
+    Args:
+        address: Where to.
+        material: Our certificate; None for plaintext. A channel does not follow files: its owner opens another one.
+        name: Who must answer: `role_name` of any peer of a role, or an identity's `dns_name`.
+    """
+    if material is None:
         return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-    return grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+    credentials = grpc.ssl_channel_credentials(material.ca, material.key, material.chain)
+    options = (*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", name))
+    return grpc.aio.secure_channel(address, credentials, options=options)
 
 
 def new_server(interceptors: Sequence[Any] = ()) -> grpc.aio.Server:
     """Return a server without ports or services; the caller adds both, and awaits `stop(grace)`."""
     return grpc.aio.server(options=SERVER_OPTIONS, interceptors=tuple(interceptors))
+
+
+def bind(server: grpc.aio.Server, address: str, tls: TlsFiles | None) -> int:
+    """Have the server listen on `address` once it starts: with certificates only, or, without `tls`, in plaintext.
+
+    Raises:
+        RuntimeError: the address cannot be listened on.
+    """
+    if tls is None:
+        return server.add_insecure_port(address)
+    return server.add_secure_port(address, server_credentials(tls))
+
+
+def server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
+    """Every client shows a certificate of our CA. Each handshake is made with the files as they then are."""
+    told = tls.current()
+
+    def changed() -> grpc.ServerCertificateConfiguration | None:
+        nonlocal told
+        material = tls.current()
+        if material is told:
+            return None
+        told = material
+        return _configuration(material)
+
+    return grpc.dynamic_ssl_server_credentials(
+        _configuration(told),
+        changed,  # type: ignore[arg-type]  # None means "unchanged", says gRPC's documentation
+        require_client_authentication=True,
+    )
+
+
+def _configuration(material: Material) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([(material.key, material.chain)], material.ca)
 
 
 async def refusal_abort(context: Any, refusal: Refusal) -> NoReturn:

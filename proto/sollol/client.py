@@ -7,16 +7,20 @@ print(event.text, end="")
 """
 
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import grpc
 
 from sollol import wire
 from sollol.channels import open_channel, refusal_of
-from sollol.errors import SollolError
+from sollol.dial import who_listens
+from sollol.errors import Reason, SollolError, refuse
+from sollol.identity import Role, role_name
 from sollol.inference import AvailableModel, Message, Piece, Progress, Sampling
 from sollol.report import Decision, NodeStatus, PlacementWish, Pool
+from sollol.tls import Material, TlsFiles
 from sollol.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 __all__ = ["Client", "Message", "Piece", "PlacementWish", "Progress", "Sampling", "SollolError"]
@@ -24,26 +28,34 @@ __all__ = ["Client", "Message", "Piece", "PlacementWish", "Progress", "Sampling"
 # For an answer that the head has at hand. Calls that wait for engines have no total time limit: they show progress.
 _ANSWER_WITHIN_S = 10.0
 _STOPPED_WITHIN_S = 60.0
+_CUT_OFF = "Socket closed"
 
 
 class Client:
     """A connection to one head; dials on first use, redials by itself.
 
     Every method raises SollolError: the head's own refusal, or AGENT_UNREACHABLE when nobody answers at `address`.
+
+    Args:
+        address: The head's `host:port`.
+        tls_dir: Where the user's `ca.pem`, `node.pem` and `node.key` are; without it the connection is plaintext.
     """
 
-    def __init__(self, address: str = "127.0.0.1:7461") -> None:
+    def __init__(self, address: str = "127.0.0.1:7461", *, tls_dir: Path | None = None) -> None:
         self._address = address
-        self._channel: grpc.aio.Channel | None = None
+        self._tls = TlsFiles(tls_dir) if tls_dir is not None else None
+        self._material: Material | None = None
+        self._channels: list[grpc.aio.Channel] = []  # the last is in use; calls may still run on those before
+        self._entered = False
 
     async def __aenter__(self) -> Self:
-        self._channel = open_channel(self._address)
+        self._entered = True
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
-        if self._channel is not None:
-            await self._channel.close()
-            self._channel = None
+        self._entered = False
+        while self._channels:
+            await self._channels.pop().close()
 
     async def chat(
         self, model: str, messages: Sequence[Message], sampling: Sampling | None = None
@@ -70,26 +82,26 @@ class Client:
 
     async def list_models(self) -> tuple[AvailableModel, ...]:
         """Models that some live node has."""
-        with self._refusals():
+        async with self._refusals():
             response = await self._inference().ListModels(inference_pb2.ListModelsRequest(), timeout=_ANSWER_WITHIN_S)
         return tuple(wire.value(AvailableModel, model) for model in response.models)
 
     async def nodes(self) -> tuple[NodeStatus, ...]:
         """Every node that the head knows."""
-        with self._refusals():
+        async with self._refusals():
             response = await self._cluster().ListNodes(cluster_pb2.ListNodesRequest(), timeout=_ANSWER_WITHIN_S)
         return tuple(wire.value(NodeStatus, node) for node in response.nodes)
 
     async def pools(self) -> tuple[Pool, ...]:
         """Every pool on every node."""
-        with self._refusals():
+        async with self._refusals():
             response = await self._cluster().ListPools(cluster_pb2.ListPoolsRequest(), timeout=_ANSWER_WITHIN_S)
         return tuple(wire.value(Pool, pool) for pool in response.pools)
 
     async def place(self, wish: PlacementWish) -> Decision:
         """Decide without doing. A wish that cannot be met is a Decision with a refusal, not an error."""
         request = cluster_pb2.PlaceRequest(wish=wire.fill(cluster_pb2.PlacementWish(), wish))
-        with self._refusals():
+        async with self._refusals():
             response = await self._cluster().Place(request, timeout=_ANSWER_WITHIN_S)
         return wire.value(Decision, response.decision)
 
@@ -114,7 +126,7 @@ class Client:
 
     async def unload(self, model: str) -> tuple[str, ...]:
         """Stop every pool of a model and return their ids once they are gone."""
-        with self._refusals():
+        async with self._refusals():
             request = cluster_pb2.UnloadRequest(model=model)
             response = await self._cluster().Unload(request, timeout=_STOPPED_WITHIN_S)
         return tuple(response.instance_ids)
@@ -134,21 +146,39 @@ class Client:
         return cluster_pb2_grpc.ClusterServiceStub(self._open())
 
     def _open(self) -> grpc.aio.Channel:
-        if self._channel is None:
+        """The channel; another one once our certificate has been renewed, for what is asked from then on."""
+        if not self._entered:
             raise RuntimeError("use the client inside `async with Client(...) as client`")
-        return self._channel
+        material = self._tls.current() if self._tls is not None else None
+        if not self._channels or material is not self._material:
+            self._material = material
+            self._channels.append(open_channel(self._address, material, name=role_name(Role.HEAD)))
+        return self._channels[-1]
 
-    @contextlib.contextmanager
-    def _refusals(self) -> Iterator[None]:
+    @contextlib.asynccontextmanager
+    async def _refusals(self) -> AsyncIterator[None]:
         try:
             yield
         except grpc.aio.AioRpcError as error:
-            raise SollolError(refusal_of(error, f"the head at {self._address}")) from None
+            refusal = refusal_of(error, f"the head at {self._address}")
+            if refusal.reason is Reason.AGENT_UNREACHABLE:
+                await self._explain(error)
+            raise SollolError(refusal) from None
+
+    async def _explain(self, error: grpc.aio.AioRpcError) -> None:
+        """GRPC says only that a handshake failed. Raises why, when it was that."""
+        if self._tls is not None:
+            await who_listens(self._address, self._tls, Role.HEAD)
+        elif _CUT_OFF in (error.details() or ""):
+            raise refuse(
+                Reason.NO_CERTIFICATE,
+                f"the head at {self._address} closes plaintext connections: name the directory of your certificate",
+            )
 
     @contextlib.asynccontextmanager
     async def _answering(self, call: Any) -> AsyncIterator[AsyncIterable[Any]]:
         """Yield the call's responses; leaving early cancels it."""
-        with self._refusals():
+        async with self._refusals():
             try:
                 yield call
             finally:

@@ -17,6 +17,8 @@ from msgspec.structs import FieldInfo, fields
 from sollol import __version__
 from sollol.config_text import help_text, is_bool, render
 from sollol.config_values import ConfigError, Given, convert, is_many, line_of, unknown
+from sollol.identity import Role
+from sollol.pki_directories import tls_directory
 
 __all__ = ["ConfigError", "Loaded", "check_listen", "is_loopback", "load", "load_or_exit"]
 
@@ -75,6 +77,7 @@ def load(
     given |= _read_environment(settings, prefix, environ)
     given |= flags.given
     loaded = _build(kind, settings, given)
+    _check_reach(loaded.value, Role(name), environ)
     if "check-config" in flags.actions:
         _leave("ok")
     if "print-config" in flags.actions:
@@ -82,17 +85,25 @@ def load(
     return loaded
 
 
-def check_listen(listen: str, insecure: bool) -> None:
-    """Refuse an address that other machines can reach, unless a human said `insecure`. `load` calls this.
+def check_listen(listen: str, insecure: bool, *, tls: bool = False) -> None:
+    """Refuse an address that other machines can reach, unless with TLS or a human said `insecure`. `load` calls this.
 
     Raises:
-        ConfigError: `listen` is not a loopback address and `insecure` is false.
+        ConfigError: `listen` is not a loopback address, there is no TLS, and `insecure` is false.
     """
-    if not insecure and not is_loopback(listen):
+    if not (insecure or tls or is_loopback(listen)):
         raise ConfigError(
-            f'listen = "{listen}" can be reached from other machines, and this version has no TLS yet: anyone there '
-            "could use this daemon. Listen on 127.0.0.1, or set insecure = true if you trust that whole network"
+            f'listen = "{listen}" can be reached from other machines, and there is no TLS: anyone there could use this '
+            "daemon. `sollol join` or `sollol pki issue` gives it a certificate (tls_dir); or listen on 127.0.0.1, or "
+            "set insecure = true if you trust that whole network"
         )
+
+
+def _check_reach(value: msgspec.Struct, role: Role, environ: Mapping[str, str]) -> None:
+    listen, tls_dir = getattr(value, "listen", None), getattr(value, "tls_dir", None)
+    if isinstance(listen, str):
+        tls = isinstance(tls_dir, str) and tls_directory(tls_dir, role, environ) is not None
+        check_listen(listen, bool(getattr(value, "insecure", False)), tls=tls)
 
 
 def is_loopback(host: str) -> bool:
@@ -185,7 +196,4 @@ def _build(kind: type[T], settings: Mapping[str, FieldInfo], given: Mapping[str,
         value = kind(**contents)
     except ValueError as error:  # a settings class's own __post_init__: rules over several settings
         raise ConfigError(str(error)) from error
-    listen = getattr(value, "listen", None)
-    if isinstance(listen, str):
-        check_listen(listen, bool(getattr(value, "insecure", False)))
     return Loaded(value, {name: given[name].origin if name in given else "default" for name in settings})

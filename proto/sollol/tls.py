@@ -1,6 +1,6 @@
 """The files of one identity, and TLS contexts that follow them when they change.
 
-gRPC's credentials are in `sollol.credentials`, which costs the import of grpc; small processes need only this.
+gRPC's credentials are in `sollol.channels`, which costs the import of grpc; small processes need only this.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from sollol.certificates import Certificate
 from sollol.errors import Reason, SollolError, refuse
 from sollol.identity import Identity, Role, role_name
 
-__all__ = ["Identity", "Material", "Role", "TlsFiles", "admitted", "role_name"]
+__all__ = ["Identity", "Material", "Role", "TlsFiles", "admitted", "own_files", "role_name"]
 
 CA, CERTIFICATE, KEY, REVOKED = "ca.pem", "node.pem", "node.key", "revoked"
 _NAMES = (CA, CERTIFICATE, KEY, REVOKED)
@@ -63,7 +63,7 @@ class TlsFiles:
         self._tell = tell or _to_our_log
         self._lock = threading.Lock()
         self._stamp, self._material = self._first()
-        self._contexts: dict[tuple[bool, bool], tuple[Material, ssl.SSLContext]] = {}
+        self._contexts: dict[_Kind, tuple[Material, ssl.SSLContext]] = {}
 
     @property
     def identity(self) -> Identity:
@@ -77,19 +77,22 @@ class TlsFiles:
                 self._follow(stamp)
             return self._material
 
-    def server_context(self, *, ask_certificate: bool = True) -> ssl.SSLContext:
+    def server_context(self) -> ssl.SSLContext:
         """TLS 1.3; peers show a certificate of our CA. A listener made with it follows the files by itself."""
-        context = self._context(server=True, verify=ask_certificate)
+        context = self._context(_SERVER)
 
         def newest(connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
-            connection.context = self._context(server=True, verify=ask_certificate)
+            connection.context = self._context(_SERVER)
 
         context.sni_callback = newest  # called for every connection, also when no name is asked
         return context
 
-    def client_context(self) -> ssl.SSLContext:
-        """TLS 1.3 with our certificate, as the files are now. Expect `identity.dns_name` or `role_name` as name."""
-        return self._context(server=False, verify=True)
+    def client_context(self, *, http2: bool = False) -> ssl.SSLContext:
+        """TLS 1.3 with our certificate, as the files are now. Expect `identity.dns_name` or `role_name` as name.
+
+        With `http2` it says that it wants to speak that, without which gRPC's servers answer nothing.
+        """
+        return self._context(_HTTP2_CLIENT if http2 else _CLIENT)
 
     def peer(self, connection: ssl.SSLObject | ssl.SSLSocket) -> Identity:
         """Who is at the other end of a verified connection. Raises SollolError as `admitted`, or NO_CERTIFICATE."""
@@ -98,15 +101,15 @@ class TlsFiles:
             raise refuse(Reason.NO_CERTIFICATE, "the peer has shown no certificate")
         return admitted(certificates.read_der(der), self.current(), now_s=time.time())
 
-    def _context(self, *, server: bool, verify: bool) -> ssl.SSLContext:
+    def _context(self, kind: "_Kind") -> ssl.SSLContext:
         material = self.current()
         with self._lock:
-            known = self._contexts.get((server, verify))
+            known = self._contexts.get(kind)
             if known is not None and known[0] is material:
                 return known[1]
-        context = _new_context(material, server=server, verify=verify)
+        context = _new_context(material, kind)
         with self._lock:
-            self._contexts[server, verify] = (material, context)
+            self._contexts[kind] = (material, context)
         return context
 
     def _first(self) -> tuple[Stamp, Material]:
@@ -149,7 +152,7 @@ class TlsFiles:
                 certificate=certificate,
                 identity=_named(certificate),
             )
-            _new_context(material, server=True, verify=True)
+            _new_context(material, _SERVER)
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             problem = f"{error.strerror}: {error.filename}" if isinstance(error, PermissionError) else str(error)
             raise refuse(
@@ -170,6 +173,26 @@ def _named(certificate: Certificate) -> Identity:
     if certificate.identity is None:
         raise ValueError(f"{CERTIFICATE} names nobody of a cluster")
     return certificate.identity
+
+
+def own_files(directory: Path | None, role: Role, node_id: str = "") -> TlsFiles | None:
+    """The files that a daemon serves with, when they are its own; None without a directory.
+
+    Raises:
+        SollolError: CERTIFICATE_UNREADABLE; WRONG_ROLE or WRONG_NODE when the certificate is somebody else's.
+    """
+    if directory is None:
+        return None
+    files = TlsFiles(directory)
+    if files.identity.role is not role:
+        raise refuse(Reason.WRONG_ROLE, f"tls_dir {directory} is that of {files.identity}, not of a role {role}")
+    if node_id and files.identity.node_id != node_id:
+        raise refuse(
+            Reason.WRONG_NODE,
+            f"tls_dir {directory} is that of {files.identity}, and this one is {node_id}: set node_id to "
+            f"{files.identity.node_id}, or have it join as {node_id}",
+        )
+    return files
 
 
 def admitted(peer: Certificate, own: Material, *, now_s: float) -> Identity:
@@ -193,12 +216,23 @@ def admitted(peer: Certificate, own: Material, *, now_s: float) -> Identity:
     return identity
 
 
-def _new_context(material: Material, *, server: bool, verify: bool) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+class _Kind(Struct, frozen=True):
+    protocol: int
+    alpn: tuple[str, ...] = ()
+
+
+_SERVER = _Kind(ssl.PROTOCOL_TLS_SERVER)
+_CLIENT = _Kind(ssl.PROTOCOL_TLS_CLIENT)
+_HTTP2_CLIENT = _Kind(ssl.PROTOCOL_TLS_CLIENT, ("h2",))
+
+
+def _new_context(material: Material, kind: _Kind) -> ssl.SSLContext:
+    context = ssl.SSLContext(kind.protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_mode = ssl.CERT_REQUIRED
     context.load_verify_locations(cadata=material.ca.decode("ascii"))
-    if verify:
-        context.verify_mode = ssl.CERT_REQUIRED
+    if kind.alpn:
+        context.set_alpn_protocols(list(kind.alpn))
     _load_chain(context, material)
     return context
 

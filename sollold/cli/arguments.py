@@ -56,6 +56,13 @@ def parser() -> argparse.ArgumentParser:
         default=os.environ.get("SOLLOL_HEAD") or DEFAULT_HEAD,
         help="the head's gRPC address (default: $SOLLOL_HEAD, else %(default)s)",
     )
+    top.add_argument(
+        "--tls-dir",
+        metavar="DIR",
+        default=os.environ.get("SOLLOL_TLS_DIR", "auto"),
+        help="your certificate, for a head that asks for one; '' for none (default: $SOLLOL_TLS_DIR, else pki/admin or "
+        "pki/client in /etc/sollol and ~/.config/sollol)",
+    )
     top.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
     _add_up(commands)

@@ -2,10 +2,12 @@
 
 import argparse
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from sollol.client import Client
+from sollol.pki_directories import users_tls_directory
 
 T = TypeVar("T")
 
@@ -18,7 +20,8 @@ def ask(options: argparse.Namespace, question: Callable[[Client], Awaitable[T]])
     """
 
     async def asked() -> T:
-        async with Client(options.head) as client:
+        tls_dir = users_tls_directory(options.tls_dir, os.environ)
+        async with Client(options.head, tls_dir=tls_dir) as client:
             return await question(client)
 
     return asyncio.run(asked())

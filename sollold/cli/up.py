@@ -97,7 +97,7 @@ class _Up:
         return [
             *("--listen", HOST, "--http-port", str(self._options.http_port)),
             *("--grpc-port", str(self._options.grpc_port), "--redis-url", redis_url),
-            *("--log-format", "json", "--exit-with-parent"),
+            *("--log-format", "json", "--exit-with-parent", "--tls-dir", ""),
         ]
 
     def _agent_flags(self, name: str, port: int, redis_url: str, cap_bytes: int | None) -> list[str]:
@@ -105,6 +105,7 @@ class _Up:
             *("--node-id", name, "--host", HOST, "--listen", HOST, "--port", str(port), "--redis-url", redis_url),
             *("--state-dir", str(self._state / name), "--log-dir", str(self._logs / f"{name}-engines")),
             *("--run-dir", str(private(self._run / name)), "--log-format", "json", "--exit-with-parent"),
+            *("--tls-dir", ""),  # this machine's certificates, if it has some, are for the cluster it belongs to
         ]
         for directory in self._options.models:
             flags += ["--model-dirs", model_directory(directory)]

@@ -98,8 +98,8 @@ async def test_a_peer_that_accepts_and_never_answers_costs_two_seconds(proxy):
 
 
 async def test_a_link_that_falls_silent_in_the_middle_ends_in_bounded_time(proxy, monkeypatch):
-    async def then_freeze(host, port):
-        found = await round_trip_s(host, port)
+    async def then_freeze(host, port, tls):
+        found = await round_trip_s(host, port, tls)
         proxy.bytes_per_s = 1e6
         asyncio.get_running_loop().call_later(0.2, proxy.freeze)
         return found
@@ -113,8 +113,8 @@ async def test_a_link_that_falls_silent_in_the_middle_ends_in_bounded_time(proxy
 
 
 async def test_a_link_that_is_reset_in_the_middle_is_out_of_reach(proxy, monkeypatch):
-    async def then_reset(host, port):
-        found = await round_trip_s(host, port)
+    async def then_reset(host, port, tls):
+        found = await round_trip_s(host, port, tls)
         proxy.bytes_per_s = 1e6
         asyncio.get_running_loop().call_later(0.2, proxy.reset)
         return found

@@ -9,10 +9,9 @@ import pytest
 from cryptography import x509
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from sollol import certificates
-from sollol.channels import new_server
-from sollol.credentials import channel_credentials, expecting, server_credentials
+from sollol.channels import bind, new_server, open_channel
 from sollol.errors import Reason, SollolError
-from sollol.identity import Role, checked, parse
+from sollol.identity import Role, checked, parse, role_name
 from sollol.tls import TlsFiles, admitted
 from structlog.testing import capture_logs
 
@@ -189,40 +188,37 @@ async def test_a_listener_admits_certificates_of_its_authority_and_follows_its_f
         assert await listener.ask(head) == "spiffe://sollol/test/head/h"
 
 
-async def _health(port, files, options):
-    channel = grpc.aio.secure_channel(
-        f"127.0.0.1:{port}",
-        channel_credentials(files.current()),
-        options=(*options, ("grpc.use_local_subchannel_pool", 1)),
-    )
-    async with channel:
+async def _health(port, files, name):
+    async with open_channel(f"127.0.0.1:{port}", files and files.current(), name=name) as channel:
         await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
 
 
 async def test_grpc_admits_certificates_of_its_authority_and_follows_its_files(tmp_path, ours):
-    theirs = authority()
+    theirs, any_agent = authority(), role_name(Role.AGENT)
     head = TlsFiles(write_identity(tmp_path / "head", ours, "head", "h"))
     foreign = TlsFiles(write_identity(tmp_path / "foreign", theirs, "head", "h", trusts=ours.certificate))
+    expired = TlsFiles(write_identity(tmp_path / "old", ours, "head", "h", expired=True))
     server = new_server()
     health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
-    files = TlsFiles(write_identity(tmp_path / "n1", ours, "agent", "n1"))
-    port = server.add_secure_port("127.0.0.1:0", server_credentials(files))
+    port = bind(server, "127.0.0.1:0", TlsFiles(write_identity(tmp_path / "n1", ours, "agent", "n1")))
     await server.start()
     try:
-        await _health(port, head, expecting(Role.AGENT, "n1"))
-        for asking, options in (
-            (foreign, expecting(Role.AGENT)),
-            (head, expecting(Role.AGENT, "n2")),
-            (head, expecting(Role.HEAD)),
+        await _health(port, head, "n1.agent.sollol")
+        for asking, name in (
+            (foreign, any_agent),
+            (expired, any_agent),
+            (None, any_agent),
+            (head, "n2.agent.sollol"),
+            (head, role_name(Role.HEAD)),
         ):
             with pytest.raises(grpc.aio.AioRpcError) as raised:
-                await _health(port, asking, options)
+                await _health(port, asking, name)
             assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
 
         write_identity(tmp_path / "n1", theirs, "agent", "n1")
         with pytest.raises(grpc.aio.AioRpcError):
-            await _health(port, head, expecting(Role.AGENT))
+            await _health(port, head, any_agent)
         write_identity(tmp_path / "head", theirs, "head", "h")
-        await _health(port, head, expecting(Role.AGENT))
+        await _health(port, head, any_agent)
     finally:
         await server.stop(0)

@@ -1,0 +1,49 @@
+"""One connection to an agent, with the relay and the calls on it; a newer one may follow while these go on."""
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+
+from sollol.channels import open_channel
+from sollol.tls import Material
+from sollol.v1 import agent_pb2_grpc as rpc
+
+from sollold.relay import AgentRelay
+
+DRAIN_POLL_S = 0.5
+
+
+class Line:
+    """Made with our certificate as it was then, to whom `name` says (see `open_channel`); plaintext without one."""
+
+    def __init__(self, address: str, material: Material | None = None, name: str = "") -> None:
+        self.material, self.name = material, name
+        self._channel = open_channel(address, material, name=name)
+        self._stub = rpc.AgentServiceStub(self._channel)
+        self._calls = 0
+        self.relay = AgentRelay(self._stub, address)
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator["rpc.AgentServiceAsyncStub"]:
+        """Yield the stub; the connection lives as long as somebody uses it, whatever `drain` would like."""
+        self._calls += 1
+        try:
+            yield self._stub
+        finally:
+            self._calls -= 1
+
+    async def drain(self) -> None:
+        """Close once the last call and the last stream are over. Whoever got the relay a moment ago is waited for."""
+        try:
+            await asyncio.sleep(DRAIN_POLL_S)
+            while self._calls or self.relay.streams:  # noqa: ASYNC110 - streams end in many places, and it is rare
+                await asyncio.sleep(DRAIN_POLL_S)
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        """End every call and stream on it."""
+        try:
+            await self.relay.close()
+        finally:
+            await self._channel.close()
