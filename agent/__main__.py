@@ -6,7 +6,9 @@ from pathlib import Path
 
 import sollol  # noqa: F401 - before grpc: switches its fork handlers off
 from sollol import lifecycle, log
+from sollol.certified import let_grpc_tell_of_handshakes
 from sollol.config import load, load_or_exit
+from sollol.identity import Role
 from sollol.live import Live
 from sollol.notices import Notices
 
@@ -30,6 +32,7 @@ def main() -> None:
     set_up_log(config)
     live = Live(config, reread=reread, changeable=LIVE)
     live.subscribe(set_up_log)
+    let_grpc_tell_of_handshakes(config.tls_dir, Role.AGENT, os.environ)
     from agent.app import serve  # noqa: PLC0415 - after --help and --check-config: grpc is slow to load
 
     sys.exit(

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import sollol  # noqa: F401 - before grpc: switches its fork handlers off
 from sollol import lifecycle, log
+from sollol.certified import let_grpc_tell_of_handshakes
 from sollol.config import load, load_or_exit
+from sollol.identity import Role
 from sollol.live import Live
 from sollol.notices import Notices
 
@@ -28,6 +30,7 @@ def main() -> None:
     set_up_log(config)
     live = Live(config, reread=reread, changeable=LIVE)
     live.subscribe(set_up_log)
+    let_grpc_tell_of_handshakes(config.tls_dir, Role.HEAD, os.environ)
     # After --help and --check-config: grpc and aiohttp are slow to load.
     from sollold.app import serve  # noqa: PLC0415
 

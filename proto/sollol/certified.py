@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Protocol
 
 import structlog
@@ -52,6 +52,15 @@ def certified(config: Config, role: Role, environ: Mapping[str, str], closing: C
             hint="`sollol join` or `sollol pki issue` gives it a certificate",
         )
     return tls
+
+
+def let_grpc_tell_of_handshakes(tls_dir: str, role: Role, environ: MutableMapping[str, str]) -> None:
+    """Why a peer's handshake failed only gRPC's C core knows, and it writes its own lines to standard error.
+
+    To be called before grpc is imported; without certificates it stays as silent as `sollol` makes it.
+    """
+    if tls_directory(tls_dir, role, environ) is not None and environ.get("GRPC_VERBOSITY") == "NONE":
+        environ["GRPC_VERBOSITY"] = "INFO"
 
 
 def expires_in_s(tls: TlsFiles, now_s: float | None = None) -> float:

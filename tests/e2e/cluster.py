@@ -46,6 +46,8 @@ class Cluster:
         self.url = f"http://127.0.0.1:{self.http_port}"
         self.head = f"127.0.0.1:{self.grpc_port}"
         self.state = home / "state"
+        self.tls_dir: Path | None = None
+        """The certificate of whoever asks: an operator's."""
         (home / "run").mkdir(mode=0o700)
         own = {"HOME": str(home), "XDG_RUNTIME_DIR": str(home / "run")}
         self.environ = os.environ | _ENVIRON | own | (environ or {})
@@ -61,7 +63,7 @@ class Cluster:
         return self.home / "run" / "redis.sock"
 
     def client(self) -> Client:
-        return Client(self.head)
+        return Client(self.head, tls_dir=self.tls_dir)
 
     async def post(self, path: str, body: dict[str, Any] | bytes) -> tuple[int, dict[str, Any]]:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -90,7 +92,17 @@ class Cluster:
     async def cli(self, *words: str, stdin: bytes = b"") -> tuple[int, str, str]:
         """Exit status, standard output and standard error of one `sollol` command."""
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "sollold.cli", "--head", self.head, *words),
+            *(
+                sys.executable,
+                "-P",
+                "-m",
+                "sollold.cli",
+                "--head",
+                self.head,
+                "--tls-dir",
+                str(self.tls_dir or ""),
+                *words,
+            ),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

@@ -125,6 +125,9 @@ class ByHand(Cluster):
         names = ("--node-id", node, "--port", str(self._ports[node]), "--model-dirs", str(self._models))
         return self._daemon(node, "agent", *names, "--engine", str(self._engine), *map(str, places), *flags)
 
+    def port_of(self, node: str) -> int:
+        return self._ports[node]
+
     def log(self, name: str) -> str:
         return (self.home / f"{name}.log").read_text(errors="replace")
 

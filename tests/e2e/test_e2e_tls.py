@@ -1,0 +1,185 @@
+"""Daemons that ask each other, and everybody, for certificates: who gets in, who does not and why, and renewal."""
+
+import asyncio
+import json
+import shutil
+from contextlib import asynccontextmanager
+
+import grpc.aio
+import pytest
+from sollol.certificates import read
+from sollol.channels import open_channel, refusal_of
+from sollol.client import Client
+from sollol.errors import Reason, SollolError
+from sollol.tls import TlsFiles
+from sollol.v1 import agent_pb2, agent_pb2_grpc
+
+from tests.certificates import authority, replace_file, write_identity
+from tests.daemon import write_engine
+from tests.e2e.cluster import text_of
+from tests.e2e.daemons import ByHand, short_home
+from tests.waiting import wait_until
+
+MODEL = "tiny-reciter"
+TOKENS, RATE = 60, 25
+
+
+@pytest.fixture
+async def secured(reciting_model, ports):
+    """A head and two agents with certificates, on addresses of their own; the engine is slow and plays llama-server."""
+    with short_home() as home:
+        (home / "models").mkdir()
+        shutil.copy(reciting_model, home / "models" / f"{MODEL}.gguf")
+        engine = write_engine(home / "engine", f"rate={RATE}", f"tokens={TOKENS}")
+        cluster = ByHand(home, ports, models=home / "models", engine=engine)
+        cluster.pki, cluster.ours = home / "pki", authority()
+        cluster.tls_dir = write_identity(cluster.pki / "admin", cluster.ours, "admin", "operator")
+        try:
+            cluster.start_redis()
+            for node, address in (("n3", "127.0.0.3"), ("n4", "127.0.0.4")):
+                tls_dir = write_identity(cluster.pki / node, cluster.ours, "agent", node)
+                cluster.start_agent(node, "--listen", address, "--host", address, "--tls-dir", str(tls_dir))
+            head = write_identity(cluster.pki / "head", cluster.ours, "head", "h")
+            cluster.start_head("--tls-dir", str(head), "--host", "127.0.0.3")
+            await cluster.nodes_seen(2)
+            yield cluster
+        finally:
+            cluster.close()
+
+
+def logged(cluster, name, event):
+    lines = (json.loads(line) for line in cluster.log(name).splitlines() if line.startswith("{"))
+    return [line for line in lines if line["event"] == event]
+
+
+async def refused(cluster, tls_dir, ask):
+    """The reason that the user sees."""
+    with pytest.raises(SollolError) as raised:
+        async with Client(cluster.head, tls_dir=tls_dir) as client:
+            await ask(client)
+    return raised.value.refusal
+
+
+async def test_each_role_gets_what_is_its_own_and_everybody_else_hears_why_not(secured):
+    client = write_identity(secured.pki / "client", secured.ours, "client", "someone")
+    async with Client(secured.head, tls_dir=client) as user:
+        assert [model.name for model in await user.list_models()] == [MODEL]
+
+    assert (await refused(secured, client, lambda user: user.nodes())).reason is Reason.WRONG_ROLE
+    agent = await refused(secured, secured.pki / "n3", lambda user: user.list_models())
+    assert agent.reason is Reason.WRONG_ROLE
+    told = logged(secured, "head", "peer_refused")
+    assert [(line["reason"], line["method"]) for line in told] == [
+        ("WRONG_ROLE", "/sollol.v1.ClusterService/ListNodes"),
+        ("WRONG_ROLE", "/sollol.v1.InferenceService/ListModels"),
+    ]
+    assert "client someone of test" in told[0]["message"]
+
+    assert (await refused(secured, None, lambda user: user.nodes())).reason is Reason.NO_CERTIFICATE
+    expired = write_identity(secured.pki / "expired", secured.ours, "admin", "o", expired=True)
+    foreign = write_identity(secured.pki / "foreign", authority(), "admin", "o", trusts=secured.ours.certificate)
+    for stranger in (expired, foreign):
+        refusal = await refused(secured, stranger, lambda user: user.nodes())
+        assert refusal.reason is Reason.FOREIGN_CERTIFICATE
+        assert "refuses our certificate" in refusal.message
+    elsewhere = write_identity(secured.pki / "elsewhere", authority(), "admin", "o")
+    assert (await refused(secured, elsewhere, lambda user: user.nodes())).reason is Reason.FOREIGN_CERTIFICATE
+    # gRPC's core tells standard error of handshakes that failed.
+    assert "certificate has expired" in secured.log("head")
+    assert "unable to get local issuer certificate" in secured.log("head")
+
+
+async def test_whoever_is_revoked_is_refused_at_the_next_call(secured):
+    async with secured.client() as operator:
+        await operator.nodes()
+        replace_file(secured.pki / "head" / "revoked", b"admin/operator # left us\n")
+        with pytest.raises(SollolError, match="CERTIFICATE_REVOKED"):
+            await operator.nodes()
+    assert logged(secured, "head", "peer_refused")[0]["reason"] == "CERTIFICATE_REVOKED"
+
+
+@asynccontextmanager
+async def answering(cluster):
+    """A stream in its middle; the value is a task that returns its whole text and its last event."""
+    begun = asyncio.Event()
+
+    async def read_all():
+        text, last = "", {}
+        async with cluster.stream(MODEL, max_tokens=TOKENS) as events:
+            async for event in events:
+                text, last = text + text_of(event), event
+                begun.set()
+        return text, last
+
+    task = asyncio.create_task(read_all())
+    try:
+        await asyncio.wait_for(begun.wait(), 20)
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def serial(directory):
+    return read((directory / "node.pem").read_bytes()).serial
+
+
+async def test_certificates_and_authority_change_in_the_middle_of_a_stream_that_loses_nothing(secured):
+    old, new = secured.ours, authority()
+    both = old.certificate + new.certificate
+    names = {"head": ("head", "h"), "n3": ("agent", "n3"), "n4": ("agent", "n4")}
+    async with answering(secured) as stream:
+        former = {name: serial(secured.pki / name) for name in names}
+        for name in (*names, "admin"):
+            replace_file(secured.pki / name / "ca.pem", both)
+        for name, (role, node_id) in names.items():
+            write_identity(secured.pki / name, new, role, node_id, trusts=both)
+        # From here on nobody admits a certificate from before: whatever still works has been made anew.
+        revoked = "\n".join(former.values()).encode()
+        for name in names:
+            replace_file(secured.pki / name / "revoked", revoked)
+        await secured.nodes_seen(2)
+        assert not stream.done()
+        text, last = await asyncio.wait_for(stream, 30)
+    assert text.split() == [f"t{number}" for number in range(TOKENS)]
+    assert last == {"done": True}
+    await secured.nodes_seen(2)
+    text = await secured.say(MODEL, max_tokens=5)
+    assert text.split() == ["t0", "t1", "t2", "t3", "t4"]
+    assert logged(secured, "head", "node_disconnected") == []
+
+
+async def test_an_agent_with_the_certificate_of_another_node_does_not_start(secured):
+    process = secured.start_agent("n5", "--listen", "127.0.0.5", "--tls-dir", str(secured.pki / "n4"))
+    assert await asyncio.to_thread(process.wait, 15) == 5
+    (ended,) = logged(secured, "n5", "ended_by_refusal")
+    assert ended["reason"] == "WRONG_NODE"
+    assert "set node_id to n4" in ended["message"]
+
+
+async def test_a_node_that_is_revoked_is_not_watched_and_the_log_says_why(secured):
+    secured.processes["n4"].terminate()
+    secured.processes["n4"].wait(15)
+    await secured.nodes_seen(1)
+    replace_file(secured.pki / "head" / "revoked", b"agent/n4\n")
+    secured.start_agent("n4", "--listen", "127.0.0.4", "--host", "127.0.0.4", "--tls-dir", str(secured.pki / "n4"))
+    await wait_until(
+        lambda: any(line["reason"] == "CERTIFICATE_REVOKED" for line in logged(secured, "head", "agent_not_watched")),
+        within_s=10,
+        what="the head says that n4 is revoked",
+    )
+    await secured.nodes_seen(1)
+
+
+async def test_an_agent_may_measure_the_link_to_another_agent_and_nothing_else(secured):
+    address = f"127.0.0.3:{secured.port_of('n3')}"
+    async with open_channel(address, TlsFiles(secured.pki / "n4").current()) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await agent_pb2_grpc.AgentServiceStub(channel).GetReport(agent_pb2.GetReportRequest())
+    assert refusal_of(raised.value).reason is Reason.WRONG_ROLE
+    async with open_channel(address, TlsFiles(secured.pki / "head").current(), name="n3.agent.sollol") as channel:
+        request = agent_pb2.MeasureLinkRequest(node_id="n4", host="127.0.0.4", port=secured.port_of("n4"))
+        measured = await agent_pb2_grpc.AgentServiceStub(channel).MeasureLink(request, timeout=20)
+    assert measured.link.node_id == "n4"
+    assert measured.link.bytes_per_s > 1e6
+    assert 0 < measured.link.rtt_s < 0.1
