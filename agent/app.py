@@ -21,10 +21,10 @@ from sollol.identity import Role
 from sollol.lifecycle import Closing, Stop
 from sollol.live import Live
 from sollol.registry import Registry
-from sollol.report import Instance
 
 from agent import link_probe
 from agent.bandwidth import usable_cores
+from agent.busy import Busy
 from agent.config import AgentConfig
 from agent.engine.find import FoundEngine, find_engine
 from agent.gpus import default_drivers
@@ -86,7 +86,7 @@ async def serve(live: Live[AgentConfig], environ: Mapping[str, str], stop: Stop)
                 probe=probe,
                 inventory=inventory,
                 ledger=ledger,
-                supervisor=_Busy(supervisor, streams, speeds),
+                supervisor=Busy(supervisor, streams, speeds),
                 speeds=speeds,
                 links=links,
                 learned=learned,
@@ -97,16 +97,16 @@ async def serve(live: Live[AgentConfig], environ: Mapping[str, str], stop: Stop)
             links.subscribe(reporter.changed)
             live.subscribe(lambda settings: _reconfigure(settings, environ, inventory, probe, reporter))
             closing.run("speeds", speeds.run(), stop, within_s=STEP_WITHIN_S)
-            await supervisor.reap_leftovers()
+            supervisor.adopt()
             closing.run("report", reporter.run(), stop, within_s=STEP_WITHIN_S)
             closing.run("links", links.run(), stop, within_s=STEP_WITHIN_S)
-            closing.add("engines", supervisor.close, within_s=config.stop_grace_s + 2 * STEP_WITHIN_S)
+            _close_engines(supervisor, config, closing)
             if not await _before_stop(reporter.ready(), stop):
                 return
             service = AgentService(
                 reporter=reporter, ledger=ledger, supervisor=supervisor, relay=relay, links=links, sink=sink
             )
-            await _open(server, service, closing)
+            await _open(server, service, closing, relay if config.leave_engines else None)
             start_presence(config, reporter.watch, closing, stop)
             _announce(config, reporter, stop)
             await stop.wait()
@@ -125,17 +125,24 @@ def _reconfigure(
     reporter.use(config)
 
 
+def _close_engines(supervisor: Supervisor, config: AgentConfig, closing: Closing) -> None:
+    close = partial(supervisor.close, leave=config.leave_engines)
+    closing.add("engines", close, within_s=config.stop_grace_s + 2 * STEP_WITHIN_S)
+
+
 def _journal(event: LedgerEvent, reporter: Reporter) -> None:
     log.debug("ledger_changed", entry=event)
     reporter.changed()
 
 
-async def _open(server: grpc.aio.Server, service: AgentService, closing: Closing) -> None:
-    """From here on heads are answered."""
+async def _open(server: grpc.aio.Server, service: AgentService, closing: Closing, leaving: Relay | None) -> None:
+    """From here on heads are answered. The streams of `leaving` are cut in the end: their engines outlive us."""
     service.add_to(server)
     await server.start()
     closing.add("gRPC", lambda: server.stop(STREAMS_GRACE_S), within_s=STEP_WITHIN_S)
-    closing.add("drain", service.drain, within_s=STEP_WITHIN_S)
+    closing.add("drain", lambda: service.drain(restarting=leaving is not None), within_s=STEP_WITHIN_S)
+    if leaving is not None:
+        closing.add("streams", leaving.leave, within_s=STEP_WITHIN_S)
 
 
 async def _before_stop(awaited: Coroutine[Any, Any, object], stop: Stop) -> bool:
@@ -148,25 +155,6 @@ async def _before_stop(awaited: Coroutine[Any, Any, object], stop: Stop) -> bool
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-class _Busy:
-    """The supervisor's instances, each with the streams that the relay carries for it, and its speed."""
-
-    def __init__(self, supervisor: Supervisor, streams: Streams, speeds: Speeds) -> None:
-        self._supervisor = supervisor
-        self._streams = streams
-        self._speeds = speeds
-
-    def instances(self) -> tuple[Instance, ...]:
-        return tuple(
-            replace(
-                instance,
-                active_streams=self._streams.active(instance.instance_id),
-                observed_ms_per_token=self._speeds.observed_ms(instance.instance_id),
-            )
-            for instance in self._supervisor.instances()
-        )
 
 
 def _registry(config: AgentConfig, closing: Closing) -> Registry | None:
@@ -226,7 +214,11 @@ def _supervisor(
         resolve=inventory.path_of,
         environment=environ,
         directories=files.Directories(log=places.log, run=places.run, state=places.state),
-        limits=Limits(start_timeout_s=config.start_timeout_s, stop_grace_s=config.stop_grace_s),
+        limits=Limits(
+            start_timeout_s=config.start_timeout_s,
+            stop_grace_s=config.stop_grace_s,
+            orphan_ttl_s=config.orphan_ttl_s,
+        ),
         streams=streams.active,
         threads=found.engine.threads if found else 0,
         site=BackendSite(
@@ -237,7 +229,7 @@ def _supervisor(
             ports=config.rpc_port_range(),
         ),
         tcp=tcp if config.coordinator_listen == "tcp" else None,
-        on_gone=lambda instance: ledger.freed(instance.pool_id, instance.instance_id),
+        promises=ledger,
         on_logged=MemoryAccount(inventory.model, learned).loaded,
     )
 

@@ -96,6 +96,12 @@ class AgentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     ] = 10.0
     mqtt_discovery: Annotated[bool, Meta(description="Tell Home Assistant of this node and its pools")] = True
     mqtt_discovery_prefix: MqttDiscoveryPrefix = "homeassistant"
+    leave_engines: Annotated[
+        bool, Meta(description="Leave engines running when the agent ends, for the next one; systemd's unit sets it")
+    ] = False
+    orphan_ttl_s: Annotated[
+        Seconds, Meta(description="How long engines of an earlier agent that no record accounts for are left alone")
+    ] = 120.0
     state_dir: Annotated[
         str, Meta(description="What outlives a restart; auto: systemd's directory, else ~/.local/state/sollol")
     ] = "auto"

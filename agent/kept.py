@@ -1,6 +1,7 @@
 """Small values in the state directory that outlive a restart. What cannot be understood is set aside, never obeyed."""
 
 import os
+import time
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +22,8 @@ class _File(Struct):
 def load(path: Path, kind: type[T], *, version: int) -> T | None:
     """What `save` wrote; None when there is nothing.
 
-    A file that is damaged, or of another version, is renamed to `NAME.bad` and told of: the start goes on without it.
+    A file that is damaged, or of another version, is renamed to `NAME.bad-<unix seconds>` and told of: the start goes
+    on without it.
     """
     try:
         file = msgspec.json.decode(path.read_bytes(), type=_File)
@@ -37,21 +39,25 @@ def load(path: Path, kind: type[T], *, version: int) -> T | None:
         problem = str(error)
     log.warning("kept_file_set_aside", path=str(path), problem=problem)
     try:
-        path.replace(path.with_name(path.name + ".bad"))
+        path.replace(path.with_name(f"{path.name}.bad-{time.time():.0f}"))
     except OSError as error:
         log.warning("kept_file_not_set_aside", path=str(path), problem=str(error))
     return None
 
 
-def save(path: Path, content: object, *, version: int) -> None:
-    """Replace the file by a whole new one. Blocks on the disk.
+def save(path: Path, content: object, *, version: int, durable: bool = True) -> None:
+    """Replace the file by a whole new one, for this user's eyes only. Blocks on the disk.
+
+    With `durable` it outlives a loss of power, too, which takes longer.
 
     Raises:
         OSError: the directory cannot be written, or is full; the old file is as it was.
     """
     fresh = path.with_name(path.name + ".new")
-    with fresh.open("wb") as file:
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with open(descriptor, "wb") as file:  # noqa: PTH123 - Path cannot open a descriptor
         file.write(msgspec.json.encode({"version": version, "content": content}))
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     fresh.replace(path)

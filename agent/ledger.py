@@ -11,14 +11,14 @@ from typing import Literal
 
 from msgspec import Struct
 from msgspec.structs import replace
-from sollol.errors import Reason, Refusal, refuse
+from sollol.errors import Reason, Refusal, SollolError, refuse
 from sollol.report import Device, DeviceKind, Reservation
 
 MAX_BYTES = 1 << 50  # a pebibyte: more than that on one device is a mistake of the caller
 MAX_TTL_S = 3600.0
 MAX_POOL_ID = 128
 
-Change = Literal["reserved", "renewed", "replaced", "released", "lapsed", "bound", "freed"]
+Change = Literal["reserved", "renewed", "replaced", "released", "lapsed", "bound", "restored", "freed"]
 
 
 class LedgerEvent(Struct, frozen=True, kw_only=True):
@@ -125,6 +125,23 @@ class Ledger:
             holders = held.holders | {instance_id}
             self._put(replace(held, expires_s=None, bound_s=self._clock(), holders=holders), "bound")
         return dict(held.bytes)
+
+    def held(self, pool_id: str) -> dict[str, int]:
+        """A pool's bytes by device id; empty when nothing is promised to it."""
+        return dict(self._promises[pool_id].bytes) if pool_id in self._promises else {}
+
+    def restore(self, pool_id: str, instance_id: str, bytes_by_device: Mapping[str, int]) -> None:
+        """Promise again what an engine still runs on, whatever is free: an earlier agent had promised it.
+
+        Raises:
+            SollolError: INVALID_REQUEST; these bytes are no promise, or another engine of the pool runs on others.
+        """
+        if (refusal := _malformed(pool_id, bytes_by_device, MAX_TTL_S)) is not None:
+            raise SollolError(refusal)
+        held = self._promises.get(pool_id) or _Promise(pool_id=pool_id, bytes=dict(bytes_by_device), expires_s=None)
+        if held.bytes != bytes_by_device:
+            raise refuse(Reason.INVALID_REQUEST, f"pool {pool_id!r} runs on other bytes already")
+        self._put(replace(held, bound_s=self._clock(), holders=held.holders | {instance_id}), "restored")
 
     def freed(self, pool_id: str, instance_id: str) -> None:
         """Give back what a pool held, when its last process is gone (or could not be started).

@@ -16,8 +16,10 @@ from sollol.channels import refusal_abort
 from sollol.errors import Reason, Refusal, SollolError, refuse
 from sollol.v1 import agent_pb2
 
-from agent.engine_client import EngineProtocolError, Exchange, authorization, connect, request_bytes
+from agent.departure import RESTARTING
+from agent.engine_client import EngineProtocolError, Exchange, authorization, connect
 from agent.outbox import Lane, Outbox
+from agent.relayed import DOWN_HEADERS, engine_request
 from agent.streams import Streams
 
 GATHER_S = 0.002
@@ -26,25 +28,6 @@ MAX_STREAMS = 4096
 FAILURE_WAIT_S = 1.0
 _FAILURE_POLL_S = 0.02
 CANCELLED = Refusal(reason=Reason.CANCELLED, message="the reader let go of this stream")
-
-ALLOWED = frozenset(
-    {
-        ("POST", "/v1/chat/completions"),
-        ("POST", "/v1/completions"),
-        ("POST", "/completion"),
-        ("POST", "/v1/embeddings"),
-        ("POST", "/tokenize"),
-        ("POST", "/detokenize"),
-        ("POST", "/apply-template"),
-        # For heads themselves; no head lets its users name a path.
-        ("GET", "/health"),
-        ("GET", "/props"),
-        ("GET", "/slots"),
-    }
-)
-# Never X-Conversation-Id: with it the engine generates on after its reader has gone.
-_UP_HEADERS = frozenset({"content-type", "accept"})
-_DOWN_HEADERS = frozenset({"content-type", "content-length", "retry-after"})
 
 log = structlog.get_logger()
 
@@ -78,13 +61,26 @@ class Relay:
         self.failure_of = failure_of
         self.streams = streams
         self.authorization = authorization(key)
+        self.leaving = False
+        self._calls: set[_Call] = set()
 
     async def serve(self, context: RelayContext) -> None:
         """Serve one head's call until it ends; its streams end with it."""
-        refusal = await _Call(self, context).run()
+        call = _Call(self, context)
+        self._calls.add(call)
+        try:
+            refusal = await call.run()
+        finally:
+            self._calls.discard(call)
         if refusal is not None:
             log.warning("relay_call_refused", reason=refusal.reason, message=refusal.message)
             await refusal_abort(context, refusal)
+
+    async def leave(self) -> None:
+        """End every stream, and those to come, with the word that this agent restarts: the engines do not."""
+        self.leaving = True
+        for call in self._calls:
+            call.end_streams(RESTARTING)
 
 
 class _Call:
@@ -104,9 +100,12 @@ class _Call:
             try:
                 return await self._read(group)
             finally:
-                for stream in list(self._streams.values()):
-                    stream.cancel()
+                self.end_streams(CANCELLED, drop_data=True)
                 writer.cancel()
+
+    def end_streams(self, why: Refusal, *, drop_data: bool = False) -> None:
+        for stream in tuple(self._streams.values()):
+            stream.cut(why, drop_data=drop_data)
 
     async def _read(self, group: asyncio.TaskGroup) -> Refusal | None:
         while isinstance(message := await self._next(), agent_pb2.RelayRequest):
@@ -124,7 +123,7 @@ class _Call:
                 elif kind == "credit":
                     stream.grant(frame.credit.bytes)
                 elif kind == "cancel":
-                    stream.cancel()
+                    stream.cut(CANCELLED, drop_data=True)
         return None
 
     async def _next(self) -> Any:
@@ -140,6 +139,8 @@ class _Call:
         stream = self._streams[number] = _Stream(self.relay, request, Lane(number, request.credit_bytes), self)
         if full:
             self.end(stream.lane, _too_many())
+        elif self.relay.leaving:
+            self.end(stream.lane, RESTARTING)
         else:
             group.create_task(stream.run(), name=f"relay-stream-{number}")
 
@@ -200,8 +201,8 @@ class _Stream:
         if self._exchange is not None and self.lane.room:
             self._exchange.resume()
 
-    def cancel(self) -> None:
-        self._call.end(self.lane, CANCELLED, drop_data=True)
+    def cut(self, why: Refusal, *, drop_data: bool) -> None:
+        self._call.end(self.lane, why, drop_data=drop_data)
         if self._exchange is not None:
             self._exchange.abort()
 
@@ -230,8 +231,9 @@ class _Stream:
         request, self._request = self._request, None
         if request is None or self.lane.ended:  # cancelled before it began
             return
-        exchange = Exchange(_engine_request(request, self._relay.authorization), self._on_head, self._on_body)
-        del request
+        wanted = engine_request(request.method, request.path, request.headers, request.body, self._relay.authorization)
+        exchange = Exchange(wanted, self._on_head, self._on_body)
+        del request, wanted
         path = self._relay.socket_of(self._instance_id)
         self._exchange = exchange
         try:
@@ -241,7 +243,7 @@ class _Stream:
             exchange.abort()
 
     def _on_head(self, status: int, headers: dict[str, str]) -> None:
-        wanted = {name: content for name, content in headers.items() if name in _DOWN_HEADERS}
+        wanted = {name: content for name, content in headers.items() if name in DOWN_HEADERS}
         self._call.head(self.lane, status, wanted)
 
     def _on_body(self, data: bytes) -> None:
@@ -263,17 +265,6 @@ class _Stream:
             await asyncio.sleep(_FAILURE_POLL_S)
         message = f"the connection to engine {self._instance_id} was lost before its answer was complete: {error}"
         return refuse(Reason.ENGINE_DIED, message, retryable=True).refusal
-
-
-def _engine_request(request: agent_pb2.Open, ours: dict[str, str]) -> bytes:
-    if (request.method, request.path) not in ALLOWED:
-        message = f"{request.method[:16]} {request.path[:80]} is not an inference route that agents relay"
-        raise refuse(Reason.PATH_NOT_ALLOWED, message)
-    headers = {name: text for name, text in request.headers.items() if name.lower() in _UP_HEADERS}
-    for name, text in headers.items():
-        if not (text.isascii() and text.isprintable()):
-            raise refuse(Reason.INVALID_REQUEST, f"header {name} has characters that HTTP does not allow")
-    return request_bytes(request.method, request.path, headers | ours, request.body)
 
 
 def _opened_twice(number: int) -> Refusal:

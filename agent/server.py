@@ -36,6 +36,7 @@ from agent.checks import (
     check_reserved,
     check_ttl,
 )
+from agent.departure import Departure
 from agent.guarded import guarded
 from agent.supervisor.lending import BackendWish, backend_id
 
@@ -74,15 +75,23 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         self._sink = sink
         self._health = health.aio.HealthServicer()
         self._draining = False
+        self._departure = Departure()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Add this service and the standard health service."""
         agent_pb2_grpc.add_AgentServiceServicer_to_server(self, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
 
-    async def drain(self) -> None:
-        """From now on take no reservation and start nothing; streams go on. Health says NOT_SERVING, for good."""
+    async def drain(self, *, restarting: bool = False) -> None:
+        """From now on take no reservation and start nothing; streams go on. Health says NOT_SERVING, for good.
+
+        Args:
+            restarting: The engines outlive this agent. Heads that watch it are sent away, so that they wait for the
+                next one and take no word of this one for it.
+        """
         self._draining = True
+        if restarting:
+            self._departure.begin()
         await self._health.enter_graceful_shutdown()
 
     @guarded
@@ -93,6 +102,9 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
 
     @guarded
     async def WatchReport(self, request: agent_pb2.WatchReportRequest, context: Any) -> None:
+        await self._departure.unless_begun(self._watch_report(context))
+
+    async def _watch_report(self, context: Any) -> None:
         sent: tuple[Model, ...] | None = None
         async for report in self._reporter.watch():
             unchanged = sent is report.models or sent == report.models

@@ -4,6 +4,7 @@ Off the token path: it hears of streams that begin and end, and asks an engine a
 """
 
 import asyncio
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,6 +75,7 @@ class Speeds:
         before = kept.load(path, _Kept, version=VERSION)
         self._records = Records(before.records if before is not None and before.engine == engine else ())
         self._watched: dict[str, _Watched] = {}
+        self._since_unix_s = time.time()
         self._due: set[str] = set()
         self._wake = asyncio.Event()
 
@@ -94,6 +96,12 @@ class Speeds:
             plan = self._plan_of(instance.instance_id)
             if plan is not None:
                 self._watch(instance.instance_id, plan)
+                self._note_past(instance)
+
+    def _note_past(self, instance: Instance) -> None:
+        """What one that an earlier agent started has counted so far, nobody has watched."""
+        if instance.started_unix_s < self._since_unix_s and instance.instance_id in self._watched:
+            self._watched[instance.instance_id].meter.disturbed()
 
     def streams_changed(self, instance_id: str, active: int) -> None:
         """Tell how many streams an instance has now, with every one that begins or ends."""

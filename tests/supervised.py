@@ -2,17 +2,21 @@
 
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
 import psutil
+from sollol.errors import SollolError
 from sollol.report import CoordinatorPlan, DeviceShare, Instance, InstanceState
 
+from agent import kept
+from agent.supervisor import records
 from agent.supervisor.endpoints import TcpSite
-from agent.supervisor.files import Directories
+from agent.supervisor.files import Directories, files_of
 from agent.supervisor.lending import BackendSite, BackendWish
 from agent.supervisor.memory_log import OnLogged, nobody_asks
 from agent.supervisor.owner import Limits
+from agent.supervisor.records import Record
 from agent.supervisor.restarts import RestartPolicy
 from agent.supervisor.supervisor import Supervisor
 
@@ -36,6 +40,12 @@ def directories(tmp_path: Path) -> Directories:
     return Directories(log=tmp_path / "log", run=tmp_path / "run", state=tmp_path / "state")
 
 
+def record_of(tmp_path: Path, instance_id: str) -> Record:
+    record = kept.load(files_of(instance_id, directories(tmp_path)).state, Record, version=records.VERSION)
+    assert record is not None, f"{instance_id} has no record"
+    return record
+
+
 def plan_of(model: str, *, layers: int = 9, context_per_slot: int = 512, parallel: int = 2) -> CoordinatorPlan:
     shares = (DeviceShare(device_id="CPU", layers=layers),)
     return CoordinatorPlan(model=model, parallel=parallel, context_per_slot=context_per_slot, shares=shares, threads=1)
@@ -53,6 +63,27 @@ def models_in(directory: Path) -> Callable[[str], Path]:
     return resolve
 
 
+class Promised:
+    """Plays the ledger: everybody holds the same, `gone` and `restored` are instances in order."""
+
+    def __init__(self, on_gone: Callable[[str], None] = lambda _: None, refusal: SollolError | None = None) -> None:
+        self.gone: list[str] = []
+        self.restored: list[tuple[str, dict[str, int]]] = []
+        self._on_gone, self._refusal = on_gone, refusal
+
+    def held(self, _pool_id: str) -> dict[str, int]:
+        return {"CPU": 1 << 20}
+
+    def restore(self, _pool_id: str, instance_id: str, bytes_by_device: Mapping[str, int]) -> None:
+        if self._refusal is not None:
+            raise self._refusal
+        self.restored.append((instance_id, dict(bytes_by_device)))
+
+    def freed(self, _pool_id: str, instance_id: str) -> None:
+        self.gone.append(instance_id)
+        self._on_gone(instance_id)
+
+
 @contextlib.asynccontextmanager
 async def supervising(
     tmp_path: Path,
@@ -61,7 +92,7 @@ async def supervising(
     resolve: Callable[[str], Path] | None = None,
     limits: Limits = QUICK,
     restarts: RestartPolicy | None = None,
-    on_gone: Callable[[Instance], None] = lambda _: None,
+    promises: Promised | None = None,
     site: BackendSite = NOTHING_TO_LEND,
     tcp: TcpSite | None = None,
     streams: Callable[[str], int] = lambda _: 0,
@@ -79,7 +110,7 @@ async def supervising(
         streams=streams,
         threads=1,
         restarts=restarts,
-        on_gone=on_gone,
+        promises=promises or Promised(),
         on_logged=on_logged,
     )
     try:

@@ -5,24 +5,24 @@ can reach it, and never again; what it does afterwards is seen by the process an
 """
 
 import asyncio
-import time
 from collections.abc import Callable, Iterator
 
 import structlog
+from msgspec.structs import replace
 from sollol.errors import Reason, Refusal, Retry, SollolError
 from sollol.report import BackendEndpoint, DeviceShare, Instance, InstanceKind, InstanceState
 
 from agent.forwarder.status import NO_FREE_PORT, Status, read_status
-from agent.supervisor import leftovers
 from agent.supervisor.command import CPU, backend_argv
 from agent.supervisor.failure import KEPT_LINES, ended
 from agent.supervisor.files import last_lines
 from agent.supervisor.freeze import FreezeWatch, look_at
 from agent.supervisor.handshake import HandshakeFailedError, greet, listens
-from agent.supervisor.lending import BackendLaunch, backend_id, forwarder_argv, forwarder_id
-from agent.supervisor.owner import Limits, Owner, cannot_run
+from agent.supervisor.lending import BackendLaunch, forwarder_argv
+from agent.supervisor.owner import Exited, Limits, Owner, cannot_run
 from agent.supervisor.ports import LOOPBACK, Ports
 from agent.supervisor.process import EngineProcess, spawn_server
+from agent.supervisor.records import ENGINE, FORWARDER
 from agent.supervisor.state import Event, after
 
 log = structlog.get_logger(__name__)
@@ -36,7 +36,7 @@ class _PortTakenError(Exception):
 
 
 class Backend(Owner):
-    """Starts its processes when made; `view.pid` is the lending one's."""
+    """Starts its processes when made, or takes up those that run; `view.pid` is the lending one's."""
 
     def __init__(
         self,
@@ -52,16 +52,18 @@ class Backend(Owner):
         self._settled = asyncio.Event()
         self._endpoint: BackendEndpoint | None = None
         view = Instance(
-            instance_id=backend_id(wish.pool_id),
+            instance_id=launch.record.instance_id,
             pool_id=wish.pool_id,
             kind=InstanceKind.BACKEND,
             model="",
             state=InstanceState.STOPPED,
             shares=tuple(DeviceShare(device_id=name, layers=0, total_bytes=size) for name, size in wish.bytes.items()),
-            started_unix_s=time.time(),
+            started_unix_s=launch.record.started_unix_s,
         )
         # It does not wait after a death: it is its pool, and the model in it, that may be at fault.
-        super().__init__(view, launch.files, limits, on_change=on_change, on_gone=on_gone, wait_after=lambda _: 0.0)
+        super().__init__(
+            view, launch.record, launch.files, limits, on_change=on_change, on_gone=on_gone, wait_after=lambda _: 0.0
+        )
 
     async def endpoint(self) -> BackendEndpoint:
         """Return where its coordinator reaches it, as soon as it can.
@@ -85,6 +87,8 @@ class Backend(Owner):
             self._settled.set()
 
     async def _serve_until_gone(self) -> Refusal | None:
+        if self._launch.running:
+            return await self._serve_again(self._launch.record.port)
         tried: set[int] = set()
         while len(tried) < _ATTEMPTS:
             port = self._ports.claim(besides=frozenset(tried))
@@ -97,23 +101,30 @@ class Backend(Owner):
                 log.info("backend_port_taken", port=port)
             finally:
                 self._ports.give_back(port)
-                for files in (self._launch.files, self._launch.forwarder_files):
-                    files.remove_run_files()
-                    files.state.unlink(missing_ok=True)
+                self._clear(self._launch.files, self._launch.forwarder_files)
         return self._no_port()
+
+    async def _serve_again(self, port: int) -> Refusal | None:
+        self._ports.hold(port)
+        try:
+            return await self._serve_on(port)
+        finally:
+            self._ports.give_back(port)
+            self._clear(self._launch.files, self._launch.forwarder_files)
 
     async def _serve_on(self, port: int) -> Refusal | None:
         launch = self._launch
         devices = launch.wish.device_ids
         argv = backend_argv(launch.program, host=LOOPBACK, port=port, devices=devices, threads=launch.threads)
         try:
-            process = await spawn_server(argv, launch.environment, launch.files)
+            self._record = replace(self._record, port=port)
+            process = launch.running.get(ENGINE) or spawn_server(argv, launch.environment, launch.files)
         except OSError as error:
             return cannot_run(argv[0], error)
-        async with self._watched(process) as exited:
-            leftovers.remember(self.view.instance_id, process.pid, launch.files)
+        async with self._watched(ENGINE, process) as exited:
             self._announce(pid=process.pid)
-            refusal = await self._until_answers(process, exited, port)
+            # One that serves already has been greeted, and must not be asked again.
+            refusal = None if launch.running else await self._until_answers(process, exited, port)
             if refusal is None and not self._asked_to_stop.done():
                 refusal = await self._serve_behind_forwarder(process, exited, port)
             if self._asked_to_stop.done():
@@ -122,7 +133,7 @@ class Backend(Owner):
                 await process.stop(exited, self._grace_s)
             return None if self.view.state is InstanceState.STOPPING else refusal
 
-    async def _until_answers(self, process: EngineProcess, exited: asyncio.Task[int], port: int) -> Refusal | None:
+    async def _until_answers(self, process: EngineProcess, exited: Exited, port: int) -> Refusal | None:
         """Return None when it answers as it should, or shall stop.
 
         Raises:
@@ -154,17 +165,14 @@ class Backend(Owner):
             return self._failed(Reason.ENGINE_START_FAILED, f"lends {greeting.devices} devices, not {wanted}")
         return None
 
-    async def _serve_behind_forwarder(
-        self, process: EngineProcess, exited: asyncio.Task[int], port: int
-    ) -> Refusal | None:
+    async def _serve_behind_forwarder(self, process: EngineProcess, exited: Exited, port: int) -> Refusal | None:
         launch = self._launch
         argv = forwarder_argv(launch, port, gone_after_s=self._limits.gone_after_s)
         try:
-            forwarder = await spawn_server(argv, launch.environment, launch.forwarder_files)
+            forwarder = launch.running.get(FORWARDER) or spawn_server(argv, launch.environment, launch.forwarder_files)
         except OSError as error:
             return cannot_run(argv[0], error)
-        async with self._watched(forwarder) as forwarder_exited:
-            leftovers.remember(forwarder_id(launch.wish.pool_id), forwarder.pid, launch.forwarder_files)
+        async with self._watched(FORWARDER, forwarder) as forwarder_exited:
             refusal = await self._until_forwarded(exited, forwarder_exited)
             if refusal is None:
                 looks = self._frozen(process.pid, port, forwarder.pid)
@@ -173,7 +181,7 @@ class Backend(Owner):
                 await forwarder.stop(forwarder_exited, self._grace_s)
             return refusal
 
-    async def _until_forwarded(self, exited: asyncio.Task[int], forwarder_exited: asyncio.Task[int]) -> Refusal | None:
+    async def _until_forwarded(self, exited: Exited, forwarder_exited: Exited) -> Refusal | None:
         """Return None when it is READY, or shall stop."""
         loop = asyncio.get_running_loop()
         until = loop.time() + self._limits.connect_timeout_s
@@ -225,9 +233,7 @@ class Backend(Owner):
             stopped = forwarder.sees(look_at(forwarder_pid), clock())
             yield wrong or (stopped and f"has a forwarder that {stopped}")
 
-    async def _until_ended(
-        self, looks: Iterator[str], exited: asyncio.Task[int], forwarder_exited: asyncio.Task[int]
-    ) -> Refusal | None:
+    async def _until_ended(self, looks: Iterator[str], exited: Exited, forwarder_exited: Exited) -> Refusal | None:
         """Return None when it shall stop, or its forwarder had nobody left to serve."""
         while not (exited.done() or forwarder_exited.done() or self._asked_to_stop.done()):
             await self._next_event(exited, forwarder_exited, timeout_s=self._limits.freeze_poll_s)
@@ -238,16 +244,19 @@ class Backend(Owner):
             return None
         if exited.done():
             return self._died(exited)
-        if forwarder_exited.result() != 0:
-            how = ended(forwarder_exited.result())
-            return self._failed(Reason.ENGINE_DIED, f"lost its forwarder ({how}), and with it its coordinator")
         status = self.forwarder_status()
-        log.info("backend_unused", pool=self._launch.wish.pool_id, why=status.ended if status else "")
+        why, exit_code = status.ended if status else "", forwarder_exited.result()
+        if exit_code or (exit_code is None and not why):
+            what = f"lost its forwarder ({ended(exit_code)}), and with it its coordinator"
+            return self._failed(Reason.ENGINE_DIED, what)
+        log.info("backend_unused", pool=self._launch.wish.pool_id, why=why)
         self._announce(state=after(self.view.state, Event.STOP))
         return None
 
-    def _died(self, exited: asyncio.Task[int]) -> Refusal:
-        return self._failed(Reason.ENGINE_DIED, f"ended ({ended(exited.result())})", exit_code=exited.result())
+    def _died(self, exited: Exited) -> Refusal:
+        exit_code = exited.result()
+        numbers = {} if exit_code is None else {"exit_code": exit_code}
+        return self._failed(Reason.ENGINE_DIED, f"ended ({ended(exit_code)})", **numbers)
 
     def _no_port(self) -> Refusal:
         ports = self._launch.site.ports

@@ -70,6 +70,12 @@ class Endpoints:
         host = f"[{self._site.host}]" if ":" in self._site.host else self._site.host
         return Endpoint(url=f"http://{host}:{port}", listen=self._site.listen, port=port)
 
+    def hold(self, pool_id: str, endpoint: Endpoint) -> None:
+        """This pool's coordinator listens there already."""
+        if endpoint.port and self._ports is not None:
+            self._taken[pool_id] = endpoint.port
+            self._ports.hold(endpoint.port)
+
     def give_back(self, pool_id: str) -> None:
         """The coordinator is gone, or never was."""
         port = self._taken.pop(pool_id, None)

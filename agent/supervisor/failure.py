@@ -80,7 +80,7 @@ _AT_START = (
 
 
 def classify(
-    exit_code: int,
+    exit_code: int | None,
     log_tail: tuple[str, ...],
     *,
     was_ready: bool,
@@ -90,7 +90,7 @@ def classify(
     """Say why an engine that nobody stopped has ended.
 
     Args:
-        exit_code: As of `asyncio`: the status, or minus the signal's number.
+        exit_code: The status, or minus the signal's number; None when only an earlier agent could have learned it.
         log_tail: Its last log lines, oldest first.
         was_ready: Whether it had been serving.
         model: For the message.
@@ -108,7 +108,7 @@ def classify(
         return refusal if suspects == 1 else replace(refusal, numbers={**refusal.numbers, SUSPECTED_BACKENDS: suspects})
     if rule is not None:
         return _refusal(rule.reason, rule.retry, f"{what}: {rule.advice}", exit_code, log_tail)
-    if was_ready or exit_code < 0:
+    if was_ready or (exit_code or 0) < 0:
         hint = "; the kernel does this when memory runs out" if exit_code == -signal.SIGKILL else ""
         return _refusal(Reason.ENGINE_DIED, Retry.RETRYABLE, what + hint, exit_code, log_tail)
     return _refusal(Reason.ENGINE_START_FAILED, Retry.RETRYABLE, f"{what}: see its log", exit_code, log_tail)
@@ -149,8 +149,10 @@ def unreachable(
     return _stalled(message, waited_s, log_tail)
 
 
-def ended(exit_code: int) -> str:
+def ended(exit_code: int | None) -> str:
     """Return "exit status 1" or "SIGKILL"."""
+    if exit_code is None:
+        return "its exit status is not known: an earlier agent had started it"
     if exit_code >= 0:
         return f"exit status {exit_code}"
     try:
@@ -185,6 +187,6 @@ def _stalled(message: str, waited_s: float, log_tail: tuple[str, ...]) -> Refusa
     )
 
 
-def _refusal(reason: Reason, retry: Retry, message: str, exit_code: int, log_tail: tuple[str, ...]) -> Refusal:
-    numbers = {"exit_code": exit_code}
+def _refusal(reason: Reason, retry: Retry, message: str, exit_code: int | None, log_tail: tuple[str, ...]) -> Refusal:
+    numbers = {} if exit_code is None else {"exit_code": exit_code}
     return Refusal(reason=reason, message=message, retry=retry, numbers=numbers, log_lines=log_tail[-KEPT_LINES:])

@@ -1,7 +1,6 @@
 """One coordinator and its only owner: a task that starts the process, watches it and sees it gone."""
 
 import asyncio
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -10,16 +9,16 @@ import structlog
 from sollol.errors import Refusal
 from sollol.report import CoordinatorPlan, Instance, InstanceState
 
-from agent.supervisor import leftovers
 from agent.supervisor.comparison import with_logged
 from agent.supervisor.failure import KEPT_LINES, backend_lost, classify, frozen, stalled, unreachable
 from agent.supervisor.files import InstanceFiles, last_lines
 from agent.supervisor.health import health
 from agent.supervisor.links import backend_links
 from agent.supervisor.memory_log import OnLogged, logged_memory
-from agent.supervisor.owner import Limits, Owner, cannot_run
+from agent.supervisor.owner import Exited, Limits, Owner, cannot_run
 from agent.supervisor.process import EngineProcess, bytes_read, spawn_coordinator
 from agent.supervisor.progress import newest_percent
+from agent.supervisor.records import ENGINE, Record
 from agent.supervisor.standstill import Standstill
 from agent.supervisor.state import Event, after
 
@@ -32,27 +31,28 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     """Everything to start one coordinator; its instance id is its pool's id.
 
     Attributes:
-        endpoint: Where it is reached, for people.
+        record: What is written down of it.
+        running: Those of its processes that an earlier agent started, by role.
         key: What it asks of whoever asks it.
         node_id: Our own.
         streams: Those it has open now.
         on_logged: Told what memory it has taken, once it serves.
     """
 
-    instance_id: str
     plan: CoordinatorPlan
+    record: Record
     argv: tuple[str, ...]
     environment: Mapping[str, str]
     files: InstanceFiles
     node_id: str
     streams: Callable[[], int]
     on_logged: OnLogged
-    endpoint: str = ""
+    running: Mapping[str, EngineProcess] = msgspec.field(default_factory=dict)
     key: str = ""
 
 
 class Coordinator(Owner):
-    """Starts its process when made."""
+    """Starts its process when made, or takes up one that runs, in the state that it had reached."""
 
     def __init__(
         self,
@@ -63,31 +63,37 @@ class Coordinator(Owner):
         on_gone: Callable[[Instance], None],
         wait_after: Callable[[Instance], float],
     ) -> None:
+        record = launch.record
+        ready = bool(launch.running) and record.state is InstanceState.READY
         view = Instance(
-            instance_id=launch.instance_id,
-            pool_id=launch.instance_id,
+            instance_id=record.instance_id,
+            pool_id=record.pool_id,
             model=launch.plan.model,
-            state=InstanceState.STOPPED,
+            state=InstanceState.READY if ready else InstanceState.STOPPED,
+            percent=100.0 if ready else 0.0,
             parallel=launch.plan.parallel,
             context_per_slot=launch.plan.context_per_slot,
             shares=launch.plan.shares,
             pool_number=launch.plan.pool_number,
-            endpoint=launch.endpoint,
+            endpoint=record.endpoint.url if record.endpoint else "",
             predicted_ms_per_token=launch.plan.predicted_ms_per_token,
-            started_unix_s=time.time(),
+            started_unix_s=record.started_unix_s,
         )
         self.plan = launch.plan
         self._launch = launch
-        super().__init__(view, launch.files, limits, on_change=on_change, on_gone=on_gone, wait_after=wait_after)
+        super().__init__(
+            view, record, launch.files, limits, on_change=on_change, on_gone=on_gone, wait_after=wait_after
+        )
 
     async def _serve_until_gone(self) -> Refusal | None:
         try:
-            process = await spawn_coordinator(self._launch.argv, self._launch.environment, self.files)
+            process = self._launch.running.get(ENGINE) or spawn_coordinator(
+                self._launch.argv, self._launch.environment, self.files
+            )
         except OSError as error:
             return cannot_run(self._launch.argv[0], error)
         try:
-            async with self._watched(process) as exited:
-                leftovers.remember(self.view.instance_id, process.pid, self.files)
+            async with self._watched(ENGINE, process) as exited:
                 self._announce(pid=process.pid)
                 standstill = Standstill(
                     process.pid,
@@ -97,7 +103,9 @@ class Coordinator(Owner):
                     streams=self._launch.streams,
                     every_s=self._limits.freeze_poll_s,
                 )
-                refusal = await self._until_ready(process, exited, standstill)
+                refusal = None
+                if self.view.state is InstanceState.STARTING:
+                    refusal = await self._until_ready(process, exited, standstill)
                 if refusal is None:
                     refusal = await self._until_ended(process.pid, exited, standstill)
                 if self._asked_to_stop.done():
@@ -106,12 +114,9 @@ class Coordinator(Owner):
                     await process.stop(exited, self._grace_s)
                 return self._why(exited.result(), refusal)
         finally:
-            self.files.remove_run_files()
-            self.files.state.unlink(missing_ok=True)
+            self._clear(self.files)
 
-    async def _until_ready(
-        self, process: EngineProcess, exited: asyncio.Task[int], standstill: Standstill
-    ) -> Refusal | None:
+    async def _until_ready(self, process: EngineProcess, exited: Exited, standstill: Standstill) -> Refusal | None:
         """Return None when it serves, ended or shall stop; a refusal when it is frozen or moves too slowly."""
         clock = asyncio.get_running_loop().time
         began = moved = clock()
@@ -135,7 +140,7 @@ class Coordinator(Owner):
             await self._next_event(exited, timeout_s=self._limits.poll_s)
         return None
 
-    async def _until_ended(self, pid: int, exited: asyncio.Task[int], standstill: Standstill) -> Refusal | None:
+    async def _until_ended(self, pid: int, exited: Exited, standstill: Standstill) -> Refusal | None:
         """Return None when it has ended or shall stop; a refusal when it cannot serve and does not know."""
         plan = self._launch.plan
         links = await backend_links(pid, plan) if plan.backends else None
@@ -181,7 +186,7 @@ class Coordinator(Owner):
             return stalled(model, waited_s, last_lines(self.files.log, KEPT_LINES))
         return None
 
-    def _why(self, exit_code: int, known: Refusal | None) -> Refusal | None:
+    def _why(self, exit_code: int | None, known: Refusal | None) -> Refusal | None:
         if self.view.state is InstanceState.STOPPING or known is not None:
             return known
         return classify(

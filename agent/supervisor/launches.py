@@ -1,19 +1,24 @@
 """Makes what one start takes (command line, environment, files) out of what all starts of this node have in common."""
 
+import hashlib
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 from sollol.errors import Reason, refuse
-from sollol.report import CoordinatorPlan
+from sollol.report import CoordinatorPlan, InstanceKind
 
 from agent.engine.environment import engine_environment
 from agent.supervisor.command import coordinator_argv, coordinator_environment
 from agent.supervisor.endpoints import Endpoint, Endpoints
 from agent.supervisor.files import Directories, files_of
+from agent.supervisor.identity import marked
 from agent.supervisor.instance import Launch
 from agent.supervisor.lending import BackendLaunch, BackendSite, BackendWish, forwarder_id
 from agent.supervisor.memory_log import OnLogged
+from agent.supervisor.process import EngineProcess
+from agent.supervisor.records import Record
 
 
 class Launches:
@@ -39,7 +44,7 @@ class Launches:
         self._directories, self._site, self._endpoints = directories, site, endpoints
         self._streams, self._on_logged = streams, on_logged
 
-    def coordinator(self, pool_id: str, plan: CoordinatorPlan) -> Launch:
+    def coordinator(self, pool_id: str, plan: CoordinatorPlan, reserved: Mapping[str, int]) -> Launch:
         """Claims an endpoint; whoever sees the coordinator gone gives it back.
 
         Raises:
@@ -50,48 +55,116 @@ class Launches:
         model_path = self._resolve(plan.model)
         endpoint = self._endpoints.claim(pool_id, files_of(pool_id, self._directories).socket)
         try:
-            return self._coordinator(pool_id, plan, model_path, endpoint)
+            argv = self._coordinator_argv(pool_id, plan, model_path, endpoint)
         except BaseException:
             self._endpoints.give_back(pool_id)
             raise
+        record = Record(
+            instance_id=pool_id,
+            pool_id=pool_id,
+            kind=InstanceKind.COORDINATOR,
+            reserved=dict(reserved),
+            socket=str(files_of(pool_id, self._directories).socket),
+            started_unix_s=time.time(),
+            plan=plan,
+            endpoint=endpoint,
+            key_digest=_digest(self._endpoints.key),
+        )
+        return self._coordinator(record, plan, argv, {})
 
-    def _coordinator(self, pool_id: str, plan: CoordinatorPlan, model_path: Path, endpoint: Endpoint) -> Launch:
-        files, key = files_of(pool_id, self._directories), self._endpoints.key
-        argv = coordinator_argv(
+    def coordinator_again(
+        self, record: Record, plan: CoordinatorPlan, endpoint: Endpoint, running: Mapping[str, EngineProcess]
+    ) -> Launch:
+        """For one that runs already. Claims its endpoint, as `coordinator` does.
+
+        Raises:
+            SollolError: INVALID_REQUEST; it is not where, or does not ask for the key that, this agent's would.
+        """
+        self._check_place(record)
+        if record.key_digest != _digest(self._endpoints.key):
+            raise refuse(Reason.INVALID_REQUEST, "it asks for another key than coordinator_key_file holds now")
+        self._endpoints.hold(record.instance_id, endpoint)
+        return self._coordinator(record, plan, (), running)
+
+    def _coordinator_argv(
+        self, pool_id: str, plan: CoordinatorPlan, model_path: Path, endpoint: Endpoint
+    ) -> tuple[str, ...]:
+        return coordinator_argv(
             self._engine,
             plan,
             model_path=model_path,
-            socket_path=files.socket,
+            socket_path=files_of(pool_id, self._directories).socket,
             gpu_devices=self._gpu_devices,
             threads=self._threads,
             node_id=self._site.node_id,
             listen=endpoint.listen,
             port=endpoint.port,
         )
+
+    def _coordinator(
+        self, record: Record, plan: CoordinatorPlan, argv: tuple[str, ...], running: Mapping[str, EngineProcess]
+    ) -> Launch:
+        key = self._endpoints.key
         return Launch(
-            instance_id=pool_id,
             plan=plan,
+            record=record,
+            running=running,
             argv=argv,
-            environment=coordinator_environment(self._environment, key=key),
-            files=files,
-            endpoint=endpoint.url,
+            environment=marked(coordinator_environment(self._environment, key=key), self._directories.state),
+            files=files_of(record.instance_id, self._directories),
             key=key,
             node_id=self._site.node_id,
-            streams=partial(self._streams, pool_id),
+            streams=partial(self._streams, record.instance_id),
             on_logged=self._on_logged,
         )
 
-    def backend(self, instance_id: str, wish: BackendWish) -> BackendLaunch:
+    def backend(self, instance_id: str, wish: BackendWish, reserved: Mapping[str, int]) -> BackendLaunch:
         """Raises SollolError: ENGINE_MISSING."""
         if self._site.program is None:
             message = f"node {self._site.node_id} has no ggml-rpc-server beside its engine; run `sollol engine build`"
             raise refuse(Reason.ENGINE_MISSING, message, retryable=True)
+        record = Record(
+            instance_id=instance_id,
+            pool_id=wish.pool_id,
+            kind=InstanceKind.BACKEND,
+            reserved=dict(reserved),
+            socket=str(files_of(instance_id, self._directories).socket),
+            started_unix_s=time.time(),
+            wish=wish,
+            program=str(self._site.program),
+            threads=wish.threads or self._threads,
+        )
+        return self._backend(record, wish, {})
+
+    def backend_again(self, record: Record, wish: BackendWish, running: Mapping[str, EngineProcess]) -> BackendLaunch:
+        """For one that runs already.
+
+        Raises:
+            SollolError: INVALID_REQUEST; this agent would not find its files.
+        """
+        self._check_place(record)
+        return self._backend(record, wish, running)
+
+    def _backend(self, record: Record, wish: BackendWish, running: Mapping[str, EngineProcess]) -> BackendLaunch:
         return BackendLaunch(
             wish=wish,
             site=self._site,
-            program=self._site.program,
-            threads=wish.threads or self._threads,
-            environment=engine_environment(self._environment),
-            files=files_of(instance_id, self._directories),
+            record=record,
+            running=running,
+            program=Path(record.program),
+            threads=record.threads,
+            environment=marked(engine_environment(self._environment), self._directories.state),
+            files=files_of(record.instance_id, self._directories),
             forwarder_files=files_of(forwarder_id(wish.pool_id), self._directories),
         )
+
+    def _check_place(self, record: Record) -> None:
+        socket = files_of(record.instance_id, self._directories).socket
+        if record.socket != str(socket):
+            raise refuse(
+                Reason.INVALID_REQUEST, f"its files are in {Path(record.socket).parent}, not in {socket.parent}"
+            )
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()

@@ -3,11 +3,16 @@
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from agent.supervisor.files import InstanceFiles
 from agent.supervisor.ports import LOOPBACK
+
+if TYPE_CHECKING:
+    from agent.supervisor.process import EngineProcess
+    from agent.supervisor.records import Record
 
 SUFFIX = ".backend"
 _FORWARDER = ".forwarder"
@@ -60,15 +65,20 @@ class BackendSite(Struct, frozen=True, kw_only=True):
 
 
 class BackendLaunch(Struct, frozen=True, kw_only=True):
-    """Everything to start one backend. `threads` are the final ones."""
+    """Everything to start one backend, or to take up one of which an earlier agent started `running`, by role.
+
+    `threads` are the final ones; `record` is what is written down of it.
+    """
 
     wish: BackendWish
     site: BackendSite
+    record: "Record"
     program: Path
     threads: int
     environment: Mapping[str, str]
     files: InstanceFiles
     forwarder_files: InstanceFiles
+    running: "Mapping[str, EngineProcess]" = field(default_factory=dict)
 
 
 def forwarder_argv(launch: BackendLaunch, port: int, *, gone_after_s: float) -> tuple[str, ...]:

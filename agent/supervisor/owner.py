@@ -11,11 +11,16 @@ import structlog
 from sollol.errors import Reason, Refusal, Retry
 from sollol.report import Instance, InstanceState
 
+from agent.supervisor import records
 from agent.supervisor.files import InstanceFiles
 from agent.supervisor.process import EngineProcess
+from agent.supervisor.records import Record
 from agent.supervisor.state import LIVE, Event, after
 
 log = structlog.get_logger(__name__)
+
+
+Exited = asyncio.Task[int | None]
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,6 +29,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     `connect_timeout_s` bounds the first sign of life of what can hang without a word: a backend, and a coordinator that
     connects to backends. `gone_after_s` is how long a backend outlives its coordinator, `freeze_poll_s` how often what
     no exit tells is looked for: a process that is stopped or hangs, a coordinator that has lost a backend.
+    `orphan_ttl_s` is how long what nobody can account for is left alone.
     """
 
     start_timeout_s: float = 600.0
@@ -32,12 +38,14 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     connect_timeout_s: float = 20.0
     gone_after_s: float = 10.0
     freeze_poll_s: float = 1.0
+    orphan_ttl_s: float = 120.0
 
 
 class Owner(abc.ABC):
     """Starts its instance when made. `view` is its state for everybody; only its own task changes it.
 
     Args:
+        record: What the next agent needs to know of it; kept in its state file while it has processes.
         on_change: Called with every new view.
         on_gone: Called once, when no process is left and before anybody is told: gives the reservation back.
         wait_after: Called with the final view of one that ended unasked; the seconds its model must wait here.
@@ -46,6 +54,7 @@ class Owner(abc.ABC):
     def __init__(
         self,
         view: Instance,
+        record: Record,
         files: InstanceFiles,
         limits: Limits,
         *,
@@ -56,6 +65,7 @@ class Owner(abc.ABC):
         self.files = files
         self.ended_s: float | None = None
         self.view = view
+        self._record, self._leaving = record, False
         self._limits, self._grace_s = limits, limits.stop_grace_s
         self._on_change, self._on_gone, self._wait_after = on_change, on_gone, wait_after
         self._asked_to_stop: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -78,6 +88,11 @@ class Owner(abc.ABC):
         if not self._asked_to_stop.done():
             self._asked_to_stop.set_result(None)
         await self._gone.wait()
+
+    async def leave(self) -> None:
+        """End the owner and nothing else: its processes run on, and its record tells the next agent of them."""
+        self._leaving = True
+        await self.close()
 
     async def close(self) -> None:
         """End the owner too, by force if need be. Call `stop` first."""
@@ -104,17 +119,33 @@ class Owner(abc.ABC):
             await self._back_off(self._wait_after(self.view))
 
     @asynccontextmanager
-    async def _watched(self, process: EngineProcess) -> AsyncIterator[asyncio.Task[int]]:
-        """Watch for a process's exit; however the block is left, the process is gone then."""
+    async def _watched(self, role: str, process: EngineProcess) -> AsyncIterator[Exited]:
+        """Write a process down and watch for its exit. When the block is left it is gone, or left on purpose."""
+        if (identity := process.identity()) is not None:  # else it has ended already: its owner will say so
+            self._note(processes={**self._record.processes, role: identity})
         exited = asyncio.create_task(process.wait(), name=f"exit of {process.pid}")
         try:
             yield exited
         finally:
-            process.kill()
-            await asyncio.wait({exited}, timeout=self._limits.stop_grace_s)
+            if not self._leaving:
+                process.kill()
+                await asyncio.wait({exited}, timeout=self._limits.stop_grace_s)
             exited.cancel()
+            await asyncio.wait({exited})
+            process.let_go()
 
-    async def _next_event(self, *exits: asyncio.Task[int], timeout_s: float | None = None) -> None:
+    def _note(self, **changes: object) -> None:
+        self._record = msgspec.structs.replace(self._record, **changes)
+        records.write(self.files.state, self._record)
+
+    def _clear(self, *files: InstanceFiles) -> None:
+        """Nothing runs any more that needs these files, unless it is left to the next agent."""
+        if not self._leaving:
+            for each in files:
+                each.remove_run_files()
+                each.state.unlink(missing_ok=True)
+
+    async def _next_event(self, *exits: Exited, timeout_s: float | None = None) -> None:
         events: tuple[asyncio.Future[Any], ...] = (*exits, self._asked_to_stop)
         await asyncio.wait(events, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
 
@@ -141,6 +172,8 @@ class Owner(abc.ABC):
 
     def _announce(self, **changes: object) -> None:
         self.view = msgspec.structs.replace(self.view, **changes)
+        if self.view.state is InstanceState.READY and self._record.state is not InstanceState.READY:
+            self._note(state=InstanceState.READY)
         self._on_change(self.view)
 
 

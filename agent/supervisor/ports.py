@@ -20,6 +20,10 @@ class Ports:
             self._claimed.add(port)
         return port
 
+    def hold(self, port: int) -> None:
+        """Somebody of ours listens there already."""
+        self._claimed.add(port)
+
     def give_back(self, port: int) -> None:
         self._claimed.discard(port)
 

@@ -1,8 +1,9 @@
-"""One engine process and its group: start it, wait for its end, end it."""
+"""One engine process and its group: start it or find it running, wait for its end, end it."""
 
 import asyncio
 import os
 import signal
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -11,6 +12,7 @@ import structlog
 
 from agent.supervisor.command import EXIT_LINE
 from agent.supervisor.files import InstanceFiles
+from agent.supervisor.identity import Identity, identity_of, is_running
 
 log = structlog.get_logger(__name__)
 
@@ -19,19 +21,34 @@ _POLL_S = 0.01
 
 
 class EngineProcess:
-    """A running engine that leads its own session and group. Its owner must see it gone: `wait`, or `kill`."""
+    """A running engine that leads its own session and group. Its owner must see it gone, or `let_go` of it.
 
-    def __init__(self, process: asyncio.subprocess.Process, stdin: int = -1) -> None:
-        self._process = process
-        self._stdin = stdin
-        self.pid = process.pid
+    Args:
+        pidfd: Of exactly this process.
+        child: None when an earlier agent started it.
+    """
 
-    async def wait(self) -> int:
-        """Return the exit status (minus the signal's number) once the process and all of its group are gone."""
-        exit_code = await self._process.wait()
-        if self._stdin >= 0:
-            os.close(self._stdin)
-            self._stdin = -1
+    def __init__(self, pid: int, pidfd: int, child: "subprocess.Popen[bytes] | None" = None) -> None:
+        self.pid = pid
+        self._pidfd, self._child = pidfd, child
+
+    def identity(self) -> Identity | None:
+        """None when it has ended already; its owner will say so."""
+        return identity_of(self.pid)
+
+    async def wait(self) -> int | None:
+        """Return the exit status (minus the signal's number) once the process and all of its group are gone.
+
+        Only its parent learns the status: None when that was an earlier agent.
+        """
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        loop.add_reader(self._pidfd, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(self._pidfd)
+        exit_code = self._child.wait() if self._child is not None else None
         if _signal_group(self.pid, signal.SIGKILL):
             await self._until_group_is_gone()
         return exit_code
@@ -44,13 +61,11 @@ class EngineProcess:
                 return
             await asyncio.sleep(_POLL_S)
 
-    async def stop(self, exited: asyncio.Task[int], grace_s: float) -> None:
-        """Ask the engine to end, and after `grace_s` end its group by force. Returns when `exited` is done.
-
-        In child mode a served engine that got SIGTERM still waits for its standard input: it needs the line too.
-        """
-        if self._stdin >= 0:
-            os.write(self._stdin, EXIT_LINE)
+    async def stop(self, exited: "asyncio.Task[int | None]", grace_s: float) -> None:
+        """Ask the engine to end, and after `grace_s` end its group by force. Returns when `exited` is done."""
+        if exited.done():
+            return
+        _say_exit(self.pid)
         _signal_group(self.pid, signal.SIGTERM)
         done, _ = await asyncio.wait({exited}, timeout=grace_s)
         if not done:
@@ -60,13 +75,31 @@ class EngineProcess:
 
     def kill(self) -> None:
         """End the whole group at once, without waiting. For the way out of a failing owner."""
-        if self._process.returncode is None:
+        if self._pidfd >= 0 and self.identity() is not None:
             _signal_group(self.pid, signal.SIGKILL)
 
+    def let_go(self) -> None:
+        """Nobody here waits for it any more. Safe to call again; nothing else is afterwards."""
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+        if self._child is not None and self._child.returncode is None:
+            self._child.returncode = 0  # else Popen complains of a child that runs on, as this one shall
 
-async def spawn_coordinator(
-    argv: tuple[str, ...], environment: Mapping[str, str], files: InstanceFiles
-) -> EngineProcess:
+
+def find_running(identity: Identity) -> EngineProcess | None:
+    """The process of that name; None when it has ended."""
+    try:
+        pidfd = os.pidfd_open(identity.pid)
+    except ProcessLookupError:
+        return None
+    if not is_running(identity):
+        os.close(pidfd)
+        return None
+    return EngineProcess(identity.pid, pidfd)
+
+
+def spawn_coordinator(argv: tuple[str, ...], environment: Mapping[str, str], files: InstanceFiles) -> EngineProcess:
     """Start an engine in its own session, so that it outlives us when it must and its group can be ended as one.
 
     Its output goes to files and never to a pipe: nobody needs to read for it to go on.
@@ -78,8 +111,8 @@ async def spawn_coordinator(
     stdin = _endless_fifo(files.stdin)
     try:
         with _new_file(files.progress) as stdout, _new_file(files.log) as stderr:
-            process = await asyncio.create_subprocess_exec(
-                *argv,
+            process = subprocess.Popen(
+                argv,
                 stdin=stdin,
                 stdout=stdout,
                 stderr=stderr,
@@ -87,13 +120,12 @@ async def spawn_coordinator(
                 start_new_session=True,
                 umask=0o077,
             )
-    except BaseException:
+    finally:
         os.close(stdin)
-        raise
-    return EngineProcess(process, stdin)
+    return _watchable(process)
 
 
-async def spawn_server(argv: tuple[str, ...], environment: Mapping[str, str], files: InstanceFiles) -> EngineProcess:
+def spawn_server(argv: tuple[str, ...], environment: Mapping[str, str], files: InstanceFiles) -> EngineProcess:
     """Start a process that reads no input, as `spawn_coordinator` does; both of its outputs go to its log.
 
     It ignores SIGPIPE, as we do (Python's default would restore it): a backend that answers a client which has just
@@ -104,9 +136,9 @@ async def spawn_server(argv: tuple[str, ...], environment: Mapping[str, str], fi
     """
     files.remove_run_files()
     with _new_file(files.log) as output:
-        process = await asyncio.create_subprocess_exec(
-            *argv,
-            stdin=asyncio.subprocess.DEVNULL,
+        process = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             env=environment,
@@ -114,7 +146,16 @@ async def spawn_server(argv: tuple[str, ...], environment: Mapping[str, str], fi
             umask=0o077,
             restore_signals=False,
         )
-    return EngineProcess(process)
+    return _watchable(process)
+
+
+def _watchable(process: "subprocess.Popen[bytes]") -> EngineProcess:
+    try:
+        return EngineProcess(process.pid, os.pidfd_open(process.pid), process)
+    except OSError:  # too many open files
+        process.kill()
+        process.wait()
+        raise
 
 
 def _new_file(path: Path) -> BinaryIO:
@@ -133,6 +174,20 @@ def _endless_fifo(path: Path) -> int:
         return os.open(path, os.O_RDWR)
     finally:
         path.unlink()
+
+
+def _say_exit(pid: int) -> None:
+    """Write the line that ends a served engine: in child mode SIGTERM alone lets it wait for its standard input."""
+    try:
+        stdin = os.open(f"/proc/{pid}/fd/0", os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:  # it has just ended, or reads from nowhere
+        return
+    try:
+        os.write(stdin, EXIT_LINE)
+    except OSError as error:
+        log.info("engine_takes_no_line", pid=pid, error=str(error))
+    finally:
+        os.close(stdin)
 
 
 def bytes_read(pid: int) -> int:

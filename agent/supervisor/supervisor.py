@@ -5,27 +5,28 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
 import structlog
-from sollol.errors import Reason, Refusal, Retry, refuse
+from sollol.errors import Reason, Refusal, Retry, SollolError, refuse
 from sollol.report import BackendEndpoint, CoordinatorPlan, Instance, InstanceKind, InstanceState
 
-from agent.supervisor import leftovers
+from agent.supervisor import adoption
+from agent.supervisor.adoption import Found
 from agent.supervisor.backend import Backend
 from agent.supervisor.endpoints import Endpoints, TcpSite
-from agent.supervisor.files import Directories, files_of, remove_oldest_logs
-from agent.supervisor.instance import Coordinator
+from agent.supervisor.files import Directories, files_of
+from agent.supervisor.instance import Coordinator, Launch
 from agent.supervisor.launches import Launches
-from agent.supervisor.lending import BackendSite, BackendWish, backend_id, forwarder_id
+from agent.supervisor.lending import BackendLaunch, BackendSite, BackendWish, backend_id
 from agent.supervisor.memory_log import OnLogged, nobody_asks
 from agent.supervisor.news import News
+from agent.supervisor.orphans import Orphan, Orphans
 from agent.supervisor.owner import Limits, Owner
+from agent.supervisor.owners import LONGEST_ID, USEFUL, Owners
 from agent.supervisor.ports import Ports
+from agent.supervisor.promises import Promises
 from agent.supervisor.restarts import Deaths, RestartPolicy
 
 log = structlog.get_logger(__name__)
 
-KEPT_RECORDS = 20
-KEPT_RECORD_S = 600.0
-_LONGEST_ID = 200
 _CLOSE_MARGIN_S = 5.0
 
 
@@ -41,7 +42,7 @@ class Supervisor:
         tcp: How coordinators listen beside their unix sockets; None: not at all.
         streams: How many streams an instance has open now.
         threads: Per engine, when nobody says; 0 leaves it to the engine.
-        on_gone: Called when an instance's process is gone, before anybody is told: gives its reservation back.
+        promises: Those of the ledger. An instance's is given back when its process is gone, before anybody is told.
         on_logged: Told what memory a coordinator has taken, as its log says, once it serves.
     """
 
@@ -55,11 +56,11 @@ class Supervisor:
         directories: Directories,
         limits: Limits,
         site: BackendSite,
+        promises: Promises,
         tcp: TcpSite | None = None,
         streams: Callable[[str], int] = lambda _: 0,
         threads: int = 0,
         restarts: RestartPolicy | None = None,
-        on_gone: Callable[[Instance], None] = lambda _: None,
         on_logged: OnLogged = nobody_asks,
     ) -> None:
         self._ports, self._endpoints = Ports(site.ports), Endpoints(tcp)
@@ -77,15 +78,53 @@ class Supervisor:
         )
         self._directories, self._limits = directories, limits
         self._deaths = Deaths(restarts or RestartPolicy())
-        self._on_gone = on_gone
-        self._owners: dict[str, Owner] = {}
+        self._orphans = Orphans(directories, ttl_s=limits.orphan_ttl_s, grace_s=limits.stop_grace_s)
+        self._promises = promises
+        self._owners = Owners(directories)
         self._news = News()
         self._closing = False
         directories.create()
 
-    async def reap_leftovers(self) -> int:
-        """End what a crashed agent left running; returns how many. Call it before the first start."""
-        return await leftovers.reap(self._directories)
+    def adopt(self) -> int:
+        """Take up what an earlier agent left running; returns how many instances. Call it before the first start.
+
+        What nobody can account for is ended after `orphan_ttl_s`.
+        """
+        known: set[int] = set()
+        for found in adoption.found_in(self._directories):
+            known.update(process.pid for process in found.running.values())
+            try:
+                self._adopt(found)
+            except SollolError as error:
+                orphan = Orphan(found.record.instance_id, found.running.values(), found.record)
+                self._orphans.add(orphan, error.refusal.message)
+        for pid, process in adoption.unrecorded(self._directories, known).items():
+            self._orphans.add(Orphan(str(pid), (process,)), "no record names it")
+        return len(self._owners.live())
+
+    def _adopt(self, found: Found) -> None:
+        record, name = found.record, found.record.instance_id
+        if found.problem:
+            raise refuse(Reason.INSTANCE_NOT_FOUND, found.problem)
+        self._promises.restore(record.pool_id, name, record.reserved)
+        try:
+            owner = self._owner_again(found)
+        except SollolError:
+            self._promises.freed(record.pool_id, name)
+            raise
+        self._owners.add(owner)
+        pids = {role: process.pid for role, process in found.running.items()}
+        log.info("instance_adopted", instance=name, state=owner.view.state, pids=pids)
+        self._news.tell(owner.view)
+
+    def _owner_again(self, found: Found) -> Owner:
+        record, running = found.record, found.running
+        if record.wish is not None:
+            lent = self._launches.backend_again(record, record.wish, running)
+            return self._backend(lent)
+        if record.plan is None or record.endpoint is None:
+            raise refuse(Reason.INVALID_REQUEST, "its record does not say what it was started for")
+        return self._coordinator(self._launches.coordinator_again(record, record.plan, record.endpoint, running))
 
     async def start(self, pool_id: str, plan: CoordinatorPlan) -> Instance:
         """Start a coordinator and return at once. One that starts or serves under this id is left as it is.
@@ -95,21 +134,27 @@ class Supervisor:
                 ENGINE_MISSING, PORT_TAKEN, INVALID_REQUEST, SHUTTING_DOWN, or whatever `resolve` says of the model.
         """
         existing = self._owners.get(pool_id)
-        if existing is not None and existing.view.state in (InstanceState.STARTING, InstanceState.READY):
+        if existing is not None and existing.view.state in USEFUL:
             return existing.view
         self._check_start(pool_id, existing)
         self._deaths.check(plan.model, now_s=self._now_s())
-        launch = self._launches.coordinator(pool_id, plan)
-        self._make_room(pool_id)
-        coordinator = Coordinator(
+        launch = self._launches.coordinator(pool_id, plan, self._promises.held(pool_id))
+        self._owners.make_room(pool_id, now_s=self._now_s())
+        coordinator = self._coordinator(launch)
+        self._owners.add(coordinator)
+        return coordinator.view
+
+    def _coordinator(self, launch: Launch) -> Coordinator:
+        return Coordinator(
             launch, self._limits, on_change=self._news.tell, on_gone=self._coordinator_gone, wait_after=self._wait_after
         )
-        self._owners[pool_id] = coordinator
-        return coordinator.view
 
     def _coordinator_gone(self, instance: Instance) -> None:
         self._endpoints.give_back(instance.instance_id)
-        self._on_gone(instance)
+        self._backend_gone(instance)
+
+    def _backend_gone(self, instance: Instance) -> None:
+        self._promises.freed(instance.pool_id, instance.instance_id)
 
     async def start_backend(self, wish: BackendWish) -> BackendEndpoint:
         """Start a backend and its forwarder, and return where to reach it once it answers and can be reached.
@@ -122,34 +167,26 @@ class Supervisor:
         """
         instance_id = backend_id(wish.pool_id)
         existing = self._owners.get(instance_id)
-        if isinstance(existing, Backend) and existing.view.state in (InstanceState.STARTING, InstanceState.READY):
+        if isinstance(existing, Backend) and existing.view.state in USEFUL:
             return await existing.endpoint()
         self._check_start(wish.pool_id, existing)
-        launch = self._launches.backend(instance_id, wish)
-        self._make_room(instance_id)
-        backend = Backend(launch, self._limits, self._ports, on_change=self._news.tell, on_gone=self._on_gone)
-        self._owners[instance_id] = backend
+        launch = self._launches.backend(instance_id, wish, self._promises.held(wish.pool_id))
+        self._owners.make_room(instance_id, now_s=self._now_s())
+        backend = self._backend(launch)
+        self._owners.add(backend)
         return await backend.endpoint()
 
-    def _make_room(self, instance_id: str) -> None:
-        """Forget what is too old to keep, and the last one of this id: the order of records is the order of starts."""
-        existing = self._owners.pop(instance_id, None)
-        if existing is not None:
-            existing.dismiss()
-        self._forget_old_records()
-        running = [files_of(name, self._directories).log for name in self._names_in_use()]
-        remove_oldest_logs(self._directories.log, keep=running)
-
-    def _names_in_use(self) -> list[str]:
-        live = [item.view for item in self._owners.values() if item.is_live]
-        forwarders = [forwarder_id(view.pool_id) for view in live if view.kind is InstanceKind.BACKEND]
-        return [*(view.instance_id for view in live), *forwarders]
+    def _backend(self, launch: BackendLaunch) -> Backend:
+        return Backend(launch, self._limits, self._ports, on_change=self._news.tell, on_gone=self._backend_gone)
 
     def _check_start(self, pool_id: str, existing: Owner | None) -> None:
         if self._closing:
             raise refuse(Reason.SHUTTING_DOWN, "this agent is shutting down", retryable=True)
-        if not 0 < len(pool_id) <= _LONGEST_ID:
-            raise refuse(Reason.INVALID_REQUEST, f"a pool id has 1 to {_LONGEST_ID} characters")
+        if not 0 < len(pool_id) <= LONGEST_ID:
+            raise refuse(Reason.INVALID_REQUEST, f"a pool id has 1 to {LONGEST_ID} characters")
+        if self._orphans.has(pool_id) or self._orphans.has(backend_id(pool_id)):
+            message = f"processes of {pool_id} are here that nobody can account for; take another id"
+            raise refuse(Reason.INSTANCE_NOT_READY, message, retryable=True)
         if existing is not None and existing.is_live:
             message = f"{pool_id} is just stopping; ask again when it is gone, or under another id"
             raise refuse(Reason.INSTANCE_NOT_READY, message, retryable=True, retry_after_s=self._limits.stop_grace_s)
@@ -160,7 +197,7 @@ class Supervisor:
         Raises:
             SollolError: INSTANCE_NOT_FOUND.
         """
-        return self._news.watch(self._find(instance_id).view)
+        return self._news.watch(self._owners.find(instance_id).view)
 
     async def stop(self, instance_id: str, *, at_once: bool = False) -> None:
         """Return when the process is gone and its reservation given back. Unknown and ended ones are a success.
@@ -172,26 +209,33 @@ class Supervisor:
             if owner is not None and owner.is_live:
                 await owner.stop(at_once=at_once)
 
-    async def close(self) -> None:
-        """Stop every engine, all at once; takes little more than the grace of one."""
+    async def close(self, *, leave: bool = False) -> None:
+        """Stop every engine, all at once; takes little more than the grace of one.
+
+        Args:
+            leave: Those that start or serve run on instead, for the next agent to take up.
+        """
         self._closing = True
-        live = [item for item in self._owners.values() if item.is_live]
+        if leave:
+            await self._owners.leave()
+        await self._orphans.close(leave=leave)
+        live = self._owners.live()
         try:
             async with asyncio.timeout(self._limits.stop_grace_s + _CLOSE_MARGIN_S):
                 await asyncio.gather(*(item.stop() for item in live))
         except TimeoutError:
             log.exception("engines_not_gone", instances=[item.view.instance_id for item in live if item.is_live])
-        await asyncio.gather(*(item.close() for item in self._owners.values()))
+        await asyncio.gather(*(item.close() for item in self._owners))
 
     def instances(self) -> tuple[Instance, ...]:
         """Every engine that runs, and those that failed not long ago."""
-        self._forget_old_records()
-        views = (item.view for item in self._owners.values())
+        self._owners.forget_old(now_s=self._now_s())
+        views = (item.view for item in self._owners)
         return tuple(view for view in views if view.state is not InstanceState.STOPPED)
 
     def socket_of(self, instance_id: str) -> Path:
         """Raises SollolError: INSTANCE_NOT_FOUND, INSTANCE_NOT_READY, INVALID_REQUEST for a backend."""
-        coordinator = self._find(instance_id)
+        coordinator = self._owners.find(instance_id)
         if coordinator.view.kind is InstanceKind.BACKEND:
             raise refuse(Reason.INVALID_REQUEST, f"{instance_id} is a backend: only its coordinator takes requests")
         if coordinator.view.state is not InstanceState.READY:
@@ -209,11 +253,11 @@ class Supervisor:
 
     def log_path(self, instance_id: str) -> Path:
         """The log of an instance, also of one that ended long ago; raises SollolError: INSTANCE_NOT_FOUND."""
-        if instance_id in self._owners:
-            return self._owners[instance_id].files.log
+        if (owner := self._owners.get(instance_id)) is not None:
+            return owner.files.log
         path = files_of(instance_id, self._directories).log
         if not path.exists():
-            self._find(instance_id)
+            self._owners.find(instance_id)
         return path
 
     def plan_of(self, instance_id: str) -> CoordinatorPlan | None:
@@ -223,28 +267,14 @@ class Supervisor:
 
     def pid_of(self, instance_id: str) -> int:
         """0 when it does not run; raises SollolError: INSTANCE_NOT_FOUND."""
-        return self._find(instance_id).view.pid
+        return self._owners.find(instance_id).view.pid
 
     def subscribe(self, callback: Callable[[Instance], None]) -> Callable[[], None]:
         """Call `callback` with every change of every instance; returns what ends that."""
         return self._news.subscribe(callback)
 
-    def _find(self, instance_id: str) -> Owner:
-        try:
-            return self._owners[instance_id]
-        except KeyError:
-            message = f"this node runs no instance {instance_id[:_LONGEST_ID]}; it may have ended long ago"
-            raise refuse(Reason.INSTANCE_NOT_FOUND, message, retryable=True) from None
-
     def _wait_after(self, instance: Instance) -> float:
         return self._deaths.add(instance.model, now_s=self._now_s())
-
-    def _forget_old_records(self) -> None:
-        ended = [item for item in reversed(self._owners.values()) if item.ended_s is not None]
-        for place, item in enumerate(ended):
-            if place >= KEPT_RECORDS or self._now_s() - (item.ended_s or 0.0) > KEPT_RECORD_S:
-                item.dismiss()
-                del self._owners[item.view.instance_id]
 
     @staticmethod
     def _now_s() -> float:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 import socket
 import tempfile
 from pathlib import Path
@@ -14,6 +15,7 @@ from sollol.v1 import agent_pb2, agent_pb2_grpc
 
 from agent.app import _before_stop
 from tests.daemon import agent_flags, daemon, start_engine, write_engine
+from tests.supervised import runs
 from tests.waiting import wait_until
 
 
@@ -49,6 +51,57 @@ async def test_at_its_end_engines_are_stopped_and_the_registry_knows_it(ports, h
         assert "task_ended_early" not in events
     assert keys(clean_redis) == set()
     # That no engine is left, the fixture that looks for processes asserts.
+
+
+async def report_of(port):
+    async with open_channel(f"127.0.0.1:{port}") as channel:
+        stub = agent_pb2_grpc.AgentServiceStub(channel)
+        return (await stub.GetReport(agent_pb2.GetReportRequest(), timeout=5)).report
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+async def test_engines_outlive_an_agent_that_is_restarted_or_killed(ports, home, reciting_model, number):
+    """And are ended by one that shall not leave them."""
+    engine, port = write_engine(home / "engine"), ports()
+    flags = agent_flags(home, port=port, engine=engine, model=reciting_model)
+    async with daemon("agent", home, *flags, "--leave-engines") as agent:
+        await agent.says("agent_ready")
+        pid = (await start_engine(port)).pid
+        before = await report_of(port)
+        agent.process.send_signal(number)
+        assert await agent.ended() == (0 if number is signal.SIGTERM else -number)
+    assert runs(pid)
+
+    async with daemon("agent", home, *flags) as agent:
+        await agent.says("agent_ready")
+        after = await report_of(port)
+        assert [(each.instance_id, each.pid) for each in after.instances] == [("p", pid)]
+        assert after.instances[0].state == before.instances[0].state, "READY in the first report that it gives"
+        assert after.reservations == before.reservations
+        assert after.devices[0].reserved_bytes == before.devices[0].reserved_bytes > 0
+        assert await agent.end() == 0
+    assert not runs(pid)
+
+
+async def test_engines_that_were_left_are_ended_on_demand_and_never_those_of_a_running_agent(
+    ports, home, reciting_model
+):
+    engine, port = write_engine(home / "engine"), ports()
+    flags = agent_flags(home, port=port, engine=engine, model=reciting_model)
+    async with daemon("agent", home, *flags, "--leave-engines") as agent:
+        await agent.says("agent_ready")
+        pid = (await start_engine(port)).pid
+        async with daemon("agent", home, *flags, "--end-engines") as ending:
+            assert await ending.ended() == 6
+        assert "another agent uses" in ending.log
+        assert await agent.end() == 0
+    assert runs(pid)
+
+    for instances in (1, 0):
+        async with daemon("agent", home, *flags, "--end-engines") as ending:
+            assert await ending.ended() == 0
+        assert f'"instances": {instances}' in ending.log or f'"instances":{instances}' in ending.log
+        assert not runs(pid)
 
 
 async def test_the_report_says_how_fast_the_memory_is_for_the_threads_of_its_engines(ports, home, reciting_model):

@@ -47,6 +47,41 @@ def ledger(bench: Bench) -> Ledger:
     return bench.ledger
 
 
+def test_what_an_earlier_agent_had_promised_is_promised_again_whatever_is_free(bench: Bench, ledger: Ledger):
+    ledger.restore("p", "p", {"CPU": 900})
+    ledger.restore("p", "p.backend", {"CPU": 900})
+    assert ledger.held("p") == {"CPU": 900}
+    assert ledger.reservations() == (Reservation(pool_id="p", bytes={"CPU": 900}),), "it does not lapse"
+    bench.now += 10_000
+    assert bench.free()["CPU"] == 0
+    ledger.freed("p", "p")
+    assert ledger.held("p"), "its backend runs on it still"
+    ledger.freed("p", "p.backend")
+    assert ledger.held("p") == {}
+    assert bench.changes == [("restored", "p"), ("restored", "p"), ("freed", "p")]
+
+
+def test_what_a_restored_pool_has_taken_is_not_counted_twice(bench: Bench, ledger: Ledger):
+    ledger.restore("p", "p", {"CPU": 150})
+    bench.now += 1
+    assert bench.free(materialised={"p": {"CPU": 100}})["CPU"] == 800 - 50
+
+
+@pytest.mark.parametrize("wanted", [{}, {"CPU": 0}, {"CPU": -1}, {"CPU": MAX_BYTES + 1}])
+def test_what_is_no_promise_is_not_restored(ledger: Ledger, wanted: dict[str, int]):
+    with pytest.raises(SollolError):
+        ledger.restore("p", "p", wanted)
+    assert ledger.reservations() == ()
+
+
+def test_two_engines_of_a_pool_cannot_be_restored_on_different_bytes(ledger: Ledger):
+    ledger.restore("p", "p", {"CPU": 300})
+    with pytest.raises(SollolError) as refused:
+        ledger.restore("p", "p.backend", {"CPU": 200})
+    assert refused.value.refusal.reason is Reason.INVALID_REQUEST
+    assert ledger.held("p") == {"CPU": 300}
+
+
 def test_a_promise_takes_from_what_is_free(bench: Bench, ledger: Ledger):
     assert ledger.reserve("p", {"CPU": 300, "CUDA0": 100}, 30, NODE) is None
     cpu, cuda = ledger.with_ledger(NODE, {})

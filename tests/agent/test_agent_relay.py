@@ -209,6 +209,29 @@ async def test_cancel_closes_the_engines_connection_at_once(engine_for, node, he
     await wait_until(lambda: node.relay.streams.active("pool-0") == 0, what="no active stream")
 
 
+async def test_streams_of_an_agent_that_restarts_end_with_that_word_and_so_do_later_ones(engine_for, node, head):
+    left = asyncio.Event()
+
+    async def script(conversation):
+        await conversation.start_stream()
+        await conversation.chunk(b"so far")
+        await conversation.gone()
+        left.set()
+
+    await engine_for(script)
+    await head.open(1)
+    await wait_until(lambda: head.data(1) == b"so far", what="the first bytes")
+
+    await node.relay.leave()
+
+    assert reason(await head.ended(1)) == "AGENT_RESTARTING"
+    assert head.data(1) == b"so far"
+    await asyncio.wait_for(left.wait(), 1)
+    await head.open(2)
+    end = await head.ended(2)
+    assert (reason(end), end.refusal.retry) == ("AGENT_RESTARTING", common_pb2.RETRY_RETRYABLE)
+
+
 async def test_a_stream_cancelled_with_its_opening_never_reaches_the_engine(engine_for, head):
     engine = await engine_for(lambda c: c.respond(b"{}"))
     request = agent_pb2.Open(instance_id="pool-0", method="POST", path="/completion", credit_bytes=1)

@@ -522,6 +522,18 @@ async def test_a_bug_becomes_internal_and_is_logged(node, stub, capsys):
     assert "rpc_failed" in capsys.readouterr().out
 
 
+async def test_who_watches_an_agent_that_restarts_is_sent_away_to_wait_for_the_next(node, stub):
+    watch = stub.WatchReport(agent_pb2.WatchReportRequest())
+    assert (await watch.read()).report.node_id == "n1"
+
+    await node.service.drain(restarting=True)
+
+    for call in (watch, stub.WatchReport(agent_pb2.WatchReportRequest())):
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await call.read()
+        assert refusal_of(ended.value, "it").reason is Reason.AGENT_RESTARTING
+
+
 async def test_a_draining_agent_takes_nothing_new_and_says_so(node, stub, stack, address):
     channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
     check = health_pb2_grpc.HealthStub(channel).Check

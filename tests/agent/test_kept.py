@@ -41,7 +41,8 @@ def test_a_file_that_cannot_be_understood_is_set_aside_and_told_of(tmp_path: Pat
     with capture_logs() as told:
         assert load(path, Shelf, version=1) is None
     assert not path.exists()
-    assert (tmp_path / "shelf.json.bad").read_bytes() == damaged
+    (aside,) = tmp_path.glob("shelf.json.bad-*")
+    assert aside.read_bytes() == damaged
     assert [(line["event"], line["path"]) for line in told] == [("kept_file_set_aside", str(path))]
     save(path, SHELF, version=1)
     assert load(path, Shelf, version=1) == SHELF
@@ -60,4 +61,12 @@ def test_when_writing_fails_what_was_kept_before_stays(tmp_path: Path):
     (tmp_path / "shelf.json.new").mkdir()
     with pytest.raises(OSError, match="directory"):
         save(path, Shelf(()), version=1)
+    assert load(path, Shelf, version=1) == SHELF
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_what_is_kept_is_for_this_user_s_eyes_only(tmp_path: Path, durable: bool):
+    path = tmp_path / "shelf.json"
+    save(path, SHELF, version=1, durable=durable)
+    assert path.stat().st_mode & 0o777 == 0o600
     assert load(path, Shelf, version=1) == SHELF

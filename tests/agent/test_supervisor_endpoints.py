@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from sollol.errors import Reason, SollolError
 from sollol.report import Instance
 
-from agent.supervisor.endpoints import Endpoints, TcpSite
+from agent.supervisor.endpoints import Endpoint, Endpoints, TcpSite
 from agent.supervisor.health import ask, health
 from agent.supervisor.owner import Limits
 from agent.supervisor.standstill import Standstill
@@ -63,6 +63,15 @@ def test_pools_get_the_lowest_free_ports_and_give_them_back(first: int) -> None:
 
     assert claimed == [first, first + 1, first + 2]
     assert [endpoints.claim(pool_id, SOCKET).port for pool_id in ("d", "e")] == [first + 1, first + 3]
+
+
+def test_a_port_that_is_held_is_passed_over_until_it_is_given_back(first: int) -> None:
+    """As of a coordinator that an earlier agent started."""
+    endpoints = Endpoints(site_at(first))
+    endpoints.hold("p", Endpoint(url="", listen="127.0.0.1", port=first))
+    assert endpoints.claim("q", SOCKET).port == first + 1
+    endpoints.give_back("p")
+    assert endpoints.claim("r", SOCKET).port == first
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1", "0.0.0.0"])

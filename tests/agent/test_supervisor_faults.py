@@ -15,7 +15,7 @@ from agent.supervisor.owner import Limits
 from agent.supervisor.restarts import RestartPolicy
 from agent.supervisor.state import LIVE
 from tests.fakes.fake_engine import fake_engine
-from tests.supervised import QUICK, changes_of, plan_of, runs, settled, started, supervising
+from tests.supervised import QUICK, Promised, changes_of, plan_of, runs, settled, started, supervising
 from tests.waiting import wait_until
 
 
@@ -161,7 +161,8 @@ async def test_the_reservation_is_given_back_after_the_process_and_before_the_ne
     def note(what: str, instance: Instance) -> None:
         seen.append((what, instance.state, runs(pid)))
 
-    async with supervising(tmp_path, fake_engine(), on_gone=lambda instance: note("gone", instance)) as supervisor:
+    promises = Promised(on_gone=lambda _: note("gone", supervisor.instances()[0]))
+    async with supervising(tmp_path, fake_engine(), promises=promises) as supervisor:
         pid = (await started(supervisor, "p", plan_of("m"))).pid
         supervisor.subscribe(lambda instance: note("news", instance))
         os.kill(pid, signal.SIGKILL)

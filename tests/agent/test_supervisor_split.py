@@ -22,13 +22,24 @@ from sollol.shape import shape_of
 
 from agent.supervisor.backend import Backend
 from agent.supervisor.files import files_of
-from agent.supervisor.leftovers import Identity
 from agent.supervisor.lending import BackendSite, backend_id, forwarder_id
 from agent.supervisor.owner import Limits
+from agent.supervisor.records import ENGINE, FORWARDER
 from agent.supervisor.supervisor import Supervisor
 from tests.fakes.fake_engine import fake_engine
 from tests.many_architectures import ARCHITECTURES, write_model
-from tests.supervised import directories, plan_of, runs, settled, site_of, started, supervising, wish_of
+from tests.supervised import (
+    Promised,
+    directories,
+    plan_of,
+    record_of,
+    runs,
+    settled,
+    site_of,
+    started,
+    supervising,
+    wish_of,
+)
 from tests.toxic_proxy import ToxicProxy
 from tests.waiting import wait_until
 
@@ -59,7 +70,7 @@ async def supervisor(
         resolve=lambda _: reciting_model,
         limits=REAL,
         site=site,
-        on_gone=lambda instance: gone.append(instance.instance_id),
+        promises=Promised(gone.append),
     ) as supervisor:
         yield supervisor
 
@@ -88,8 +99,7 @@ def view(supervisor: Supervisor, instance_id: str) -> Instance | None:
 
 
 def forwarder_pid(tmp_path: Path, pool_id: str) -> int:
-    path = files_of(forwarder_id(pool_id), directories(tmp_path)).state
-    return msgspec.json.decode(path.read_bytes(), type=Identity).pid
+    return record_of(tmp_path, backend_id(pool_id)).processes[FORWARDER].pid
 
 
 async def recite(supervisor: Supervisor, pool_id: str = "p", tokens: int = 100) -> str:
@@ -131,7 +141,7 @@ async def test_two_backends_and_a_coordinator_recite_exactly_what_one_engine_doe
     log = supervisor.log_path("p").read_text()
     assert "offloaded 9/9 layers" in log
     assert log.count("model buffer size") >= 2
-    status = [owner.forwarder_status() for owner in supervisor._owners.values() if isinstance(owner, Backend)]
+    status = [owner.forwarder_status() for owner in supervisor._owners if isinstance(owner, Backend)]
     assert all(item is not None and item.attached and item.refused == 0 for item in status), status
 
 
@@ -239,42 +249,89 @@ async def test_a_second_coordinator_is_refused_at_once_and_the_first_goes_on(
     assert await recite(supervisor)
 
 
-async def test_both_processes_outlive_a_crashed_agent_and_are_reaped_by_the_next(
-    tmp_path: Path, site: BackendSite
+async def test_backends_and_coordinator_outlive_a_crashed_agent_and_are_taken_up_by_the_next(
+    tmp_path: Path, site: BackendSite, engine_binary: Path, reciting_model: Path
 ) -> None:
-    code = CRASHING_AGENT, str(tmp_path), str(site.program)
-    agent = await asyncio.create_subprocess_exec(sys.executable, "-c", *code, stdout=asyncio.subprocess.PIPE)
+    words = (str(tmp_path), str(engine_binary), str(reciting_model), str(site.ports.start))
+    agent = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", CRASHING_AGENT, *words, stdout=asyncio.subprocess.PIPE
+    )
     assert agent.stdout is not None
-    pids = [int(pid) for pid in (await asyncio.wait_for(agent.stdout.readline(), 20)).split()]
+    before = json.loads(await asyncio.wait_for(agent.stdout.readline(), 30))
     agent.kill()
     await agent.wait()
-    assert all(runs(pid) for pid in pids)
-    async with supervising(tmp_path, fake_engine(), limits=REAL, site=site) as supervisor:
-        assert await supervisor.reap_leftovers() == 2
-        assert not any(runs(pid) for pid in pids)
-        assert not list((tmp_path / "run").iterdir())
-        assert not list((tmp_path / "state" / "instances").iterdir())
-        await lend(supervisor, "b1")
+    promises = Promised()
+    async with supervising(
+        tmp_path, (str(engine_binary),), resolve=lambda _: reciting_model, limits=REAL, site=site, promises=promises
+    ) as supervisor:
+        assert supervisor.adopt() == 3
+        assert {"p", "b1.backend", "b2.backend"} == {name for name, _ in promises.restored}
+        await wait_until(
+            lambda: all(item.state is InstanceState.READY for item in supervisor.instances()), what="all serve again"
+        )
+        assert {item.instance_id: item.pid for item in supervisor.instances()} == before
+        assert await recite(supervisor)
+        assert (await lend(supervisor, "b1")).port, "the same one, not another"
+        assert {item.instance_id: item.pid for item in supervisor.instances()} == before
+
+        forwarders = [forwarder_pid(tmp_path, name) for name in ("b1", "b2")]
+        await supervisor.stop("p")
+        await wait_until(lambda: not view(supervisor, "b1.backend"), within_s=10, what="b1 has nobody left to serve")
+        await wait_until(lambda: not view(supervisor, "b2.backend"), within_s=10, what="b2 has nobody left to serve")
+        assert not any(runs(pid) for pid in (*before.values(), *forwarders))
+    assert not list((tmp_path / "run").iterdir())
+    assert not list((tmp_path / "state" / "instances").iterdir())
 
 
 CRASHING_AGENT = """
-import asyncio, sys
+import asyncio, json, sys
 from pathlib import Path
 import structlog
-from tests.agent.test_supervisor_split import REAL, backend_id, forwarder_pid, site_of, supervising, view, wish_of
-from tests.fakes.fake_engine import fake_engine
+from tests.agent.test_supervisor_split import REAL, site_of, start_split, supervising
 
 structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
 
 async def main():
-    where = Path(sys.argv[1])
-    async with supervising(where, fake_engine(), limits=REAL, site=site_of(Path(sys.argv[2]))) as supervisor:
-        await supervisor.start_backend(wish_of("b1"))
-        print(view(supervisor, backend_id("b1")).pid, forwarder_pid(where, "b1"), flush=True)
+    where, engine, model, port = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+    site = site_of(engine.parent / "ggml-rpc-server", ports=range(port, port + 40))
+    async with supervising(where, (str(engine),), resolve=lambda _: model, limits=REAL, site=site) as supervisor:
+        await start_split(supervisor)
+        print(json.dumps({item.instance_id: item.pid for item in supervisor.instances()}), flush=True)
         await asyncio.Event().wait()
 
 asyncio.run(main())
 """
+
+
+@pytest.mark.parametrize("role", [ENGINE, FORWARDER])
+async def test_a_backend_of_which_half_is_gone_is_not_taken_up(tmp_path: Path, site: BackendSite, role: str) -> None:
+    limits = msgspec.structs.replace(REAL, orphan_ttl_s=0.1)
+    async with supervising(tmp_path, fake_engine(), limits=REAL, site=site) as supervisor:
+        await supervisor.start_backend(wish_of("b1"))
+        await supervisor.close(leave=True)
+    processes = record_of(tmp_path, "b1.backend").processes
+    os.kill(processes[role].pid, signal.SIGKILL)
+    await wait_until(lambda: not runs(processes[role].pid), what="half of it is gone")
+    async with supervising(tmp_path, fake_engine(), limits=limits, site=site) as supervisor:
+        assert supervisor.adopt() == 0
+        await wait_until(lambda: not any(runs(each.pid) for each in processes.values()), what="its rest is ended")
+        await wait_until(lambda: not list((tmp_path / "state" / "instances").iterdir()), what="it is forgotten")
+        assert await supervisor.start_backend(wish_of("b1"))
+
+
+async def test_a_backend_that_was_taken_up_says_why_it_ended(tmp_path: Path, site: BackendSite) -> None:
+    async with supervising(tmp_path, fake_engine(), limits=REAL, site=site) as supervisor:
+        await supervisor.start_backend(wish_of("b1"))
+        await supervisor.close(leave=True)
+    async with supervising(tmp_path, fake_engine(), limits=REAL, site=site) as supervisor:
+        assert supervisor.adopt() == 1
+        await wait_until(lambda: view(supervisor, "b1.backend").state is InstanceState.READY, what="it serves again")
+        os.kill(view(supervisor, "b1.backend").pid, signal.SIGKILL)
+        await wait_until(lambda: view(supervisor, "b1.backend").refusal, what="it is told")
+        refusal = view(supervisor, "b1.backend").refusal
+        assert refusal is not None
+        assert refusal.reason is Reason.ENGINE_DIED
+        assert "an earlier agent had started it" in refusal.message
 
 
 async def test_a_taken_port_is_passed_over(supervisor: Supervisor, site: BackendSite) -> None:

@@ -80,6 +80,10 @@ class _ReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTyp
     REASON_INVITATION_INVALID: _Reason.ValueType  # 107
     REASON_INVITATION_EXPIRED: _Reason.ValueType  # 108
     REASON_INVITATION_USED: _Reason.ValueType  # 109
+    REASON_AGENT_RESTARTING: _Reason.ValueType  # 120
+    """The agent leaves its engines to its successor: ask again."""
+    REASON_NODE_ID_IN_USE: _Reason.ValueType  # 121
+    """Another agent of that name is there already."""
     REASON_BROKER_UNREACHABLE: _Reason.ValueType  # 140
     """What an MQTT broker does to a daemon."""
     REASON_BROKER_REFUSED: _Reason.ValueType  # 141
@@ -150,6 +154,10 @@ REASON_CERTIFICATE_UNREADABLE: Reason.ValueType  # 106
 REASON_INVITATION_INVALID: Reason.ValueType  # 107
 REASON_INVITATION_EXPIRED: Reason.ValueType  # 108
 REASON_INVITATION_USED: Reason.ValueType  # 109
+REASON_AGENT_RESTARTING: Reason.ValueType  # 120
+"""The agent leaves its engines to its successor: ask again."""
+REASON_NODE_ID_IN_USE: Reason.ValueType  # 121
+"""Another agent of that name is there already."""
 REASON_BROKER_UNREACHABLE: Reason.ValueType  # 140
 """What an MQTT broker does to a daemon."""
 REASON_BROKER_REFUSED: Reason.ValueType  # 141
