@@ -132,7 +132,7 @@ class Dispatch:
         attempt = 1
         while True:
             # Not tried again when this fails: a load has already tried every node that is worth it.
-            lease = await self._pools.acquire(model, on_progress)
+            lease = await self._pools.acquire(model, on_progress, asker=request.asker)
             try:
                 return await self._begun(lease, request)
             except SollolError as error:

@@ -1,7 +1,7 @@
 """Which pool answers a request: a warm one with a free slot, else the queue, else one load for everybody who waits.
 
-One queue per model, first come first served. `pump` is the only place that hands out slots and starts loads; every
-event (a request, a finished stream, a report, a load's end) only calls it.
+One queue per model; first come first served, several keys by turns. `pump` is the only place that hands out slots and
+starts loads; every event (a request, a finished stream, a report, a load's end) only calls it.
 """
 
 import asyncio
@@ -62,8 +62,10 @@ class Pools:
         self._queues: dict[str, ModelQueue] = {}
         self._closed = False
 
-    async def acquire(self, model: str, on_progress: Callable[[Progress], None]) -> Lease:
+    async def acquire(self, model: str, on_progress: Callable[[Progress], None], *, asker: str = "") -> Lease:
         """Return a slot of a ready pool of `model` (a canonical name), loading one when there is none.
+
+        Those who wait get slots in the order in which they came, and by turns where they have different askers.
 
         A load goes on when all who waited for it have left: a client that gives up too early and asks again would
         otherwise never get its model.
@@ -74,9 +76,9 @@ class Pools:
         queue = self._open_queue(model)
         if not queue.waiters and (slots := self._index.take(model)) is not None:
             return Lease(slots, self._released)
-        self._check_room(queue)
+        self._make_room(queue, asker)
         waiter = Waiter(asyncio.get_running_loop().create_future(), on_progress)
-        queue.waiters[waiter] = None
+        queue.waiters.add(asker, waiter)
         try:
             self.pump(model)
             on_progress(queue.progress)
@@ -94,19 +96,27 @@ class Pools:
             raise SollolError(_shutting_down())
         return self._queues.setdefault(model, ModelQueue(model))
 
-    def _check_room(self, queue: ModelQueue) -> None:
+    def _make_room(self, queue: ModelQueue, asker: str) -> None:
+        """In a queue that is full, whoever has most there gives one place to others."""
         waiting = len(queue.waiters)
-        if waiting >= self._max_queue:
-            raise refuse(
-                Reason.QUEUE_FULL,
-                f"{waiting} requests already wait for {queue.model}; ask again later or add nodes",
-                retryable=True,
-                retry_after_s=QUEUE_RETRY_AFTER_S,
-                numbers={"waiting": waiting},
-            )
+        if waiting < self._max_queue:
+            return
+        full = refuse(
+            Reason.QUEUE_FULL,
+            f"{waiting} requests already wait for {queue.model}; ask again later or add nodes",
+            retryable=True,
+            retry_after_s=QUEUE_RETRY_AFTER_S,
+            numbers={"waiting": waiting},
+        )
+        crowded_out = queue.waiters.crowded_out_by(asker)
+        if crowded_out is None:
+            raise full
+        queue.waiters.remove(crowded_out)
+        if not crowded_out.granted.done():
+            crowded_out.granted.set_exception(full)
 
     def _give_up(self, queue: ModelQueue, waiter: Waiter) -> None:
-        queue.waiters.pop(waiter, None)
+        queue.waiters.remove(waiter)
         granted = waiter.granted
         if granted.done() and not granted.cancelled() and granted.exception() is None:
             granted.result().release()  # it was granted in the moment of the cancellation

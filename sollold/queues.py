@@ -1,7 +1,6 @@
 """Who waits for a model: requests for a slot, operators for pools. `Pools` is the owner, these are its parts."""
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +9,7 @@ from sollol.inference import Progress
 from sollol.report import PlacementWish, Pool
 
 from sollold.pool_index import PoolSlots
+from sollold.turns import Turns
 
 QUEUED = Progress(state="queued")
 
@@ -56,7 +56,7 @@ class ModelQueue:
     """
 
     model: str
-    waiters: OrderedDict[Waiter, None] = field(default_factory=OrderedDict)
+    waiters: Turns[Waiter] = field(default_factory=Turns)
     watchers: dict[Watcher, None] = field(default_factory=dict)
     load: asyncio.Task[None] | None = None
     progress: Progress = QUEUED
@@ -64,12 +64,14 @@ class ModelQueue:
     resume: asyncio.TimerHandle | None = None
 
     def in_order(self) -> Iterator[Waiter]:
-        """Take the waiters that still want a slot, one by one."""
+        """Take the waiters that still want a slot, one by one, as it is their askers' turn."""
         while self.waiters:
-            waiter = next(iter(self.waiters))
-            if not waiter.granted.done():
+            waiter = self.waiters.first()
+            if waiter.granted.done():
+                self.waiters.remove(waiter)
+            else:
                 yield waiter
-            self.waiters.pop(waiter, None)
+                self.waiters.served(waiter)
 
     def asked(self) -> int:
         """The most pools that any operator waits for."""
@@ -106,8 +108,8 @@ class ModelQueue:
                 watcher.ready.set_exception(SollolError(refusal))
         if at_hand or wish not in (None, PlacementWish(model=self.model)):
             return
-        while self.waiters:
-            waiter, _ = self.waiters.popitem(last=False)
+        for waiter in self.waiters:
+            self.waiters.remove(waiter)
             if not waiter.granted.done():
                 waiter.granted.set_exception(SollolError(refusal))
 

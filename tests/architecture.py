@@ -45,6 +45,7 @@ PURE = (
     "sollold/scaling.py",
     "sollold/keys.py",
     "sollold/allowance.py",
+    "sollold/turns.py",
     "sollold/options.py",
 )
 IMPURE_IMPORTS = (

@@ -48,8 +48,8 @@ class Cluster:
         self.nodes[node_id] = type(status)(report=status.report, report_age_s=0.0, connected=False)
         self.pools.on_node_changed(node_id)
 
-    def ask(self, model=MODEL, sink=lambda _: None):
-        return asyncio.create_task(self.pools.acquire(model, sink))
+    def ask(self, model=MODEL, sink=lambda _: None, asker=""):
+        return asyncio.create_task(self.pools.acquire(model, sink, asker=asker))
 
     async def loading(self, count=1):
         await wait_until(lambda: len(self.loads) == count, what=f"{count} loads began")

@@ -39,10 +39,12 @@ class Client:
     Args:
         address: The head's `host:port`.
         tls_dir: Where the user's `ca.pem`, `node.pem` and `node.key` are; without it the connection is plaintext.
+        key: An API key, for heads that ask for one and speak no TLS.
     """
 
-    def __init__(self, address: str = "127.0.0.1:7461", *, tls_dir: Path | None = None) -> None:
+    def __init__(self, address: str = "127.0.0.1:7461", *, tls_dir: Path | None = None, key: str = "") -> None:
         self._address = address
+        self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
         self._tls = TlsFiles(tls_dir) if tls_dir is not None else None
         self._material: Material | None = None
         self._channels: list[grpc.aio.Channel] = []  # the last is in use; calls may still run on those before
@@ -67,7 +69,7 @@ class Client:
         request = inference_pb2.ChatRequest(model=model, sampling=_sampling(sampling))
         for message in messages:
             wire.fill(request.messages.add(), message)
-        async with self._answering(self._inference().Chat(request)) as responses:
+        async with self._answering(self._inference().Chat(request, metadata=self._metadata)) as responses:
             async for response in responses:
                 yield _event(response)
 
@@ -76,14 +78,16 @@ class Client:
     ) -> AsyncGenerator[Progress | Piece, None]:
         """Continue a raw prompt; streams like `chat`."""
         request = inference_pb2.CompleteRequest(model=model, prompt=prompt, sampling=_sampling(sampling))
-        async with self._answering(self._inference().Complete(request)) as responses:
+        async with self._answering(self._inference().Complete(request, metadata=self._metadata)) as responses:
             async for response in responses:
                 yield _event(response)
 
     async def list_models(self) -> tuple[AvailableModel, ...]:
         """Models that some live node has."""
         async with self._refusals():
-            response = await self._inference().ListModels(inference_pb2.ListModelsRequest(), timeout=_ANSWER_WITHIN_S)
+            response = await self._inference().ListModels(
+                inference_pb2.ListModelsRequest(), timeout=_ANSWER_WITHIN_S, metadata=self._metadata
+            )
         return tuple(wire.value(AvailableModel, model) for model in response.models)
 
     async def nodes(self) -> tuple[NodeStatus, ...]:

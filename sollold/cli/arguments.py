@@ -72,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     _add_pool_commands(commands)
     _add_engine(commands)
     _add_systemd(commands)
+    _add_keys(commands)
     return top
 
 
@@ -208,6 +209,25 @@ def _add_systemd(commands: "Subparsers[argparse.ArgumentParser]") -> None:
         action.add_argument("--agent", action="store_true", help="the daemon of each node")
         action.add_argument("--user", action="store_true", help="services of your own, without root")
         action.add_argument("--prefix", metavar="DIR", default="", help="write below DIR, and touch nothing else")
+
+
+def _add_keys(commands: "Subparsers[argparse.ArgumentParser]") -> None:
+    keys = commands.add_parser("keys", help="say who may use the HTTP API", description="Say who may use the HTTP API.")
+    actions = keys.add_subparsers(metavar="ACTION", required=True)
+    add = _add(actions, "add", "keys:add", "make a key and print it, once")
+    add.add_argument("name", metavar="NAME", help="whose it is; for lists and logs")
+    add.add_argument(
+        "--models", metavar="GLOB", nargs="+", action="extend", default=[], help="only models whose name matches one"
+    )
+    add.add_argument("--concurrency", metavar="N", type=_positive, help="most requests at the same time")
+    add.add_argument("--tokens-per-minute", metavar="N", type=_positive, help="of prompts and answers together")
+    add.add_argument("--expires", metavar="DAYS", type=_positive, help="days until it is refused")
+    show = _add(actions, "list", "keys:show", "list keys and their limits; the keys themselves are nowhere")
+    _add_json(show)
+    revoke = _add(actions, "revoke", "keys:revoke", "refuse a key from now on")
+    revoke.add_argument("name", metavar="NAME")
+    for action in (add, show, revoke):
+        action.add_argument("--file", metavar="PATH", default="", help="default: keys_file of this machine's head")
 
 
 def _add_json(command: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def ask(options: argparse.Namespace, question: Callable[[Client], Awaitable[T]]) -> T:
-    """Run `question` against the head that `--head` names.
+    """Run `question` against the head that `--head` names, with the key in `$SOLLOL_KEY` if there is one.
 
     Raises:
         SollolError: the head's refusal, or AGENT_UNREACHABLE when nobody answers there.
@@ -21,7 +21,7 @@ def ask(options: argparse.Namespace, question: Callable[[Client], Awaitable[T]])
 
     async def asked() -> T:
         tls_dir = users_tls_directory(options.tls_dir, os.environ)
-        async with Client(options.head, tls_dir=tls_dir) as client:
+        async with Client(options.head, tls_dir=tls_dir, key=os.environ.get("SOLLOL_KEY", "")) as client:
             return await question(client)
 
     return asyncio.run(asked())

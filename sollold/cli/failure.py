@@ -11,6 +11,7 @@ HINTS: dict[Reason, str] = {
     Reason.MODEL_NOT_FOUND: "`sollol models` lists what there is",
     Reason.NO_NODES: "`sollol nodes` shows what the head sees",
     Reason.NO_FIT: "`sollol place MODEL` shows every node; try a smaller --context or --parallel, or unload something",
+    Reason.KEY_MISSING: "put your key into $SOLLOL_KEY; whoever runs the head makes one with `sollol keys add NAME`",
     Reason.ENGINE_MISSING: "`sollol engine build` builds one",
 }
 

@@ -409,3 +409,41 @@ async def test_news_of_one_node_cost_the_same_in_a_big_cluster(cluster):
 
     assert loop.time() - began < 0.5, "1000 reports"
     assert len({lease.instance_id for lease in leases}) == 1000
+
+
+async def test_a_key_with_many_requests_does_not_keep_another_waiting(cluster):
+    cluster.report(instance(parallel=1))
+    lease = await cluster.pools.acquire(M, lambda _: None, asker="greedy")
+    greedy = [cluster.ask(asker="greedy") for _ in range(20)]
+    await settle()
+    modest = [cluster.ask(asker="modest") for _ in range(2)]
+    await settle()
+
+    order = []
+    for whose, task in [*(("greedy", task) for task in greedy), *(("modest", task) for task in modest)]:
+        task.add_done_callback(lambda _, whose=whose: order.append(whose))
+    for _ in range(5):
+        before = len(order)
+        lease.release()
+        await wait_until(lambda before=before: len(order) > before, what="the next one")
+        lease = next(task.result() for task in (*modest, *greedy) if task.done() and task.result()._slots)
+
+    assert order == ["greedy", "modest", "greedy", "modest", "greedy"]
+    for task in greedy:
+        task.cancel()
+    await asyncio.gather(*greedy, return_exceptions=True)
+
+
+async def test_a_full_queue_gives_a_place_of_the_longest_to_whoever_has_less():
+    cluster = Cluster(max_queue=3)
+    greedy = [cluster.ask(asker="greedy") for _ in range(3)]
+    await settle()
+    modest = cluster.ask(asker="modest")
+    await settle()
+
+    assert [task.done() for task in (*greedy, modest)] == [False, False, True, False]
+    assert reason_of(greedy[2]) is Reason.QUEUE_FULL
+    with pytest.raises(SollolError, match="QUEUE_FULL"):
+        await cluster.pools.acquire(M, lambda _: None, asker="greedy")
+    await cluster.pools.close()
+    await asyncio.gather(*greedy, modest, return_exceptions=True)
