@@ -26,6 +26,7 @@ POOL_FAILED = frozenset(
         Reason.ENGINE_STALLED,
         Reason.OUT_OF_MEMORY,
         Reason.AGENT_UNREACHABLE,
+        Reason.AGENT_RESTARTING,
         Reason.INSTANCE_NOT_FOUND,
         Reason.INSTANCE_NOT_READY,
         Reason.STOPPED,

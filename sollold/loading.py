@@ -15,6 +15,7 @@ from sollol.inference import Progress
 from sollol.report import CoordinatorPlan, Decision, Instance, InstanceState, NodeStatus, PlacementWish, Pool
 
 from sollold import group
+from sollold.away import GONE, is_back
 from sollold.load_progress import LoadProgress
 from sollold.numbers import PoolNumbers
 
@@ -202,7 +203,7 @@ class Loader:
                 releases = [self._release(link, pool_id) for link in links.values()]
             # An old report may still say that it starts: nobody's hope. One that cannot be stopped is doubted later.
             self._pools.forget(pool_id)
-            if not (isinstance(error, SollolError) and error.refusal.reason is Reason.AGENT_UNREACHABLE):
+            if not (isinstance(error, SollolError) and error.refusal.reason in GONE):
                 await asyncio.wait(releases, timeout=RELEASE_WITHIN_S)  # the next placement needs the memory
             if blamed is not error:
                 raise blamed from error
@@ -222,21 +223,18 @@ class Loader:
     async def _ready(
         self, link: Agent, pool_id: str, node_id: str, on_progress: Callable[[Progress], None]
     ) -> Instance:
+        """Raises SollolError: why it does not come up. An agent that is restarted meanwhile takes the load up again."""
         progress = LoadProgress(node_id, self._nodes.status, on_progress)
         telling = asyncio.create_task(progress.keep_telling(), name=f"tell the progress of {pool_id}")
         try:
-            async with contextlib.aclosing(link.watch_instance(pool_id)) as changes:
-                async for instance in changes:
-                    if instance.state is InstanceState.READY:
-                        return instance
-                    if instance.refusal is not None:
-                        raise SollolError(instance.refusal)
-                    if instance.state in (InstanceState.STOPPED, InstanceState.STOPPING):
-                        raise refuse(Reason.STOPPED, f"{pool_id} was stopped while it loaded", retryable=True)
-                    progress.heard(instance)
+            while True:
+                try:
+                    return await _loaded(link, pool_id, node_id, progress)
+                except SollolError as error:
+                    if error.refusal.reason not in GONE or not await is_back(lambda: self._nodes.status(node_id)):
+                        raise
         finally:
             telling.cancel()
-        raise refuse(Reason.AGENT_UNREACHABLE, f"{node_id} went away while {pool_id} loaded", retryable=True)
 
     def _release(self, link: Agent, pool_id: str) -> asyncio.Task[None]:
         """Stop and release what a start left; a task of its own, since the load itself may be cancelled again."""
@@ -252,12 +250,25 @@ class Loader:
                 await link.stop(pool_id)
                 await link.release(pool_id)
             except SollolError as error:
-                if error.refusal.reason is Reason.AGENT_UNREACHABLE and pause_s:
+                if error.refusal.reason in GONE and pause_s:
                     await asyncio.sleep(pause_s)
                     continue
                 log.warning("pool_not_released", pool=pool_id, error=str(error))
                 self._pools.doubt(pool_id)
             return
+
+
+async def _loaded(link: Agent, pool_id: str, node_id: str, progress: LoadProgress) -> Instance:
+    async with contextlib.aclosing(link.watch_instance(pool_id)) as changes:
+        async for instance in changes:
+            if instance.state is InstanceState.READY:
+                return instance
+            if instance.refusal is not None:
+                raise SollolError(instance.refusal)
+            if instance.state in (InstanceState.STOPPED, InstanceState.STOPPING):
+                raise refuse(Reason.STOPPED, f"{pool_id} was stopped while it loaded", retryable=True)
+            progress.heard(instance)
+    raise refuse(Reason.AGENT_UNREACHABLE, f"{node_id} went away while {pool_id} loaded", retryable=True)
 
 
 def _check_started(instance: Instance, model: str, node_id: str) -> None:

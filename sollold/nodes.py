@@ -19,6 +19,7 @@ from sollol.report import InstanceKind, Model, ModelShape, NodeStatus, Report
 from sollol.tls import TlsFiles
 
 from sollold.agent_link import AgentLink
+from sollold.away import is_away
 
 log = structlog.get_logger(__name__)
 
@@ -39,6 +40,7 @@ class _Node:
     received_s: float
     link: AgentLink
     connected: bool = True
+    away: bool = False
 
 
 class Nodes:
@@ -121,6 +123,7 @@ class Nodes:
                 addresses = await self._addresses()
                 self._watch_all(addresses)
                 self._forget_silent()
+                self._tell_lost()
                 if self._registry_up:
                     self._unwatch_withdrawn(addresses)
                 await asyncio.sleep(REGISTRY_POLL_S)
@@ -157,6 +160,14 @@ class Nodes:
             self._ending.add(task)
             task.add_done_callback(self._ending.discard)
             task.cancel()
+
+    def _tell_lost(self) -> None:
+        """Those that were away for a moment, and were not back in time."""
+        now = self._clock()
+        for node_id, node in tuple(self._nodes.items()):
+            if node.away and not is_away(self._status(node, now)):
+                node.away = False
+                self._changed(node_id)
 
     def _forget_silent(self) -> None:
         limit = self._clock() - self._forget_after_s
@@ -235,7 +246,7 @@ class Nodes:
     def _lost(self, link: AgentLink) -> None:
         for node_id, node in tuple(self._nodes.items()):
             if node.link is link and node.connected:
-                node.connected = False
+                node.connected, node.away = False, True
                 log.warning("node_disconnected", node=node_id, address=link.address)
                 self._changed(node_id)
 

@@ -1,7 +1,8 @@
 """The pools that agents report, by model, and how many of their slots this head uses.
 
 A pool is usable when its connected agent's newest report says READY, or when a load of ours just made it so. One that
-failed a stream is left alone until its agent reports again; one that is known to be gone is never used again.
+failed a stream is left alone until its agent reports again, one on a node that is away until it is back or lost; one
+that is known to be gone is never used again.
 """
 
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from operator import attrgetter
 from msgspec.structs import replace
 from sollol.errors import Refusal
 from sollol.report import Instance, InstanceKind, InstanceState, NodeStatus, Pool, Report
+
+from sollold.away import is_away
 
 GONE_REMEMBERED = 4096
 _PROMISING = frozenset({InstanceState.STARTING, InstanceState.READY})
@@ -53,7 +56,8 @@ class PoolIndex:
 
     def update(self, node_id: str, status: NodeStatus | None) -> set[str]:
         """Take in what a node reports now, None when it is forgotten. Returns the models it has pools of, or had."""
-        report = status.report if status is not None and status.connected else None
+        away = status is not None and is_away(status)
+        report = status.report if status is not None and (status.connected or away) else None
         if report is None or report is not self._reports.get(node_id):
             self._doubted = {key: node for key, node in self._doubted.items() if node != node_id}
         before = self._listed.pop(node_id, [])
@@ -66,7 +70,7 @@ class PoolIndex:
         self._reports[node_id] = report
         now = list(self._known(node_id, report))
         for instance in now:
-            self._list(node_id, instance)
+            self._list(node_id, instance, away=away)
         return {instance.model for instance in (*before, *now)}
 
     def _known(self, node_id: str, report: Report) -> Iterator[Instance]:
@@ -86,10 +90,10 @@ class PoolIndex:
                 yield instance
         self._adopted.update((key, pool) for key, pool in adopted.items() if pool.node_id != node_id)
 
-    def _list(self, node_id: str, instance: Instance) -> None:
+    def _list(self, node_id: str, instance: Instance, *, away: bool = False) -> None:
         self._listed.setdefault(node_id, []).append(instance)
         instance_id = instance.instance_id
-        if instance.state is InstanceState.READY and instance_id not in self._doubted:
+        if instance.state is InstanceState.READY and instance_id not in self._doubted and not away:
             slots = self._slots.setdefault(instance_id, PoolSlots(node_id, instance))
             slots.instance = instance
             slots.elsewhere = max(0, instance.active_streams - slots.used)

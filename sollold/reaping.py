@@ -11,11 +11,10 @@ from sollol.errors import SUSPECTED_BACKENDS, Refusal, SollolError
 from sollol.report import NodeStatus
 
 from sollold import group
+from sollold.away import LOST_AFTER_S
 
 log = structlog.get_logger(__name__)
 
-# A node out of reach that has said nothing for this long is lost; an agent that is restarted is back before.
-LOST_AFTER_S = 5.0
 # After all nodes were out of reach they come back one by one: until then, absence says nothing.
 BACK_WITHIN_S = 5.0
 SETTLED_WITHIN_S = 8.0

@@ -4,6 +4,7 @@ import asyncio
 
 from sollol.report import Instance, InstanceState
 
+from sollold.away import LOST_AFTER_S
 from sollold.numbers import PoolNumbers
 from sollold.pools import Pools
 from tests.placement_cases import MODEL, node
@@ -43,9 +44,9 @@ class Cluster:
         self.nodes[node_id] = node(node_id, instances=instances)
         self.pools.on_node_changed(node_id)
 
-    def lose(self, node_id="n0"):
+    def lose(self, node_id="n0", silent_s=LOST_AFTER_S):
         status = self.nodes[node_id]
-        self.nodes[node_id] = type(status)(report=status.report, report_age_s=0.0, connected=False)
+        self.nodes[node_id] = type(status)(report=status.report, report_age_s=silent_s, connected=False)
         self.pools.on_node_changed(node_id)
 
     def ask(self, model=MODEL, sink=lambda _: None, asker=""):

@@ -73,6 +73,31 @@ async def test_a_killed_agent_is_noticed_and_started_again_it_serves_with_the_en
     await cluster.only_ready_pools_are_reserved()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+async def test_a_request_that_meets_a_restarting_agent_is_served_warm_by_the_same_engine(by_hand, number):
+    """With another node beside it that could load the model: nothing is loaded a second time."""
+    by_hand.start_agent("node", "--leave-engines")
+    by_hand.start_head()
+    await by_hand.nodes_seen(1)
+    task = await reading(by_hand)
+    before = await by_hand.ready_pool(RANDOM)
+    by_hand.start_agent("other")
+    await by_hand.nodes_seen(2)
+
+    by_hand.processes["node"].send_signal(number)
+    await asyncio.to_thread(by_hand.processes["node"].wait, 10)
+    by_hand.start_agent("node")
+
+    _, last = await asyncio.wait_for(task, 5)
+    word = Reason.AGENT_RESTARTING if number is signal.SIGTERM else Reason.AGENT_UNREACHABLE
+    assert (last["error"]["code"], last["error"]["retry"]) == (word, "RETRYABLE")
+    assert await asyncio.wait_for(by_hand.say(RANDOM), 5)
+    after = await by_hand.ready_pool(RANDOM)
+    assert (after.instance.instance_id, after.instance.pid) == (before.instance.instance_id, before.instance.pid)
+    assert len(await by_hand.pools(RANDOM)) == 1
+    assert by_hand.log("head").count("pool_starting") == 1
+
+
 async def test_requests_while_the_only_agent_is_away_are_told_so_in_time(cluster):
     await cluster.say(RECITER)
     engine = psutil.Process((await cluster.ready_pool(RECITER)).instance.pid)

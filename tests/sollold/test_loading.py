@@ -137,6 +137,28 @@ async def test_an_agent_out_of_reach_for_a_moment_is_still_asked_to_clean_up(set
     assert not agent.reserved
 
 
+async def test_a_load_goes_on_when_its_agent_was_only_restarted(setup):
+    it = await setup("a", "b")
+    agent = it.agents[0]
+
+    async def restart():
+        del agent.hooks["WatchInstance"]
+        await agent.stop()
+        await agent.start()
+        agent.tell()
+
+    async def vanish(_context):
+        it.restart = asyncio.create_task(restart())
+        await asyncio.Event().wait()
+
+    agent.hooks["WatchInstance"] = vanish
+
+    assert (await it.load()).node_id == "a"
+    assert len(agent.pools("StartCoordinator")) == 1
+    assert not it.agents[1].pools("StartCoordinator")
+    await it.restart
+
+
 async def test_an_agent_that_lost_the_instance_is_not_a_404_of_the_model(setup):
     it = await setup("a", "b")
 

@@ -13,6 +13,7 @@ from structlog.testing import capture_logs
 
 from sollold import nodes as module
 from sollold.agent_link import AgentLink
+from sollold.away import LOST_AFTER_S
 from sollold.nodes import Nodes
 from tests.fakes.fake_agent import FakeAgent
 from tests.placement_cases import model
@@ -239,6 +240,22 @@ async def test_a_silent_node_is_forgotten_and_found_again_when_it_is_back(watchi
 
         await view.sees("a")
         assert caught.value.refusal.reason is Reason.AGENT_UNREACHABLE
+
+
+async def test_a_node_that_is_not_back_in_time_is_told_of_again(watching, ports):
+    async with FakeAgent("a", ports()).running() as a:
+        view = await watching(a.address)
+        heard = []
+        view.nodes.subscribe(heard.append)
+        await view.sees("a")
+        await a.stop()
+        await view.sees()
+        heard.clear()
+
+        view.clock[0] = LOST_AFTER_S
+
+        await wait_until(lambda: heard == ["a"], what="it is lost")
+        await wait_until(lambda: not view.nodes._nodes["a"].away, what="once")
 
 
 async def test_models_change_their_version_only_when_they_change(watching, ports):

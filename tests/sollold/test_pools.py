@@ -236,6 +236,32 @@ async def test_a_doubted_pool_waits_for_its_agents_word_and_nothing_else_is_load
     assert not cluster.loads
 
 
+async def test_who_asks_for_a_pool_whose_agent_is_away_for_a_moment_waits_and_gets_it(cluster):
+    cluster.report(instance())
+    cluster.lose(silent_s=0)
+    task = cluster.ask()
+    await settle()
+    assert not task.done()
+
+    cluster.report(instance())
+
+    assert (await asyncio.wait_for(task, 1)).instance_id == "p0"
+    assert not cluster.loads
+
+
+async def test_a_pool_whose_agent_is_not_back_in_time_is_loaded_anew(cluster):
+    cluster.report(instance())
+    cluster.lose(silent_s=0)
+    task = cluster.ask()
+    await settle()
+    assert not cluster.loads
+
+    cluster.lose()
+
+    await cluster.loading()
+    task.cancel()
+
+
 @pytest.mark.parametrize("word", ["failed", "unlisted", "lost", "forgotten"])
 async def test_a_doubted_pool_that_is_gone_is_loaded_anew(cluster, word):
     cluster.report(instance())
