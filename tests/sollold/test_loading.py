@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 from msgspec.structs import replace
-from sollol.errors import Reason, Retry, refuse
+from sollol.errors import Reason, Retry, SollolError, refuse
 from sollol.report import InstanceState
 
 from sollold import loading
@@ -145,7 +145,15 @@ async def test_a_load_goes_on_when_its_agent_was_only_restarted(setup):
         del agent.hooks["WatchInstance"]
         await agent.stop()
         await agent.start()
+        await wait_until(reached, what="the link is up again, as when the head gets a report over it")
         agent.tell()
+
+    async def reached():
+        try:
+            await it.links["a"].release("another pool")
+        except SollolError:
+            return False
+        return True
 
     async def vanish(_context):
         it.restart = asyncio.create_task(restart())
