@@ -10,11 +10,11 @@ from pathlib import Path
 
 import structlog
 from msgspec import Struct
+from sollol import kept
 from sollol.errors import SollolError
 from sollol.report import CoordinatorPlan, Instance, InstanceKind, InstanceState
 from sollol.speed import PlanKey, SpeedObservation, plan_key
 
-from agent import kept
 from agent.speed_meter import Meter, counters_of
 from agent.speed_records import Record, Records
 from agent.supervisor.health import ask

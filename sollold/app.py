@@ -17,6 +17,7 @@ from sollol.lifecycle import Closing, Stop
 from sollol.live import Live
 from sollol.registry import Registry
 from sollol.report import Decision, NodeStatus, PlacementWish
+from sollol.tls import TlsFiles
 
 from sollold.admission import Admission
 from sollold.catalogue import Catalogue
@@ -34,9 +35,12 @@ from sollold.numbers import PoolNumbers
 from sollold.operators import ClusterService
 from sollold.options import Options
 from sollold.placement import PlacementDefaults, decide
+from sollold.places import state_directory
 from sollold.pools import Pools
 from sollold.presence import start_presence
 from sollold.reaping import Reaper
+from sollold.remembered import FILE_NAME as AGENTS_FILE
+from sollold.remembered import Remembered
 from sollold.server import HeadServer
 from sollold.surveyor import Surveyor
 
@@ -57,7 +61,7 @@ async def serve(live: Live[HeadConfig], environ: Mapping[str, str], stop: Stop) 
     async with Closing() as closing:
         tls = certified(config, Role.HEAD, environ, closing, stop)
         registry = _registry(config, closing)
-        nodes = Nodes(registry, static_addresses=config.agents, forget_after_s=config.forget_after_s, tls=tls)
+        nodes = _nodes(config, environ, registry, tls, closing, stop)
         history = History(written=registry is not None)
         catalogue = Catalogue(nodes, stale_after_s=config.stale_after_s)
         options = Options(config.models, known=catalogue.known)
@@ -101,6 +105,27 @@ async def serve(live: Live[HeadConfig], environ: Mapping[str, str], stop: Stop) 
         stop.announce_ready(nodes.summary)
         log.info("head_ready", http=f"{config.listen}:{config.http_port}", grpc=f"{config.listen}:{config.grpc_port}")
         await stop.wait()
+
+
+def _nodes(
+    config: HeadConfig,
+    environ: Mapping[str, str],
+    registry: Registry | None,
+    tls: TlsFiles | None,
+    closing: Closing,
+    stop: Stop,
+) -> Nodes:
+    remembered = Remembered(state_directory(config.state_dir, environ) / AGENTS_FILE)
+    nodes = Nodes(
+        registry,
+        static_addresses=config.agents,
+        remembered=remembered.addresses(),
+        forget_after_s=config.forget_after_s,
+        tls=tls,
+    )
+    nodes.subscribe(partial(remembered.heard, nodes))
+    closing.run("memory", remembered.run(), stop, within_s=STEP_WITHIN_S)
+    return nodes
 
 
 def _reconfigure(

@@ -54,6 +54,10 @@ class HeadConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     agents: Annotated[
         tuple[str, ...], Meta(description="Agents (host:port) to watch even when the registry does not list them")
     ] = ()
+    state_dir: Annotated[
+        str,
+        Meta(min_length=1, description="Where agents are remembered; auto: systemd's directory, else the user's"),
+    ] = "auto"
     policy: Annotated[
         Policy, Meta(description="How nodes are chosen; fit falls back to classic for models without a readable header")
     ] = "fit"

@@ -7,16 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import structlog
-from sollol.directories import state_home
 from sollol.errors import Reason, Refusal, SollolError, refuse
 
 from sollold import keys
 from sollold.keys import Key
+from sollold.places import SERVICE_DIRECTORY, state_directory
 
 log = structlog.get_logger(__name__)
 
 NAME = "keys.json"
-SERVICE_DIRECTORY = Path("/var/lib/sollol/head")
 
 Stamp = tuple[int, int, int]
 _GONE: Stamp = (0, 0, 0)
@@ -24,13 +23,7 @@ _GONE: Stamp = (0, 0, 0)
 
 def keys_path(setting: str, environ: Mapping[str, str], service: Path = SERVICE_DIRECTORY) -> Path:
     """Where the keys are; "auto": in the service's state directory, for who may look there, else in the user's."""
-    if setting != "auto":
-        return Path(setting).expanduser()
-    if environ.get("STATE_DIRECTORY"):
-        return Path(environ["STATE_DIRECTORY"].split(":")[0]) / NAME
-    if os.access(service, os.R_OK | os.W_OK | os.X_OK):
-        return service / NAME
-    return state_home(environ) / "sollol" / "head" / NAME
+    return Path(setting).expanduser() if setting != "auto" else state_directory(setting, environ, service) / NAME
 
 
 class KeyFile:

@@ -48,6 +48,7 @@ class Nodes:
 
     Args:
         static_addresses: Agents to watch whatever the registry says.
+        remembered: Agents to try at first, whatever the registry says: they were there before this head was.
         forget_after_s: A lost node that stays silent for longer is not listed any more.
         tls: This head's certificate; agents must then have theirs.
     """
@@ -58,12 +59,14 @@ class Nodes:
         *,
         static_addresses: Iterable[str],
         forget_after_s: float,
+        remembered: Iterable[str] = (),
         tls: TlsFiles | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._registry = registry
         self._static = tuple(static_addresses)
         self._forget_after_s = forget_after_s
+        self._remembered, self._remembered_until_s = tuple(remembered), clock() + forget_after_s
         self._tls = tls
         self._clock = clock
         self._nodes: dict[str, _Node] = {}  # ordered by node id
@@ -134,6 +137,8 @@ class Nodes:
 
     async def _addresses(self) -> set[str]:
         found = set(self._static)
+        if self._clock() < self._remembered_until_s:
+            found.update(self._remembered)
         if self._registry is None:
             return found
         try:

@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
 import psutil
+from sollol import kept
 from sollol.errors import SollolError
 from sollol.report import CoordinatorPlan, DeviceShare, Instance, InstanceState
 
-from agent import kept
 from agent.supervisor import records
 from agent.supervisor.endpoints import TcpSite
 from agent.supervisor.files import Directories, files_of

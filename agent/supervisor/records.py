@@ -8,9 +8,9 @@ from pathlib import Path
 
 import structlog
 from msgspec import Struct, field
+from sollol import kept
 from sollol.report import CoordinatorPlan, InstanceKind, InstanceState
 
-from agent import kept
 from agent.supervisor.endpoints import Endpoint
 from agent.supervisor.identity import Identity
 from agent.supervisor.lending import BackendWish

@@ -97,7 +97,7 @@ class _Up:
         return [
             *("--listen", HOST, "--http-port", str(self._options.http_port)),
             *("--grpc-port", str(self._options.grpc_port), "--redis-url", redis_url),
-            *("--log-format", "json", "--exit-with-parent", "--tls-dir", ""),
+            *("--log-format", "json", "--exit-with-parent", "--tls-dir", "", "--state-dir", str(self._state / "head")),
         ]
 
     def _agent_flags(self, name: str, port: int, redis_url: str, cap_bytes: int | None) -> list[str]:

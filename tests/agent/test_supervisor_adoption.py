@@ -10,11 +10,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from sollol import kept
 from sollol.errors import Reason, SollolError, refuse
 from sollol.report import InstanceKind, InstanceState
 from structlog.testing import capture_logs
 
-from agent import kept
 from agent.supervisor import records
 from agent.supervisor.adoption import problem_of
 from agent.supervisor.endpoints import TcpSite

@@ -5,11 +5,12 @@ import json
 import os
 import signal
 
+import aiohttp
 import psutil
 import pytest
 from sollol.errors import Reason
 
-from tests.e2e.cluster import RECITAL_20, text_of
+from tests.e2e.cluster import RECITAL_20, chat_body, text_of
 from tests.e2e.daemons import gone
 from tests.e2e.models import RANDOM, RECITER
 from tests.waiting import wait_until
@@ -141,6 +142,34 @@ async def test_a_head_that_is_killed_and_comes_back_uses_the_engines_that_run(cl
     assert await cluster.say(RECITER) == RECITAL_20
     after = await cluster.ready_pool(RECITER)
     assert (after.instance.instance_id, after.instance.pid) == (before.instance.instance_id, before.instance.pid)
+
+
+async def test_a_new_head_serves_warm_without_the_old_one_and_without_redis(cluster):
+    assert await cluster.say(RECITER) == RECITAL_20
+    before, reserved = await cluster.ready_pool(RECITER), await cluster.reserved()
+    for name in ("head", "redis"):
+        cluster.processes[name].kill()
+        cluster.processes[name].wait()
+
+    url = cluster.start_another_head("next")
+
+    async def answered():
+        try:
+            async with (
+                aiohttp.ClientSession() as session,
+                session.post(f"{url}/v1/chat/completions", json=chat_body(RECITER)) as response,
+            ):
+                return (await response.json())["choices"][0]["message"]["content"]
+        except (aiohttp.ClientError, KeyError):
+            return ""
+
+    assert await wait_until(answered, within_s=5, what="the new head answers") == RECITAL_20
+    assert "pool_starting" not in cluster.log("next")
+    cluster.start_head()
+    await cluster.nodes_seen(1)
+    after = await cluster.ready_pool(RECITER)
+    assert (after.instance.instance_id, after.instance.pid) == (before.instance.instance_id, before.instance.pid)
+    assert await cluster.reserved() == reserved
 
 
 async def is_free(cluster, pool):

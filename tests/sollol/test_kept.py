@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 from msgspec import Struct
+from sollol.kept import load, save
 from structlog.testing import capture_logs
-
-from agent.kept import load, save
 
 
 class Shelf(Struct):
