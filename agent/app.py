@@ -26,6 +26,7 @@ from agent import link_probe
 from agent.bandwidth import usable_cores
 from agent.busy import Busy
 from agent.config import AgentConfig
+from agent.cordon import Cordon
 from agent.engine.find import FoundEngine, find_engine
 from agent.gpus import default_drivers
 from agent.learned import Learned
@@ -81,6 +82,7 @@ async def serve(live: Live[AgentConfig], environ: Mapping[str, str], stop: Stop)
             streams.subscribe(speeds.streams_changed)
             sink = link_probe.Sink()
             links = Links(probe=partial(link_probe.probe, tls=tls), who=partial(link_probe.who_answers, tls=tls))
+            cordon = Cordon(places.state)
             reporter = Reporter(
                 config=config,
                 probe=probe,
@@ -90,6 +92,7 @@ async def serve(live: Live[AgentConfig], environ: Mapping[str, str], stop: Stop)
                 speeds=speeds,
                 links=links,
                 learned=learned,
+                cordon=cordon,
                 engine=found.engine if found else None,
                 registry=_registry(config, closing),
             )
@@ -104,8 +107,9 @@ async def serve(live: Live[AgentConfig], environ: Mapping[str, str], stop: Stop)
             if not await _before_stop(reporter.ready(), stop):
                 return
             service = AgentService(
-                reporter=reporter, ledger=ledger, supervisor=supervisor, relay=relay, links=links, sink=sink
-            )
+                reporter=reporter, ledger=ledger, supervisor=supervisor, relay=relay, links=links, sink=sink,
+                cordon=cordon, active_streams=streams.active,
+            )  # fmt: skip
             await _open(server, service, closing, relay if config.leave_engines else None)
             start_presence(config, reporter.watch, closing, stop)
             _announce(config, reporter, stop)

@@ -22,6 +22,17 @@ class Reporter(Protocol):
         """Something that reports show has changed: report soon."""
 
 
+class Cordon(Protocol):
+    @property
+    def cordoned(self) -> bool: ...
+
+    @property
+    def draining(self) -> bool: ...
+
+    def set(self, *, cordoned: bool, draining: bool) -> None:
+        """Raises OSError when it cannot be kept."""
+
+
 class Ledger(Protocol):
     def reserve(
         self, pool_id: str, bytes_by_device: Mapping[str, int], ttl_s: float, devices: Sequence[Device]

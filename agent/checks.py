@@ -4,6 +4,9 @@ import ipaddress
 import re
 from collections.abc import Mapping, Sequence
 
+import msgspec
+from google.protobuf.message import Message
+from sollol import wire
 from sollol.errors import Reason, SollolError, refuse
 from sollol.memory import KV_TYPES
 from sollol.names import check_model_name
@@ -121,6 +124,20 @@ def check_bytes(wanted: Mapping[str, int]) -> dict[str, int]:
         if not 0 <= size <= MAX_BYTES:
             raise _invalid(f"{size} bytes on {device_id} are not within 0 to {MAX_BYTES}")
     return dict(wanted)
+
+
+def plan_of(message: Message) -> CoordinatorPlan:
+    """Read a plan and check it.
+
+    Raises:
+        SollolError: as `check_plan`.
+    """
+    try:
+        plan = wire.value(CoordinatorPlan, message)
+    except msgspec.ValidationError as error:
+        raise _invalid(f"the plan is not readable: {error}") from error
+    check_plan(plan)
+    return plan
 
 
 def check_plan(plan: CoordinatorPlan) -> None:

@@ -60,6 +60,14 @@ class Observing(Protocol):
     def observations(self) -> tuple[SpeedObservation, ...]: ...
 
 
+class Cordoned(Protocol):
+    @property
+    def cordoned(self) -> bool: ...
+
+    @property
+    def draining(self) -> bool: ...
+
+
 class Learning(Protocol):
     def corrections(self) -> tuple[MemoryCorrection, ...]: ...
 
@@ -88,6 +96,7 @@ class Reporter:
         links: Measured,
         speeds: Observing,
         learned: Learning,
+        cordon: Cordoned,
         engine: Engine | None,
         registry: NoticeBoard | None,
         wall_clock: Callable[[], float] = time.time,
@@ -99,6 +108,7 @@ class Reporter:
         self._links = links
         self._speeds = speeds
         self._learned = learned
+        self._cordon = cordon
         self._engine = engine
         self._registry = registry
         self._wall_clock = wall_clock
@@ -225,6 +235,8 @@ class Reporter:
             links=self._links.all(),
             speeds=self._speeds.observations(),
             memory=self._learned.corrections(),
+            cordoned=self._cordon.cordoned,
+            draining=self._cordon.draining,
         )
         news, self._news = self._news, asyncio.Event()
         news.set()

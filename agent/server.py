@@ -4,7 +4,7 @@ Expected refusals are values where the response has a field for them, else the s
 `sollol.channels`. Anything unexpected is logged once and becomes INTERNAL.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,17 +13,11 @@ import msgspec
 from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untyped]
 from sollol import wire
 from sollol.errors import Reason, SollolError, refuse
-from sollol.report import (
-    BackendEndpoint,
-    CoordinatorPlan,
-    Instance,
-    InstanceState,
-    Model,
-)
+from sollol.report import BackendEndpoint, Instance, InstanceState, Model
 from sollol.v1 import agent_pb2, agent_pb2_grpc
 
 from agent import log_tail
-from agent.asked import Ledger, Links, Relaying, Reporter, Sink, Supervisor
+from agent.asked import Cordon, Ledger, Links, Relaying, Reporter, Sink, Supervisor
 from agent.checks import (
     check_backend,
     check_bytes,
@@ -31,10 +25,10 @@ from agent.checks import (
     check_id,
     check_instance_id,
     check_peer,
-    check_plan,
     check_pool_id,
     check_reserved,
     check_ttl,
+    plan_of,
 )
 from agent.departure import Departure
 from agent.guarded import guarded
@@ -55,6 +49,8 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         relay: Owns the token streams.
         links: Owns what is known of the links to other nodes.
         sink: Takes what other agents send to measure theirs.
+        cordon: Owns whether new pools are taken.
+        active_streams: How many streams an instance has now, over all heads.
     """
 
     def __init__(
@@ -66,6 +62,8 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         relay: Relaying,
         links: Links,
         sink: Sink,
+        cordon: Cordon,
+        active_streams: Callable[[str], int],
     ) -> None:
         self._reporter = reporter
         self._ledger = ledger
@@ -73,6 +71,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         self._relay = relay
         self._links = links
         self._sink = sink
+        self._cordon, self._active_streams = cordon, active_streams
         self._health = health.aio.HealthServicer()
         self._draining = False
         self._departure = Departure()
@@ -127,7 +126,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         wanted, ttl_s = check_bytes(request.bytes), check_ttl(request.ttl_s)
         self._check_open()
         report = self._reporter.current()
-        if report.cordoned:
+        if self._cordon.cordoned:
             raise refuse(Reason.CORDONED, f"node {report.node_id} is cordoned: it takes no new pools", retryable=True)
         refusal = self._ledger.reserve(pool_id, wanted, ttl_s, report.devices)
         if refusal is not None:
@@ -187,7 +186,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
 
     async def _start(self, request: agent_pb2.StartCoordinatorRequest) -> Instance:
         pool_id = check_pool_id(request.pool_id)
-        plan = _plan_of(request)
+        plan = plan_of(request.plan)
         running = self._starts_or_serves(pool_id)
         if running is not None:
             return running
@@ -229,10 +228,18 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
     @guarded
     async def Stop(self, request: agent_pb2.StopRequest, context: Any) -> agent_pb2.StopResponse:
         instance_id = check_instance_id(request.instance_id)
+        if request.when_idle and self._active_streams(instance_id):
+            return agent_pb2.StopResponse(busy=True)
         await self._supervisor.stop(instance_id, at_once=request.at_once)
         self._ledger.release(instance_id)  # reserved, and never started
         self._reporter.changed()
         return agent_pb2.StopResponse()
+
+    @guarded
+    async def SetCordoned(self, request: agent_pb2.SetCordonedRequest, context: Any) -> agent_pb2.SetCordonedResponse:
+        self._cordon.set(cordoned=request.cordoned, draining=request.draining)
+        self._reporter.changed()
+        return agent_pb2.SetCordonedResponse()
 
     @guarded
     async def Relay(self, request_iterator: Any, context: Any) -> None:
@@ -275,17 +282,10 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         return any(item.instance_id == instance_id and item.state in _LIVE for item in found)
 
     def _check_open(self) -> None:
+        if self._cordon.draining:
+            raise refuse(Reason.CORDONED, "this node is being drained: it starts nothing", retryable=True)
         if self._draining:
             raise refuse(Reason.SHUTTING_DOWN, "this agent is shutting down", retryable=True)
-
-
-def _plan_of(request: agent_pb2.StartCoordinatorRequest) -> CoordinatorPlan:
-    try:
-        plan = wire.value(CoordinatorPlan, request.plan)
-    except msgspec.ValidationError as error:
-        raise refuse(Reason.INVALID_REQUEST, f"the plan is not readable: {error}") from error
-    check_plan(plan)
-    return plan
 
 
 async def _write_lines(context: Any, lines: Sequence[str]) -> None:

@@ -144,6 +144,17 @@ class AgentLink:
             async for response in stub.WatchInstance(pb.WatchInstanceRequest(instance_id=instance_id)):
                 yield wire.value(Instance, response.instance)
 
+    async def stop_when_idle(self, instance_id: str) -> bool:
+        """Like `stop`, unless it has streams at this moment: then False, and it runs on."""
+        with self._calling() as stub:
+            request = pb.StopRequest(instance_id=instance_id, when_idle=True)
+            return not (await stub.Stop(request, timeout=STOP_TIMEOUT_S)).busy
+
+    async def set_cordoned(self, *, cordoned: bool, draining: bool) -> None:
+        with self._calling() as stub:
+            request = pb.SetCordonedRequest(cordoned=cordoned, draining=draining)
+            await stub.SetCordoned(request, timeout=UNARY_TIMEOUT_S)
+
     async def stop(self, instance_id: str, *, at_once: bool = False) -> None:
         """Return when the engine's process is gone and its reservation is released; `at_once` for one that hangs."""
         with self._calling() as stub:

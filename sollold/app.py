@@ -23,6 +23,7 @@ from sollold.admission import Admission
 from sollold.catalogue import Catalogue
 from sollold.config import HeadConfig
 from sollold.dispatch import Dispatch
+from sollold.draining import Drainer
 from sollold.front.grpc import InferenceService
 from sollold.front.http import build_app
 from sollold.front.http import serve as serve_http
@@ -91,6 +92,7 @@ async def serve(live: Live[HeadConfig], environ: Mapping[str, str], stop: Stop) 
             closing.run("history", history.run(registry), stop, within_s=STEP_WITHIN_S)
         closing.run("nodes", nodes.run(), stop, within_s=STEP_WITHIN_S)
         closing.run("reaper", reaper.run(), stop, within_s=STEP_WITHIN_S)
+        _drain(nodes, pools, closing, stop)
         closing.run("surveyor", Surveyor(nodes).run(), stop, within_s=STEP_WITHIN_S)
         closing.add("releases", loader.close, within_s=STEP_WITHIN_S)
         closing.add("pools", pools.close, within_s=RELEASE_WITHIN_S + STEP_WITHIN_S)
@@ -148,6 +150,12 @@ def _dispatch(config: HeadConfig, nodes: Nodes, pools: Pools, catalogue: Catalog
         first_byte_timeout_s=config.first_byte_timeout_s,
         stall_timeout_s=config.stall_timeout_s,
     )
+
+
+def _drain(nodes: Nodes, pools: Pools, closing: Closing, stop: Stop) -> None:
+    drainer = Drainer(nodes, in_use=pools.in_use, forget=pools.forget)
+    nodes.subscribe(drainer.on_node_changed)
+    closing.run("drainer", drainer.run(), stop, within_s=STEP_WITHIN_S)
 
 
 def _registry(config: HeadConfig, closing: Closing) -> Registry | None:

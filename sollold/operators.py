@@ -18,6 +18,7 @@ from sollol.report import Decision, InstanceState, PlacementWish, Pool
 from sollol.v1 import cluster_pb2 as pb
 from sollol.v1 import cluster_pb2_grpc as rpc
 
+from sollold import drain
 from sollold.catalogue import Catalogue
 from sollold.nodes import Nodes
 from sollold.pools import Pools
@@ -28,6 +29,7 @@ log = structlog.get_logger(__name__)
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 MAX_LOG_LINES = 10_000
+DRAIN_LOOK_S = 0.2
 
 
 class ClusterService(rpc.ClusterServiceServicer):
@@ -101,6 +103,36 @@ class ClusterService(rpc.ClusterServiceServicer):
         except SollolError:
             self._pools.doubt(instance_id)  # it may well run on
             raise
+
+    async def Cordon(self, request: pb.CordonRequest, context: Context) -> pb.CordonResponse:
+        async with _aborting(context):
+            await self._set_cordoned(request.node_id, cordoned=True)
+        return pb.CordonResponse()
+
+    async def Uncordon(self, request: pb.UncordonRequest, context: Context) -> pb.UncordonResponse:
+        async with _aborting(context):
+            await self._set_cordoned(request.node_id, cordoned=False)
+        return pb.UncordonResponse()
+
+    async def Drain(self, request: pb.DrainRequest, context: Context) -> AsyncIterator[pb.DrainResponse]:
+        async with _aborting(context):
+            await self._set_cordoned(request.node_id, cordoned=True, draining=True)
+            told: tuple[Pool, ...] | None = None
+            while told != ():
+                left = tuple(
+                    replace(pool, instance=self._pools.busy(pool.instance))
+                    for pool in drain.left_on(request.node_id, self._nodes.statuses())
+                )
+                if left != told:
+                    response = pb.DrainResponse()
+                    for pool in left:
+                        wire.fill(response.left.add(), pool)
+                    yield response
+                told = left
+                await asyncio.sleep(DRAIN_LOOK_S)
+
+    async def _set_cordoned(self, node_id: str, *, cordoned: bool, draining: bool = False) -> None:
+        await self._nodes.link(node_id).set_cordoned(cordoned=cordoned, draining=draining)
 
     async def TailPoolLog(
         self, request: pb.TailPoolLogRequest, context: Context

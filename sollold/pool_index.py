@@ -14,6 +14,7 @@ from sollol.errors import Refusal
 from sollol.report import Instance, InstanceKind, InstanceState, NodeStatus, Pool, Report
 
 from sollold.away import is_away
+from sollold.drain import nodes_of
 
 GONE_REMEMBERED = 4096
 _PROMISING = frozenset({InstanceState.STARTING, InstanceState.READY})
@@ -53,10 +54,13 @@ class PoolIndex:
         self._doubted: dict[str, str] = {}
         self._adopted: dict[str, Pool] = {}
         self._gone: dict[str, Refusal | None] = {}  # by instance id; why, for those that are lost
+        self._away: frozenset[str] = frozenset()  # nodes out of reach, and not lost yet
+        self._draining: frozenset[str] = frozenset()  # nodes; pools with a part there take no new streams
 
     def update(self, node_id: str, status: NodeStatus | None) -> set[str]:
         """Take in what a node reports now, None when it is forgotten. Returns the models it has pools of, or had."""
         away = status is not None and is_away(status)
+        self._away = self._away | {node_id} if away else self._away - {node_id}
         report = status.report if status is not None and (status.connected or away) else None
         if report is None or report is not self._reports.get(node_id):
             self._doubted = {key: node for key, node in self._doubted.items() if node != node_id}
@@ -68,10 +72,26 @@ class PoolIndex:
             self._adopted = {key: pool for key, pool in self._adopted.items() if pool.node_id != node_id}
             return {instance.model for instance in before}
         self._reports[node_id] = report
+        drains = report.draining != (node_id in self._draining)
+        self._draining ^= {node_id} if drains else set()
         now = list(self._known(node_id, report))
         for instance in now:
-            self._list(node_id, instance, away=away)
-        return {instance.model for instance in (*before, *now)}
+            self._list(node_id, instance)
+        return {instance.model for instance in (*before, *now, *(self._list_again(node_id) if drains else ()))}
+
+    def _list_again(self, lender: str) -> list[Instance]:
+        """The pools of other nodes that have a part on this one, which is drained from now on, or is so no longer."""
+        touched = [
+            (node_id, instance)
+            for node_id, listed in self._listed.items()
+            for instance in listed
+            if node_id != lender and lender in nodes_of(node_id, instance)
+        ]
+        for node_id, instance in touched:
+            self._listed[node_id].remove(instance)
+            self._unlist(instance)
+            self._list(node_id, instance)
+        return [instance for _, instance in touched]
 
     def _known(self, node_id: str, report: Report) -> Iterator[Instance]:
         """The node's pools that are usable or may become so."""
@@ -90,10 +110,14 @@ class PoolIndex:
                 yield instance
         self._adopted.update((key, pool) for key, pool in adopted.items() if pool.node_id != node_id)
 
-    def _list(self, node_id: str, instance: Instance, *, away: bool = False) -> None:
+    def _list(self, node_id: str, instance: Instance) -> None:
         self._listed.setdefault(node_id, []).append(instance)
         instance_id = instance.instance_id
-        if instance.state is InstanceState.READY and instance_id not in self._doubted and not away:
+        if not self._draining.isdisjoint(nodes_of(node_id, instance)):
+            if instance_id in self._slots:
+                slots = self._slots[instance_id]
+                slots.elsewhere = max(0, instance.active_streams - slots.used)
+        elif instance.state is InstanceState.READY and instance_id not in self._doubted and node_id not in self._away:
             slots = self._slots.setdefault(instance_id, PoolSlots(node_id, instance))
             slots.instance = instance
             slots.elsewhere = max(0, instance.active_streams - slots.used)
@@ -123,6 +147,7 @@ class PoolIndex:
         if instance_id in self._gone or self._is_ready(pool.instance):
             return
         self._adopted[instance_id] = pool
+        self._away -= {pool.node_id}
         listed = self._listed.get(pool.node_id, [])
         self._listed[pool.node_id] = [instance for instance in listed if instance.instance_id != instance_id]
         self._unlist(pool.instance)
@@ -171,6 +196,11 @@ class PoolIndex:
     def release(self, slots: PoolSlots) -> None:
         slots.used -= 1
         self._drop_unused(slots.instance.instance_id)
+
+    def in_use(self, instance_id: str) -> int:
+        """How many of its slots this head uses."""
+        slots = self._slots.get(instance_id)
+        return slots.used if slots is not None else 0
 
     def busy(self, instance: Instance) -> Instance:
         """The instance with the streams it has now, as far as this head knows: its own are newer than any report."""

@@ -11,7 +11,7 @@ from typing import Protocol
 import structlog
 from sollol.errors import Reason, Refusal, SollolError, refuse
 from sollol.inference import Progress
-from sollol.report import InstanceKind, InstanceState, NodeStatus, PlacementWish, Pool
+from sollol.report import Instance, InstanceKind, InstanceState, NodeStatus, PlacementWish, Pool
 
 from sollold.load_progress import progress_of
 from sollold.numbers import GaveWayError
@@ -163,6 +163,14 @@ class Pools:
     def forget(self, instance_id: str, why: Refusal | None = None) -> None:
         """This pool is being stopped: never use it again. `why` when it is lost, and nothing brings it back."""
         self._index.forget(instance_id, why)
+
+    def busy(self, instance: Instance) -> Instance:
+        """The instance with the streams it has now, as far as this head knows."""
+        return self._index.busy(instance)
+
+    def in_use(self, instance_id: str) -> int:
+        """How many of this pool's slots this head has given out."""
+        return self._index.in_use(instance_id)
 
     def instances_of(self, model: str) -> tuple[Pool, ...]:
         """Every pool of the model that has a process, on every node."""

@@ -46,6 +46,7 @@ PURE = (
     "sollold/keys.py",
     "sollold/allowance.py",
     "sollold/turns.py",
+    "sollold/drain.py",
     "sollold/options.py",
 )
 IMPURE_IMPORTS = (

@@ -86,6 +86,7 @@ def node(
     labels: dict[str, str] | None = None,
     cpu_count: int = 8,
     cordoned: bool = False,
+    draining: bool = False,
     instances: tuple[Instance, ...] = (),
 ) -> NodeStatus:
     report = Report(
@@ -97,7 +98,8 @@ def node(
         models=(model(),) if models is None else models,
         labels=labels or {},
         cpu_count=cpu_count,
-        cordoned=cordoned,
+        cordoned=cordoned or draining,
+        draining=draining,
         instances=instances,
     )
     return NodeStatus(report=report, report_age_s=age_s, connected=True)

@@ -40,8 +40,8 @@ class Cluster:
         self.sinks.append(on_progress)
         return await ended
 
-    def report(self, *instances, node_id="n0"):
-        self.nodes[node_id] = node(node_id, instances=instances)
+    def report(self, *instances, node_id="n0", draining=False):
+        self.nodes[node_id] = node(node_id, instances=instances, draining=draining)
         self.pools.on_node_changed(node_id)
 
     def lose(self, node_id="n0", silent_s=LOST_AFTER_S):

@@ -23,14 +23,14 @@ ACCESS: Mapping[str, frozenset[Role]] = {
         "sollol.v1.AgentService",
         _HEADS,
         *("GetReport", "WatchReport", "Reserve", "Release", "StartBackend", "StartCoordinator", "WatchInstance"),
-        *("Stop", "Relay", "TailLog", "MeasureLink"),
+        *("Stop", "SetCordoned", "Relay", "TailLog", "MeasureLink"),
     ),
     **_of("sollol.v1.AgentService", _DAEMONS, "ProbeLink"),
     **_of("sollol.v1.InferenceService", _USERS, "Chat", "Complete", "ListModels"),
     **_of(
         "sollol.v1.ClusterService",
         _OPERATORS,
-        *("ListNodes", "ListPools", "Place", "Load", "Unload", "TailPoolLog"),
+        *("ListNodes", "ListPools", "Place", "Load", "Unload", "Cordon", "Uncordon", "Drain", "TailPoolLog"),
     ),
     **_of("grpc.health.v1.Health", ANYBODY, "Check", "List", "Watch"),
 }

@@ -135,6 +135,25 @@ class Client:
             response = await self._cluster().Unload(request, timeout=_STOPPED_WITHIN_S)
         return tuple(response.instance_ids)
 
+    async def cordon(self, node_id: str) -> None:
+        """Keep new pools away from a node, until `uncordon`."""
+        async with self._refusals():
+            await self._cluster().Cordon(cluster_pb2.CordonRequest(node_id=node_id), timeout=_ANSWER_WITHIN_S)
+
+    async def uncordon(self, node_id: str) -> None:
+        """Let a node take pools again, and end its draining."""
+        async with self._refusals():
+            await self._cluster().Uncordon(cluster_pb2.UncordonRequest(node_id=node_id), timeout=_ANSWER_WITHIN_S)
+
+    async def drain(self, node_id: str) -> AsyncGenerator[tuple[Pool, ...], None]:
+        """Cordon a node and have it emptied; yield what is left on every change, at last nothing.
+
+        Leaving the loop early leaves the node draining.
+        """
+        async with self._answering(self._cluster().Drain(cluster_pb2.DrainRequest(node_id=node_id))) as responses:
+            async for response in responses:
+                yield tuple(wire.value(Pool, pool) for pool in response.left)
+
     async def tail_log(self, pool: str, *, lines: int = 50, follow: bool = False) -> AsyncGenerator[str, None]:
         """Yield the last lines of a pool's engine log, then, with `follow`, new ones; `pool` is an id or a model."""
         request = cluster_pb2.TailPoolLogRequest(pool=pool, lines=lines, follow=follow)

@@ -199,6 +199,7 @@ class Report(Struct, frozen=True, kw_only=True):
     links: tuple[Link, ...] = ()
     speeds: tuple[SpeedObservation, ...] = ()
     memory: tuple[MemoryCorrection, ...] = ()
+    draining: bool = False
 
     @property
     def address(self) -> str:

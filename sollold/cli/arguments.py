@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     _add_engine(commands)
     _add_systemd(commands)
     _add_keys(commands)
+    _add_node_commands(commands)
     return top
 
 
@@ -228,6 +229,17 @@ def _add_keys(commands: "Subparsers[argparse.ArgumentParser]") -> None:
     revoke.add_argument("name", metavar="NAME")
     for action in (add, show, revoke):
         action.add_argument("--file", metavar="PATH", default="", help="default: keys_file of this machine's head")
+
+
+def _add_node_commands(commands: "Subparsers[argparse.ArgumentParser]") -> None:
+    for name, text in (
+        ("cordon", "keep new pools away from a node, over restarts too"),
+        ("uncordon", "let a node take pools again"),
+        ("drain", "cordon a node and stop its pools as their streams end"),
+    ):
+        command = _add(commands, name, f"cordon:{name}", text)
+        command.add_argument("node", metavar="NODE")
+    command.add_argument("--timeout", metavar="SECONDS", type=_positive, help="leave after so long, with status 3")
 
 
 def _add_json(command: argparse.ArgumentParser) -> None:

@@ -77,7 +77,7 @@ def _print(
 
 def _node_row(status: NodeStatus) -> tuple[str, ...]:
     report = status.report
-    state = "cordoned" if report.cordoned else "ok" if status.connected else "not connected"
+    state = _node_state(status)
     return (
         report.node_id,
         report.address,
@@ -89,6 +89,15 @@ def _node_row(status: NodeStatus) -> tuple[str, ...]:
         str(len(report.instances)),
         report.engine.build if report.engine else "none: run `sollol engine build` there",
     )
+
+
+def _node_state(status: NodeStatus) -> str:
+    if status.report.draining:
+        state = "draining" if status.report.instances else "drained"
+    else:
+        state = "cordoned" if status.report.cordoned else ""
+    reached = "" if status.connected else "not connected"
+    return ", ".join(filter(None, (state, reached))) or "ok"
 
 
 def _link_row(status: NodeStatus, link: Link) -> tuple[str, ...]:

@@ -56,6 +56,7 @@ class Node:
         self.links: tuple[Link, ...] = ()
         self.speeds: tuple[SpeedObservation, ...] = ()
         self.learned: tuple[MemoryCorrection, ...] = ()
+        self.cordoned = self.draining = False
         self.measurements = self.scans = 0
         self.go_on_scanning = threading.Event()
         self.go_on_scanning.set()
@@ -69,6 +70,7 @@ class Node:
             links=self,
             speeds=self,
             learned=self,
+            cordon=self,
             engine=ENGINE,
             registry=registry,
             wall_clock=lambda: 1_700_000_000.0,

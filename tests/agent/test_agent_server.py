@@ -23,6 +23,7 @@ from sollol.report import (
 )
 from sollol.v1 import agent_pb2, common_pb2
 
+from agent.cordon import Cordon
 from agent.link_probe import Sink
 from agent.server import AgentService
 from tests.relays import agent_stub
@@ -147,6 +148,7 @@ class MemoryLinks:
 class Node:
     def __init__(self, tmp_path):
         self.links = MemoryLinks()
+        self.cordon, self.active = Cordon(tmp_path), {}
         self.reporter, self.ledger, self.supervisor = MemoryReporter(), MemoryLedger(), MemorySupervisor(tmp_path)
         self.service = AgentService(
             reporter=self.reporter,
@@ -155,6 +157,8 @@ class Node:
             relay=NoRelay(),
             links=self.links,
             sink=Sink(),
+            cordon=self.cordon,
+            active_streams=lambda instance_id: self.active.get(instance_id, 0),
         )
 
 
@@ -257,9 +261,26 @@ async def test_reservations_out_of_range_are_refused(node, stub, wrong):
     assert node.ledger.held == {}
 
 
-async def test_a_cordoned_node_takes_no_reservation(node, stub):
-    await node.reporter.publish(cordoned=True)
-    assert reason((await reserve(stub)).refusal) == "CORDONED"
+async def test_a_cordoned_node_takes_no_reservation_until_it_is_uncordoned(node, stub):
+    for draining in (False, True):
+        await stub.SetCordoned(agent_pb2.SetCordonedRequest(cordoned=True, draining=draining))
+        assert reason((await reserve(stub)).refusal) == "CORDONED"
+        assert node.cordon.draining is draining
+    await stub.SetCordoned(agent_pb2.SetCordonedRequest())
+    assert not (await reserve(stub)).HasField("refusal")
+    assert node.reporter.changes == 4
+
+
+async def test_what_is_to_stop_when_idle_runs_on_while_it_has_streams(node, stub):
+    await reserve(stub)
+    await start(stub)
+    request = agent_pb2.StopRequest(instance_id="p1", when_idle=True)
+    node.active["p1"] = 1
+    assert (await stub.Stop(request)).busy
+    assert "p1" in node.supervisor.running
+    node.active.clear()
+    assert not (await stub.Stop(request)).busy
+    assert node.supervisor.running == {}
 
 
 async def test_releasing_twice_is_a_success(node, stub):

@@ -1,5 +1,6 @@
 """A head that answers the CLI from fixed values: real gRPC, no cluster behind it."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -87,6 +88,23 @@ class FakeHead(cluster_pb2_grpc.ClusterServiceServicer, inference_pb2_grpc.Infer
 
     async def Unload(self, request, _context):  # noqa: N802 - gRPC's name
         return cluster_pb2.UnloadResponse(instance_ids=["tiny-0"] if request.model == MODEL else [])
+
+    async def Cordon(self, request, _context):  # noqa: N802 - gRPC's name
+        self.asked.append(("cordon", request.node_id))
+        return cluster_pb2.CordonResponse()
+
+    async def Uncordon(self, request, _context):  # noqa: N802 - gRPC's name
+        self.asked.append(("uncordon", request.node_id))
+        return cluster_pb2.UncordonResponse()
+
+    async def Drain(self, request, _context):  # noqa: N802 - gRPC's name
+        """Node `stuck` is never empty."""
+        response = cluster_pb2.DrainResponse()
+        wire.fill(response.left.add(), POOLS[0])
+        yield response
+        if request.node_id == "stuck":
+            await asyncio.Event().wait()
+        yield cluster_pb2.DrainResponse()
 
     async def TailPoolLog(self, request, _context):  # noqa: N802 - gRPC's name
         for at in range(request.lines):

@@ -341,16 +341,20 @@ class StopRequest(google.protobuf.message.Message):
 
     INSTANCE_ID_FIELD_NUMBER: builtins.int
     AT_ONCE_FIELD_NUMBER: builtins.int
+    WHEN_IDLE_FIELD_NUMBER: builtins.int
     instance_id: builtins.str
     at_once: builtins.bool
     """By force, for one that is known to hang: it gets no time to end by itself."""
+    when_idle: builtins.bool
+    """Only if it has no stream at this moment."""
     def __init__(
         self,
         *,
         instance_id: builtins.str = ...,
         at_once: builtins.bool = ...,
+        when_idle: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["at_once", b"at_once", "instance_id", b"instance_id"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["at_once", b"at_once", "instance_id", b"instance_id", "when_idle", b"when_idle"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___StopRequest: typing_extensions.TypeAlias = StopRequest
@@ -359,11 +363,48 @@ Global___StopRequest: typing_extensions.TypeAlias = StopRequest
 class StopResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    BUSY_FIELD_NUMBER: builtins.int
+    busy: builtins.bool
+    """It had streams, and was asked to stop when idle: it runs on."""
+    def __init__(
+        self,
+        *,
+        busy: builtins.bool = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["busy", b"busy"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___StopResponse: typing_extensions.TypeAlias = StopResponse
+
+@typing.final
+class SetCordonedRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CORDONED_FIELD_NUMBER: builtins.int
+    DRAINING_FIELD_NUMBER: builtins.int
+    cordoned: builtins.bool
+    draining: builtins.bool
+    """Implies cordoned."""
+    def __init__(
+        self,
+        *,
+        cordoned: builtins.bool = ...,
+        draining: builtins.bool = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["cordoned", b"cordoned", "draining", b"draining"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___SetCordonedRequest: typing_extensions.TypeAlias = SetCordonedRequest
+
+@typing.final
+class SetCordonedResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
     def __init__(
         self,
     ) -> None: ...
 
-Global___StopResponse: typing_extensions.TypeAlias = StopResponse
+Global___SetCordonedResponse: typing_extensions.TypeAlias = SetCordonedResponse
 
 @typing.final
 class TailLogRequest(google.protobuf.message.Message):

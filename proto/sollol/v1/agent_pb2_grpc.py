@@ -76,6 +76,11 @@ class AgentServiceStub(object):
                 request_serializer=sollol_dot_v1_dot_agent__pb2.StopRequest.SerializeToString,
                 response_deserializer=sollol_dot_v1_dot_agent__pb2.StopResponse.FromString,
                 _registered_method=True)
+        self.SetCordoned = channel.unary_unary(
+                '/sollol.v1.AgentService/SetCordoned',
+                request_serializer=sollol_dot_v1_dot_agent__pb2.SetCordonedRequest.SerializeToString,
+                response_deserializer=sollol_dot_v1_dot_agent__pb2.SetCordonedResponse.FromString,
+                _registered_method=True)
         self.Relay = channel.stream_stream(
                 '/sollol.v1.AgentService/Relay',
                 request_serializer=sollol_dot_v1_dot_agent__pb2.RelayRequest.SerializeToString,
@@ -163,6 +168,14 @@ class AgentServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetCordoned(self, request, context):
+        """Any time. From then on, over restarts too, no reservation is taken; with draining, heads empty the node. What runs goes
+        on. Returns when it is on disk; repeating it is a success.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Relay(self, request_iterator, context):
         """One per head, kept open: carries every token stream between that head and this agent, many frames per message.
         """
@@ -236,6 +249,11 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.Stop,
                     request_deserializer=sollol_dot_v1_dot_agent__pb2.StopRequest.FromString,
                     response_serializer=sollol_dot_v1_dot_agent__pb2.StopResponse.SerializeToString,
+            ),
+            'SetCordoned': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetCordoned,
+                    request_deserializer=sollol_dot_v1_dot_agent__pb2.SetCordonedRequest.FromString,
+                    response_serializer=sollol_dot_v1_dot_agent__pb2.SetCordonedResponse.SerializeToString,
             ),
             'Relay': grpc.stream_stream_rpc_method_handler(
                     servicer.Relay,
@@ -476,6 +494,33 @@ class AgentService(object):
             '/sollol.v1.AgentService/Stop',
             sollol_dot_v1_dot_agent__pb2.StopRequest.SerializeToString,
             sollol_dot_v1_dot_agent__pb2.StopResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetCordoned(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sollol.v1.AgentService/SetCordoned',
+            sollol_dot_v1_dot_agent__pb2.SetCordonedRequest.SerializeToString,
+            sollol_dot_v1_dot_agent__pb2.SetCordonedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -52,6 +52,10 @@ class AgentServiceStub:
     """After StartCoordinator. The present state first, then every change; ends after READY, FAILED or STOPPED."""
     Stop: grpc.UnaryUnaryMultiCallable[sollol.v1.agent_pb2.StopRequest, sollol.v1.agent_pb2.StopResponse]
     """Any time. Returns when the process is gone and its reservation is released; unknown instances are a success."""
+    SetCordoned: grpc.UnaryUnaryMultiCallable[sollol.v1.agent_pb2.SetCordonedRequest, sollol.v1.agent_pb2.SetCordonedResponse]
+    """Any time. From then on, over restarts too, no reservation is taken; with draining, heads empty the node. What runs goes
+    on. Returns when it is on disk; repeating it is a success.
+    """
     Relay: grpc.StreamStreamMultiCallable[sollol.v1.agent_pb2.RelayRequest, sollol.v1.agent_pb2.RelayResponse]
     """One per head, kept open: carries every token stream between that head and this agent, many frames per message."""
     TailLog: grpc.UnaryStreamMultiCallable[sollol.v1.agent_pb2.TailLogRequest, sollol.v1.agent_pb2.TailLogResponse]
@@ -96,6 +100,10 @@ class AgentServiceAsyncStub(AgentServiceStub):
     """After StartCoordinator. The present state first, then every change; ends after READY, FAILED or STOPPED."""
     Stop: grpc.aio.UnaryUnaryMultiCallable[sollol.v1.agent_pb2.StopRequest, sollol.v1.agent_pb2.StopResponse]  # type: ignore[assignment]
     """Any time. Returns when the process is gone and its reservation is released; unknown instances are a success."""
+    SetCordoned: grpc.aio.UnaryUnaryMultiCallable[sollol.v1.agent_pb2.SetCordonedRequest, sollol.v1.agent_pb2.SetCordonedResponse]  # type: ignore[assignment]
+    """Any time. From then on, over restarts too, no reservation is taken; with draining, heads empty the node. What runs goes
+    on. Returns when it is on disk; repeating it is a success.
+    """
     Relay: grpc.aio.StreamStreamMultiCallable[sollol.v1.agent_pb2.RelayRequest, sollol.v1.agent_pb2.RelayResponse]  # type: ignore[assignment]
     """One per head, kept open: carries every token stream between that head and this agent, many frames per message."""
     TailLog: grpc.aio.UnaryStreamMultiCallable[sollol.v1.agent_pb2.TailLogRequest, sollol.v1.agent_pb2.TailLogResponse]  # type: ignore[assignment]
@@ -185,6 +193,16 @@ class AgentServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[sollol.v1.agent_pb2.StopResponse, collections.abc.Awaitable[sollol.v1.agent_pb2.StopResponse]]:
         """Any time. Returns when the process is gone and its reservation is released; unknown instances are a success."""
+
+    @abc.abstractmethod
+    def SetCordoned(
+        self,
+        request: sollol.v1.agent_pb2.SetCordonedRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[sollol.v1.agent_pb2.SetCordonedResponse, collections.abc.Awaitable[sollol.v1.agent_pb2.SetCordonedResponse]]:
+        """Any time. From then on, over restarts too, no reservation is taken; with draining, heads empty the node. What runs goes
+        on. Returns when it is on disk; repeating it is a success.
+        """
 
     @abc.abstractmethod
     def Relay(

@@ -583,6 +583,93 @@ class UnloadResponse(google.protobuf.message.Message):
 Global___UnloadResponse: typing_extensions.TypeAlias = UnloadResponse
 
 @typing.final
+class CordonRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: builtins.int
+    node_id: builtins.str
+    def __init__(
+        self,
+        *,
+        node_id: builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["node_id", b"node_id"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___CordonRequest: typing_extensions.TypeAlias = CordonRequest
+
+@typing.final
+class CordonResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___CordonResponse: typing_extensions.TypeAlias = CordonResponse
+
+@typing.final
+class UncordonRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: builtins.int
+    node_id: builtins.str
+    def __init__(
+        self,
+        *,
+        node_id: builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["node_id", b"node_id"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___UncordonRequest: typing_extensions.TypeAlias = UncordonRequest
+
+@typing.final
+class UncordonResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___UncordonResponse: typing_extensions.TypeAlias = UncordonResponse
+
+@typing.final
+class DrainRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: builtins.int
+    node_id: builtins.str
+    def __init__(
+        self,
+        *,
+        node_id: builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["node_id", b"node_id"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___DrainRequest: typing_extensions.TypeAlias = DrainRequest
+
+@typing.final
+class DrainResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LEFT_FIELD_NUMBER: builtins.int
+    @property
+    def left(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Pool]:
+        """Each with its node and streams; empty on the last message."""
+
+    def __init__(
+        self,
+        *,
+        left: collections.abc.Iterable[Global___Pool] | None = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["left", b"left"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___DrainResponse: typing_extensions.TypeAlias = DrainResponse
+
+@typing.final
 class TailPoolLogRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

@@ -60,6 +60,21 @@ class ClusterServiceStub(object):
                 request_serializer=sollol_dot_v1_dot_cluster__pb2.UnloadRequest.SerializeToString,
                 response_deserializer=sollol_dot_v1_dot_cluster__pb2.UnloadResponse.FromString,
                 _registered_method=True)
+        self.Cordon = channel.unary_unary(
+                '/sollol.v1.ClusterService/Cordon',
+                request_serializer=sollol_dot_v1_dot_cluster__pb2.CordonRequest.SerializeToString,
+                response_deserializer=sollol_dot_v1_dot_cluster__pb2.CordonResponse.FromString,
+                _registered_method=True)
+        self.Uncordon = channel.unary_unary(
+                '/sollol.v1.ClusterService/Uncordon',
+                request_serializer=sollol_dot_v1_dot_cluster__pb2.UncordonRequest.SerializeToString,
+                response_deserializer=sollol_dot_v1_dot_cluster__pb2.UncordonResponse.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_stream(
+                '/sollol.v1.ClusterService/Drain',
+                request_serializer=sollol_dot_v1_dot_cluster__pb2.DrainRequest.SerializeToString,
+                response_deserializer=sollol_dot_v1_dot_cluster__pb2.DrainResponse.FromString,
+                _registered_method=True)
         self.TailPoolLog = channel.unary_stream(
                 '/sollol.v1.ClusterService/TailPoolLog',
                 request_serializer=sollol_dot_v1_dot_cluster__pb2.TailPoolLogRequest.SerializeToString,
@@ -106,6 +121,28 @@ class ClusterServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Cordon(self, request, context):
+        """The node takes no new pools; those it has go on serving. Survives restarts of its agent and of heads.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Uncordon(self, request, context):
+        """The node is as any other again, and no longer drained.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Cordons the node; its pools, and those it lends to, take no new requests and stop when their streams have ended. Streams
+        what is left on every change, and ends when nothing is. Cancelling the call stops nothing of that: Uncordon does.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def TailPoolLog(self, request, context):
         """The engine's log of one pool, through its agent.
         """
@@ -140,6 +177,21 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.Unload,
                     request_deserializer=sollol_dot_v1_dot_cluster__pb2.UnloadRequest.FromString,
                     response_serializer=sollol_dot_v1_dot_cluster__pb2.UnloadResponse.SerializeToString,
+            ),
+            'Cordon': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cordon,
+                    request_deserializer=sollol_dot_v1_dot_cluster__pb2.CordonRequest.FromString,
+                    response_serializer=sollol_dot_v1_dot_cluster__pb2.CordonResponse.SerializeToString,
+            ),
+            'Uncordon': grpc.unary_unary_rpc_method_handler(
+                    servicer.Uncordon,
+                    request_deserializer=sollol_dot_v1_dot_cluster__pb2.UncordonRequest.FromString,
+                    response_serializer=sollol_dot_v1_dot_cluster__pb2.UncordonResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_stream_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=sollol_dot_v1_dot_cluster__pb2.DrainRequest.FromString,
+                    response_serializer=sollol_dot_v1_dot_cluster__pb2.DrainResponse.SerializeToString,
             ),
             'TailPoolLog': grpc.unary_stream_rpc_method_handler(
                     servicer.TailPoolLog,
@@ -283,6 +335,87 @@ class ClusterService(object):
             '/sollol.v1.ClusterService/Unload',
             sollol_dot_v1_dot_cluster__pb2.UnloadRequest.SerializeToString,
             sollol_dot_v1_dot_cluster__pb2.UnloadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cordon(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sollol.v1.ClusterService/Cordon',
+            sollol_dot_v1_dot_cluster__pb2.CordonRequest.SerializeToString,
+            sollol_dot_v1_dot_cluster__pb2.CordonResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Uncordon(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sollol.v1.ClusterService/Uncordon',
+            sollol_dot_v1_dot_cluster__pb2.UncordonRequest.SerializeToString,
+            sollol_dot_v1_dot_cluster__pb2.UncordonResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/sollol.v1.ClusterService/Drain',
+            sollol_dot_v1_dot_cluster__pb2.DrainRequest.SerializeToString,
+            sollol_dot_v1_dot_cluster__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

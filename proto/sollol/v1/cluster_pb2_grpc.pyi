@@ -37,6 +37,14 @@ class ClusterServiceStub:
     """Loads a model now, streaming progress; returns at once when as many pools as asked for are already ready."""
     Unload: grpc.UnaryUnaryMultiCallable[sollol.v1.cluster_pb2.UnloadRequest, sollol.v1.cluster_pb2.UnloadResponse]
     """Stops every pool of a model and waits until they are gone."""
+    Cordon: grpc.UnaryUnaryMultiCallable[sollol.v1.cluster_pb2.CordonRequest, sollol.v1.cluster_pb2.CordonResponse]
+    """The node takes no new pools; those it has go on serving. Survives restarts of its agent and of heads."""
+    Uncordon: grpc.UnaryUnaryMultiCallable[sollol.v1.cluster_pb2.UncordonRequest, sollol.v1.cluster_pb2.UncordonResponse]
+    """The node is as any other again, and no longer drained."""
+    Drain: grpc.UnaryStreamMultiCallable[sollol.v1.cluster_pb2.DrainRequest, sollol.v1.cluster_pb2.DrainResponse]
+    """Cordons the node; its pools, and those it lends to, take no new requests and stop when their streams have ended. Streams
+    what is left on every change, and ends when nothing is. Cancelling the call stops nothing of that: Uncordon does.
+    """
     TailPoolLog: grpc.UnaryStreamMultiCallable[sollol.v1.cluster_pb2.TailPoolLogRequest, sollol.v1.cluster_pb2.TailPoolLogResponse]
     """The engine's log of one pool, through its agent."""
 
@@ -55,6 +63,14 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     """Loads a model now, streaming progress; returns at once when as many pools as asked for are already ready."""
     Unload: grpc.aio.UnaryUnaryMultiCallable[sollol.v1.cluster_pb2.UnloadRequest, sollol.v1.cluster_pb2.UnloadResponse]  # type: ignore[assignment]
     """Stops every pool of a model and waits until they are gone."""
+    Cordon: grpc.aio.UnaryUnaryMultiCallable[sollol.v1.cluster_pb2.CordonRequest, sollol.v1.cluster_pb2.CordonResponse]  # type: ignore[assignment]
+    """The node takes no new pools; those it has go on serving. Survives restarts of its agent and of heads."""
+    Uncordon: grpc.aio.UnaryUnaryMultiCallable[sollol.v1.cluster_pb2.UncordonRequest, sollol.v1.cluster_pb2.UncordonResponse]  # type: ignore[assignment]
+    """The node is as any other again, and no longer drained."""
+    Drain: grpc.aio.UnaryStreamMultiCallable[sollol.v1.cluster_pb2.DrainRequest, sollol.v1.cluster_pb2.DrainResponse]  # type: ignore[assignment]
+    """Cordons the node; its pools, and those it lends to, take no new requests and stop when their streams have ended. Streams
+    what is left on every change, and ends when nothing is. Cancelling the call stops nothing of that: Uncordon does.
+    """
     TailPoolLog: grpc.aio.UnaryStreamMultiCallable[sollol.v1.cluster_pb2.TailPoolLogRequest, sollol.v1.cluster_pb2.TailPoolLogResponse]  # type: ignore[assignment]
     """The engine's log of one pool, through its agent."""
 
@@ -100,6 +116,32 @@ class ClusterServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[sollol.v1.cluster_pb2.UnloadResponse, collections.abc.Awaitable[sollol.v1.cluster_pb2.UnloadResponse]]:
         """Stops every pool of a model and waits until they are gone."""
+
+    @abc.abstractmethod
+    def Cordon(
+        self,
+        request: sollol.v1.cluster_pb2.CordonRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[sollol.v1.cluster_pb2.CordonResponse, collections.abc.Awaitable[sollol.v1.cluster_pb2.CordonResponse]]:
+        """The node takes no new pools; those it has go on serving. Survives restarts of its agent and of heads."""
+
+    @abc.abstractmethod
+    def Uncordon(
+        self,
+        request: sollol.v1.cluster_pb2.UncordonRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[sollol.v1.cluster_pb2.UncordonResponse, collections.abc.Awaitable[sollol.v1.cluster_pb2.UncordonResponse]]:
+        """The node is as any other again, and no longer drained."""
+
+    @abc.abstractmethod
+    def Drain(
+        self,
+        request: sollol.v1.cluster_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[sollol.v1.cluster_pb2.DrainResponse], collections.abc.AsyncIterator[sollol.v1.cluster_pb2.DrainResponse]]:
+        """Cordons the node; its pools, and those it lends to, take no new requests and stop when their streams have ended. Streams
+        what is left on every change, and ends when nothing is. Cancelling the call stops nothing of that: Uncordon does.
+        """
 
     @abc.abstractmethod
     def TailPoolLog(

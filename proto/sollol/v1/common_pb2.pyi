@@ -934,6 +934,7 @@ class Report(google.protobuf.message.Message):
     VERSION_FIELD_NUMBER: builtins.int
     LINKS_FIELD_NUMBER: builtins.int
     SPEEDS_FIELD_NUMBER: builtins.int
+    DRAINING_FIELD_NUMBER: builtins.int
     MEMORY_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     host: builtins.str
@@ -945,6 +946,8 @@ class Report(google.protobuf.message.Message):
     cpu_count: builtins.int
     cordoned: builtins.bool
     version: builtins.str
+    draining: builtins.bool
+    """Cordoned, and to be emptied: heads send its pools no new requests, and stop each once its streams have ended."""
     @property
     def devices(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Device]:
         """The CPU first, then the GPUs."""
@@ -991,11 +994,12 @@ class Report(google.protobuf.message.Message):
         version: builtins.str = ...,
         links: collections.abc.Iterable[Global___Link] | None = ...,
         speeds: collections.abc.Iterable[Global___SpeedObservation] | None = ...,
+        draining: builtins.bool = ...,
         memory: collections.abc.Iterable[Global___MemoryCorrection] | None = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_engine", b"_engine", "engine", b"engine"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_engine", b"_engine", "boot_id", b"boot_id", "cordoned", b"cordoned", "cpu_count", b"cpu_count", "devices", b"devices", "engine", b"engine", "host", b"host", "instances", b"instances", "labels", b"labels", "links", b"links", "measured_unix_s", b"measured_unix_s", "memory", b"memory", "models", b"models", "node_id", b"node_id", "port", b"port", "reservations", b"reservations", "sequence", b"sequence", "speeds", b"speeds", "version", b"version"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_engine", b"_engine", "boot_id", b"boot_id", "cordoned", b"cordoned", "cpu_count", b"cpu_count", "devices", b"devices", "draining", b"draining", "engine", b"engine", "host", b"host", "instances", b"instances", "labels", b"labels", "links", b"links", "measured_unix_s", b"measured_unix_s", "memory", b"memory", "models", b"models", "node_id", b"node_id", "port", b"port", "reservations", b"reservations", "sequence", b"sequence", "speeds", b"speeds", "version", b"version"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__engine: typing_extensions.TypeAlias = typing.Literal["engine"]
     _WhichOneofArgType__engine: typing_extensions.TypeAlias = typing.Literal["_engine", b"_engine"]
