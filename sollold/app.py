@@ -62,7 +62,7 @@ async def serve(live: Live[HeadConfig], environ: Mapping[str, str], stop: Stop) 
     async with Closing() as closing:
         tls = certified(config, Role.HEAD, environ, closing, stop)
         registry = _registry(config, closing)
-        nodes = _nodes(config, environ, registry, tls, closing, stop)
+        nodes = _nodes(config, environ, registry, tls, closing=closing, stop=stop)
         history = History(written=registry is not None)
         catalogue = Catalogue(nodes, stale_after_s=config.stale_after_s)
         options = Options(config.models, known=catalogue.known)
@@ -114,6 +114,7 @@ def _nodes(
     environ: Mapping[str, str],
     registry: Registry | None,
     tls: TlsFiles | None,
+    *,
     closing: Closing,
     stop: Stop,
 ) -> Nodes:
