@@ -21,6 +21,7 @@ from sollol.identity import Role
 from sollol.lifecycle import Closing, Stop
 from sollol.live import Live
 from sollol.registry import Registry
+from sollol.tls import TlsFiles
 
 from agent import link_probe
 from agent.bandwidth import usable_cores
@@ -31,6 +32,7 @@ from agent.engine.find import FoundEngine, find_engine
 from agent.gpus import default_drivers
 from agent.learned import Learned
 from agent.ledger import Ledger, LedgerEvent
+from agent.lending_site import lending_site
 from agent.links import Links
 from agent.listening import listening
 from agent.memory_account import MemoryAccount
@@ -46,7 +48,6 @@ from agent.speeds import Speeds
 from agent.streams import Streams
 from agent.supervisor import files
 from agent.supervisor.endpoints import TcpSite
-from agent.supervisor.lending import BackendSite
 from agent.supervisor.owner import Limits
 from agent.supervisor.supervisor import Supervisor
 
@@ -75,7 +76,7 @@ async def serve(live: Live[AgentConfig], environ: Mapping[str, str], stop: Stop)
             streams, learned, key = Streams(), Learned(places.state), config.coordinator_key()
             supervisor = _supervisor(
                 config, environ, places,
-                found=found, inventory=inventory, ledger=ledger, streams=streams, key=key, learned=learned,
+                found=found, inventory=inventory, ledger=ledger, streams=streams, key=key, learned=learned, tls=tls,
             )  # fmt: skip
             relay = Relay(supervisor.socket_of, supervisor.failure_of, streams, key)
             speeds = _speeds(places, found, supervisor, inventory, key, on_change=lambda: reporter.changed())  # noqa: PLW0108 - defined below
@@ -95,6 +96,7 @@ async def serve(live: Live[AgentConfig], environ: Mapping[str, str], stop: Stop)
                 cordon=cordon,
                 engine=found.engine if found else None,
                 registry=_registry(config, closing),
+                rpc_transport=supervisor.transport,
             )
             supervisor.subscribe(lambda _: reporter.changed())
             links.subscribe(reporter.changed)
@@ -210,6 +212,7 @@ def _supervisor(
     streams: Streams,
     key: str,
     learned: Learned,
+    tls: TlsFiles | None,
 ) -> Supervisor:
     tcp = TcpSite(listen=config.listen, host=_reached_at(config), ports=config.coordinator_ports(), key=key)
     return Supervisor(
@@ -225,13 +228,7 @@ def _supervisor(
         ),
         streams=streams.active,
         threads=found.engine.threads if found else 0,
-        site=BackendSite(
-            program=found.rpc_server if found else None,
-            node_id=config.node_id,
-            host=config.host,
-            listen=config.listen,
-            ports=config.rpc_port_range(),
-        ),
+        site=lending_site(config, found, tls),
         tcp=tcp if config.coordinator_listen == "tcp" else None,
         promises=ledger,
         on_logged=MemoryAccount(inventory.model, learned).loaded,

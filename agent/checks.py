@@ -35,6 +35,7 @@ _MAX_LAYERS = 4096
 _MAX_MS_PER_TOKEN = 1e9
 _MAX_NODE_ID = 255
 _MAX_PORT = 65535
+SECRET_BYTES = 32
 
 
 def check_id(found: str, what: str) -> str:
@@ -110,6 +111,20 @@ def check_backend(
         raise _invalid(f"attach_within_s is {attach_within_s}, not 1 to {MAX_TTL_S:.0f} seconds")
 
 
+def check_tunnel(coordinator_node: str, secret: bytes) -> None:
+    """Accept what admits the coordinator's node, or nobody in particular.
+
+    Raises:
+        SollolError: INVALID_REQUEST, naming the field and never the secret.
+    """
+    if len(coordinator_node) > _MAX_NODE_ID:
+        raise _invalid(f"coordinator_node is longer than {_MAX_NODE_ID} characters")
+    if len(secret) not in (0, SECRET_BYTES):
+        raise _invalid(f"pool_secret has {len(secret)} bytes, not {SECRET_BYTES}")
+    if secret and not coordinator_node:
+        raise _invalid("pool_secret is of no use without the coordinator_node that shall show it")
+
+
 def check_ttl(ttl_s: float) -> float:
     if not 1 <= ttl_s <= MAX_TTL_S:  # NaN fails too
         raise _invalid(f"ttl_s is {ttl_s}, not 1 to {MAX_TTL_S:.0f} seconds")
@@ -169,6 +184,14 @@ def check_plan(plan: CoordinatorPlan) -> None:
         raise _invalid(f"a plan has at most {_MAX_BACKENDS} backends, not {len(plan.backends)}")
     for backend in plan.backends:
         _check_endpoint(backend)
+    _check_plans_secret(plan)
+
+
+def _check_plans_secret(plan: CoordinatorPlan) -> None:
+    if len(plan.pool_secret) != (SECRET_BYTES if any(each.tunnelled for each in plan.backends) else 0):
+        raise _invalid(
+            f"plan.pool_secret has {len(plan.pool_secret)} bytes: {SECRET_BYTES} with tunnelled backends, else none"
+        )
 
 
 def check_covered(plan: CoordinatorPlan, reserved: Mapping[str, int], node_id: str) -> None:

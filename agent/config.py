@@ -60,6 +60,13 @@ class AgentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     rpc_ports: Annotated[
         str, Meta(min_length=1, description="First and last port for lending this node's devices to other nodes")
     ] = "7500-7699"
+    rpc_transport: Annotated[
+        str,
+        Meta(
+            pattern="^(tunnel|direct)$",
+            description="How RPC bytes go to other nodes: tunnel (TLS, needs tls_dir) or direct (plain); alike on all",
+        ),
+    ] = "tunnel"
     coordinator_listen: Annotated[
         str,
         Meta(

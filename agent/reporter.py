@@ -13,7 +13,7 @@ from sollol.engine import Engine
 from sollol.errors import Reason, refuse
 from sollol.link import Link
 from sollol.registry import RegistryUnavailable
-from sollol.report import Device, Instance, Model, Report, Reservation
+from sollol.report import Device, Instance, Model, Report, Reservation, RpcTransport
 from sollol.speed import SpeedObservation
 
 from agent.bandwidth import boot_id, usable_cores
@@ -99,6 +99,7 @@ class Reporter:
         cordon: Cordoned,
         engine: Engine | None,
         registry: NoticeBoard | None,
+        rpc_transport: RpcTransport = RpcTransport.DIRECT,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._config = config
@@ -111,6 +112,7 @@ class Reporter:
         self._cordon = cordon
         self._engine = engine
         self._registry = registry
+        self._rpc_transport = rpc_transport
         self._wall_clock = wall_clock
         self._boot_id = boot_id()
         self._scan: SlowReading[tuple[Model, ...]] = SlowReading(
@@ -237,6 +239,7 @@ class Reporter:
             memory=self._learned.corrections(),
             cordoned=self._cordon.cordoned,
             draining=self._cordon.draining,
+            rpc_transport=self._rpc_transport,
         )
         news, self._news = self._news, asyncio.Event()
         news.set()

@@ -28,6 +28,7 @@ from agent.checks import (
     check_pool_id,
     check_reserved,
     check_ttl,
+    check_tunnel,
     plan_of,
 )
 from agent.departure import Departure
@@ -153,6 +154,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
     async def _start_backend(self, request: agent_pb2.StartBackendRequest) -> BackendEndpoint:
         pool_id, devices, hosts = request.pool_id, tuple(request.device_ids), tuple(request.allowed_hosts)
         check_backend(pool_id, devices, request.threads, hosts, request.attach_within_s)
+        check_tunnel(request.coordinator_node, request.pool_secret)
         instance_id = backend_id(pool_id)
         if not self._starts_or_serves(instance_id):
             self._check_open()
@@ -165,6 +167,8 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
             allowed_hosts=hosts,
             attach_within_s=request.attach_within_s,
             upload_bytes=request.upload_bytes,
+            coordinator_node=request.coordinator_node,
+            pool_secret=request.pool_secret,
         )
         with self._bound(pool_id, instance_id):
             return await self._supervisor.start_backend(wish)

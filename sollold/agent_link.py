@@ -118,6 +118,8 @@ class AgentLink:
         allowed_hosts: Sequence[str],
         attach_within_s: float,
         upload_bytes: int,
+        coordinator_node: str,
+        pool_secret: bytes,
     ) -> BackendEndpoint:
         request = pb.StartBackendRequest(
             pool_id=pool_id,
@@ -125,6 +127,8 @@ class AgentLink:
             allowed_hosts=allowed_hosts,
             attach_within_s=attach_within_s,
             upload_bytes=upload_bytes,
+            coordinator_node=coordinator_node,
+            pool_secret=pool_secret,
         )
         with self._calling() as stub:
             response = await stub.StartBackend(request, timeout=BACKEND_TIMEOUT_S)

@@ -1,6 +1,7 @@
 """One pool's parts on the nodes it spans: what each reserves and lends, started together and let go together."""
 
 import asyncio
+import secrets
 from collections.abc import Awaitable, Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -9,11 +10,20 @@ from typing import Protocol, TypeVar
 
 from msgspec.structs import replace
 from sollol.errors import SUSPECTED_BACKENDS, Reason, Refusal, Retry, SollolError
-from sollol.report import BackendEndpoint, CoordinatorPlan, Instance, InstanceKind, InstanceState, NodeStatus
+from sollol.report import (
+    BackendEndpoint,
+    CoordinatorPlan,
+    Instance,
+    InstanceKind,
+    InstanceState,
+    NodeStatus,
+    RpcTransport,
+)
 
 T = TypeVar("T")
 
 ATTACH_WITHIN_S = 60.0
+SECRET_BYTES = 32
 _OVER = frozenset({InstanceState.FAILED, InstanceState.STOPPED, InstanceState.BACKOFF})
 # Of a coordinator: its agent ends it. It holds its memory until then, and will never serve again.
 _GIVEN_UP = _OVER | {InstanceState.LOST}
@@ -33,7 +43,10 @@ class Agent(Protocol):
         allowed_hosts: Sequence[str],
         attach_within_s: float,
         upload_bytes: int,
+        coordinator_node: str,
+        pool_secret: bytes,
     ) -> BackendEndpoint: ...
+    async def start_coordinator(self, pool_id: str, plan: CoordinatorPlan) -> Instance: ...
 
 
 class NodeRefusedError(SollolError):
@@ -85,15 +98,59 @@ async def reserve(parts: Iterable[Part], pool_id: str, ttl: timedelta, link: Cal
             raise NodeRefusedError(part.node_id, error.refusal) from error
 
 
+def check_transports(parts: Sequence[Part], transports: Mapping[str, RpcTransport]) -> RpcTransport:
+    """Return how all of the pool's bytes travel between its nodes; parts are the coordinator's first.
+
+    Raises:
+        NodeRefusedError: TRANSPORT_MISMATCH; that node's bytes would travel in another way than the coordinator's.
+    """
+    coordinator = parts[0].node_id
+    agreed = transports.get(coordinator, RpcTransport.DIRECT)
+    for part in parts[1:]:
+        other = transports.get(part.node_id, RpcTransport.DIRECT)
+        if other is not agreed:
+            message = (
+                f"{coordinator} carries RPC bytes by {agreed.lower()}, {part.node_id} by {other.lower()}: set "
+                "rpc_transport alike on both, and give a certificate to both (`sollol join`) or to neither"
+            )
+            refusal = Refusal(reason=Reason.TRANSPORT_MISMATCH, message=message, retry=Retry.RETRYABLE)
+            raise NodeRefusedError(part.node_id, refusal)
+    return agreed
+
+
+async def start(
+    parts: Sequence[Part],
+    pool_id: str,
+    plan: CoordinatorPlan,
+    coordinator_host: str,
+    link: Callable[[str], Agent],
+    *,
+    transport: RpcTransport,
+) -> None:
+    """Start the backends, then the coordinator. Only their agents and we know the secret that lets it in.
+
+    Raises:
+        NodeRefusedError: as `reserve`, of a backend.
+        SollolError: why the coordinator was refused.
+    """
+    secret = secrets.token_bytes(SECRET_BYTES) if transport is RpcTransport.TUNNEL else b""
+    backends = await start_backends(parts, pool_id, coordinator_host, link, secret)
+    shown = secret if any(backend.tunnelled for backend in backends) else b""
+    plan = replace(plan, backends=backends, pool_secret=shown)
+    await link(parts[0].node_id).start_coordinator(pool_id, plan)
+
+
 async def start_backends(
-    parts: Iterable[Part], pool_id: str, coordinator_host: str, link: Callable[[str], Agent]
+    parts: Sequence[Part], pool_id: str, coordinator_host: str, link: Callable[[str], Agent], secret: bytes = b""
 ) -> tuple[BackendEndpoint, ...]:
-    """Start a backend on every node that lends; each admits the coordinator's host and nobody else.
+    """Start a backend on every node that lends; each admits the coordinator's node and nobody else.
+
+    Its agent shows the secret, where bytes go through tunnels; without one it is who comes from `coordinator_host`.
 
     Raises:
         NodeRefusedError: as `reserve`.
     """
-    lenders = [part for part in parts if part.lent]
+    lenders, coordinator = [part for part in parts if part.lent], parts[0].node_id
     starts = (
         link(part.node_id).start_backend(
             pool_id,
@@ -101,6 +158,8 @@ async def start_backends(
             allowed_hosts=(coordinator_host,),
             attach_within_s=ATTACH_WITHIN_S,
             upload_bytes=part.upload_bytes,
+            coordinator_node=coordinator,
+            pool_secret=secret if part.node_id != coordinator else b"",
         )
         for part in lenders
     )

@@ -12,7 +12,15 @@ import structlog
 from msgspec.structs import replace
 from sollol.errors import Reason, Refusal, SollolError, refuse
 from sollol.inference import Progress
-from sollol.report import CoordinatorPlan, Decision, Instance, InstanceState, NodeStatus, PlacementWish, Pool
+from sollol.report import (
+    Decision,
+    Instance,
+    InstanceState,
+    NodeStatus,
+    PlacementWish,
+    Pool,
+    RpcTransport,
+)
 
 from sollold import group
 from sollold.away import GONE, is_back
@@ -40,6 +48,7 @@ ELSEWHERE = frozenset(
         Reason.ENGINE_DIED,
         Reason.ENGINE_STALLED,
         Reason.PORT_TAKEN,
+        Reason.TRANSPORT_MISMATCH,
         Reason.MODEL_ABSENT,
         Reason.MODEL_NOT_FOUND,
         Reason.MODEL_CORRUPT,
@@ -55,7 +64,6 @@ class Agent(group.Agent, Protocol):
     """The part of `AgentLink` that starting takes."""
 
     async def release(self, pool_id: str) -> None: ...
-    async def start_coordinator(self, pool_id: str, plan: CoordinatorPlan) -> Instance: ...
     def watch_instance(self, instance_id: str) -> AsyncGenerator[Instance]: ...
     async def stop(self, instance_id: str) -> None: ...
 
@@ -185,6 +193,7 @@ class Loader:
             )
         model, number = plan.model, plan.pool_number
         parts = group.parts_of(plan, node_id)
+        transport = self._transport(parts)
         links = {part.node_id: self._nodes.link(part.node_id) for part in parts}
         pool_id = new_pool_id(model)
         lenders = sum(bool(part.lent) for part in parts)
@@ -192,8 +201,8 @@ class Loader:
         try:
             async with self._numbers.held(pool_id, model, number):
                 await group.reserve(parts, pool_id, self._reservation_ttl, links.__getitem__)
-                backends = await group.start_backends(parts, pool_id, decision.coordinator_host, links.__getitem__)
-                await links[node_id].start_coordinator(pool_id, replace(plan, backends=backends))
+                host = decision.coordinator_host
+                await group.start(parts, pool_id, plan, host, links.__getitem__, transport=transport)
                 instance = await self._ready(links[node_id], pool_id, node_id, on_progress)
             _check_started(instance, model, node_id)
         except BaseException as error:
@@ -211,6 +220,13 @@ class Loader:
         at = {"node": node_id, "nodes": len(parts), "listens": instance.endpoint}
         log.info("pool_ready", model=model, number=number, pool=pool_id, **at)
         return Pool(node_id=node_id, instance=instance)
+
+    def _transport(self, parts: Sequence[group.Part]) -> RpcTransport:
+        """Raises NodeRefusedError: the parts' nodes do not agree."""
+        known = {part.node_id: self._nodes.status(part.node_id) for part in parts}
+        return group.check_transports(
+            parts, {node_id: status.report.rpc_transport for node_id, status in known.items() if status is not None}
+        )
 
     async def _blamed(self, error: BaseException, pool_id: str, parts: Sequence[group.Part]) -> BaseException:
         """The error, with the node that the next plan must do without."""

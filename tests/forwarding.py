@@ -95,8 +95,9 @@ def words_of(flags: dict[str, object]) -> list[str]:
 
 @asynccontextmanager
 async def forwarding(directory: Path, target: int, **given: object) -> AsyncIterator[Forwarding]:
+    secret = given.pop("secret", b"")
     with (directory / "log").open("wb") as output:
-        process = await asyncio.create_subprocess_exec(*argv(directory, target, **given), stderr=output, cwd="/")
+        process = await whispered_to(secret, *argv(directory, target, **given), stderr=output)
     forwarding = Forwarding(process, directory)
     try:
         await wait_until(lambda: read_status(directory / "status"), within_s=10, what="it listens")
@@ -151,15 +152,13 @@ class Tunnelling:
 
 @asynccontextmanager
 async def tunnelling(
-    directory: Path, port: int, to: tuple[str, int], *, lender: str, **given: object
+    directory: Path, port: int, to: tuple[str, int], *, lender: str, secret: bytes, **given: object
 ) -> AsyncIterator[Tunnelling]:
-    """A tunnel whose `port` leads to the forwarder at `to`; `given` needs `tls`, `pool` and `secret`."""
+    """A tunnel whose `port` leads to the forwarder at `to`; `given` needs `tls` and `pool`."""
     flags = {"route": f"{port}={to[0]}:{to[1]}={lender}", "attach_within": 20, "gone_after": 20} | given
     words = words_of(flags | {"status": directory / "tunnel-status"})
     with (directory / "tunnel-log").open("wb") as output:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "agent.tunnel", *words, stderr=output, cwd="/"
-        )
+        process = await whispered_to(secret, sys.executable, "-P", "-m", "agent.tunnel", *words, stderr=output)
     tunnel = Tunnelling(process, directory)
     try:
         await wait_until(lambda: read_tunnel_status(directory / "tunnel-status"), within_s=10, what="it listens")
@@ -170,8 +169,10 @@ async def tunnelling(
         await process.wait()
 
 
-def secret_file(path: Path, secret: bytes) -> Path:
-    """As agents hand it over: for the eyes of one process, once."""
-    path.touch(0o600)
-    path.write_bytes(secret)
-    return path
+async def whispered_to(told: bytes, *argv: str, stderr: object) -> asyncio.subprocess.Process:
+    """A process with these bytes, and nothing more, on its standard input."""
+    process = await asyncio.create_subprocess_exec(*argv, stdin=asyncio.subprocess.PIPE, stderr=stderr, cwd="/")
+    assert process.stdin is not None
+    process.stdin.write(told)
+    process.stdin.close()
+    return process

@@ -63,6 +63,8 @@ def contents(kind: types.Type, field) -> st.SearchStrategy:  # noqa: PLR0911 - o
             return st.floats(allow_nan=False)
         case types.StrType():
             return text()
+        case types.BytesType():
+            return st.binary(max_size=40)
         case types.VarTupleType():
             return st.lists(contents(kind.item_type, field), max_size=3).map(tuple)
         case types.DictType():

@@ -52,7 +52,7 @@ def _admission(given: argparse.Namespace) -> Callable[[socket.socket, str], Open
         return lambda connection, peer: admit_from(connection, peer, allowed)
     from agent.forwarder import tls  # noqa: PLC0415 - a third of this process's memory
 
-    credentials = tls.credentials(given.tls, given.pool, given.secret)
+    credentials = tls.credentials(given.tls, given.pool)
     if credentials is None:
         return None
     files, pool = credentials
@@ -66,10 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     who = parser.add_mutually_exclusive_group(required=True)
     who.add_argument("--allow", metavar="HOST[,HOST]", help="who may connect, in plain text")
     who.add_argument("--own-user", action="store_true", help="processes of our own user on this machine may")
-    who.add_argument("--tls", type=Path, metavar="DIR", help="only --coordinator may, over TLS, with --secret")
+    who.add_argument(
+        "--tls", type=Path, metavar="DIR", help="only --coordinator may, over TLS, with the secret on standard input"
+    )
     parser.add_argument("--coordinator", default="", metavar="NODE")
     parser.add_argument("--pool", default="", metavar="ID")
-    parser.add_argument("--secret", type=Path, metavar="FILE", help="the pool's; removed when it has been read")
     parser.add_argument("--attach-within", required=True, type=float, metavar="S", help="end when nobody came by then")
     parser.add_argument("--gone-after", required=True, type=float, metavar="S", help="end so long after the last left")
     parser.add_argument("--status", required=True, type=Path, metavar="FILE", help="kept up to date for the agent")

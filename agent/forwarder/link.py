@@ -43,7 +43,7 @@ class Link:
     Attributes:
         refused: Why who came was sent away; empty: not.
         who: What is known of them, when they were.
-        failed: Why the far side could not be opened.
+        failed: Why the far side could not be opened, or that it ended first.
         leaving: One of them has said goodbye, or is gone.
     """
 
@@ -194,6 +194,8 @@ class Link:
 
     def _half_closed(self, side: Side) -> None:
         """One side will send no more: pass on what is left, and the end. The far side's end ends both."""
+        if side is self._far and not self.leaving:
+            self.failed = HUNG_UP
         self._leave_soon()
         side.ended = True
         self._watch(side)
@@ -207,6 +209,8 @@ class Link:
         """One side broke. What has come from the far one still goes to the near one; the other way nobody waits."""
         if side is self._near and error.errno in _VANISHED:
             self.peer_vanished = True
+        if side is self._far and not self.leaving:
+            self.failed = str(error)
         self._leave_soon()
         self._close(side)
         if side is self._near:

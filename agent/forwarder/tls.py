@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import socket
 import ssl
+import sys
 from pathlib import Path
 
 from sollol.errors import SollolError
@@ -128,12 +129,11 @@ def reach(address: tuple[str, int], files: TlsFiles, pool: Pool, lender: str) ->
     return stream
 
 
-def credentials(directory: Path, pool_id: str, secret: Path) -> tuple[TlsFiles, Pool] | None:
-    """Read what it takes, and remove the secret's file: it is for one process, once. None: logged why not."""
+def credentials(directory: Path, pool_id: str) -> tuple[TlsFiles, Pool] | None:
+    """The files, and the pool with the secret that our standard input tells. None: logged why not."""
     try:
-        found = secret.read_bytes()
-        secret.unlink()
-        return TlsFiles(directory, tell=lambda _, event, **fields: log(event, **fields)), Pool(pool_id, found)
+        secret = sys.stdin.buffer.read(SECRET_BYTES + 1)
+        return TlsFiles(directory, tell=lambda _, event, **fields: log(event, **fields)), Pool(pool_id, secret)
     except (SollolError, OSError, ValueError) as error:
         log("no_tls", error=str(error))
         return None

@@ -12,6 +12,7 @@ from agent.supervisor.identity import with_mark
 from agent.supervisor.lending import forwarder_id
 from agent.supervisor.process import EngineProcess, find_running
 from agent.supervisor.records import ENGINE, FORWARDER, Record
+from agent.supervisor.tunnelling import tunnel_id
 
 log = structlog.get_logger(__name__)
 
@@ -57,7 +58,7 @@ def unrecorded(directories: Directories, known: set[int]) -> dict[int, EnginePro
 
 def forget(record: Record, directories: Directories) -> None:
     """Remove the files of an instance that is gone."""
-    for name in (record.instance_id, forwarder_id(record.pool_id)):
+    for name in (record.instance_id, forwarder_id(record.pool_id), tunnel_id(record.pool_id)):
         files = files_of(name, directories)
         files.remove_run_files()
         files.state.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from agent.supervisor.failure import KEPT_LINES, ended
 from agent.supervisor.files import last_lines
 from agent.supervisor.freeze import FreezeWatch, look_at
 from agent.supervisor.handshake import HandshakeFailedError, greet, listens
-from agent.supervisor.lending import BackendLaunch, forwarder_argv
+from agent.supervisor.lending import BackendLaunch, endpoint_of, forwarder_argv
 from agent.supervisor.owner import Exited, Limits, Owner, cannot_run
 from agent.supervisor.ports import LOOPBACK, Ports
 from agent.supervisor.process import EngineProcess, spawn_server
@@ -169,7 +169,9 @@ class Backend(Owner):
         launch = self._launch
         argv = forwarder_argv(launch, port, gone_after_s=self._limits.gone_after_s)
         try:
-            forwarder = launch.running.get(FORWARDER) or spawn_server(argv, launch.environment, launch.forwarder_files)
+            forwarder = launch.running.get(FORWARDER) or spawn_server(
+                argv, launch.environment, launch.forwarder_files, told=launch.wish.pool_secret
+            )
         except OSError as error:
             return cannot_run(argv[0], error)
         async with self._watched(FORWARDER, forwarder) as forwarder_exited:
@@ -201,14 +203,8 @@ class Backend(Owner):
         return self._died(exited) if exited.done() else None
 
     def _ready(self, status: Status) -> None:
-        site, wish = self._launch.site, self._launch.wish
-        self._endpoint = BackendEndpoint(
-            node_id=site.node_id,
-            host=site.host,
-            port=status.port,
-            device_ids=wish.device_ids,
-            threads=self._launch.threads,
-        )
+        wish = self._launch.wish
+        self._endpoint = endpoint_of(self._launch, status.port)
         self._announce(state=after(self.view.state, Event.HEALTHY), percent=self._percent(status))
         log.info("backend_ready", pool=wish.pool_id, port=status.port, devices=wish.device_ids)
 

@@ -177,6 +177,12 @@ def frozen(model: str, wrong: str, log_tail: tuple[str, ...]) -> Refusal:
     )
 
 
+def no_tunnel(model: str, wrong: str, log_tail: tuple[str, ...]) -> Refusal:
+    """Say that a coordinator was ended, or not started, because nothing carries its bytes to its backends."""
+    message = f"the engine of {model} was ended: it {wrong}; ask again, and another one is started"
+    return Refusal(reason=Reason.ENGINE_DIED, message=message, retry=Retry.RETRYABLE, log_lines=log_tail[-KEPT_LINES:])
+
+
 def _stalled(message: str, waited_s: float, log_tail: tuple[str, ...]) -> Refusal:
     return Refusal(
         reason=Reason.ENGINE_STALLED,

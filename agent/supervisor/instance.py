@@ -10,21 +10,23 @@ from sollol.errors import Refusal
 from sollol.report import CoordinatorPlan, Instance, InstanceState
 
 from agent.supervisor.comparison import with_logged
-from agent.supervisor.failure import KEPT_LINES, backend_lost, classify, frozen, stalled, unreachable
+from agent.supervisor.failure import KEPT_LINES, backend_lost, classify, frozen, no_tunnel, stalled, unreachable
 from agent.supervisor.files import InstanceFiles, last_lines
 from agent.supervisor.health import health
 from agent.supervisor.links import backend_links
 from agent.supervisor.memory_log import OnLogged, logged_memory
 from agent.supervisor.owner import Exited, Limits, Owner, cannot_run
-from agent.supervisor.process import EngineProcess, bytes_read, spawn_coordinator
+from agent.supervisor.process import EngineProcess, bytes_read, spawn_coordinator, spawn_server
 from agent.supervisor.progress import newest_percent
-from agent.supervisor.records import ENGINE, Record
+from agent.supervisor.records import ENGINE, TUNNEL, Record
 from agent.supervisor.standstill import Standstill
 from agent.supervisor.state import Event, after
+from agent.supervisor.tunnelling import TunnelLaunch, TunnelWatch, tunnel_argv
 
 log = structlog.get_logger(__name__)
 
 _READ_BYTES = 64 * 1024
+_TUNNEL_GRACE_S = 1.0
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,6 +36,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
         record: What is written down of it.
         running: Those of its processes that an earlier agent started, by role.
         key: What it asks of whoever asks it.
+        tunnel: To its backends on other nodes; the plan has its ports. None: they are reached directly.
         node_id: Our own.
         streams: Those it has open now.
         on_logged: Told what memory it has taken, once it serves.
@@ -49,6 +52,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     on_logged: OnLogged
     running: Mapping[str, EngineProcess] = msgspec.field(default_factory=dict)
     key: str = ""
+    tunnel: TunnelLaunch | None = None
 
 
 class Coordinator(Owner):
@@ -81,11 +85,45 @@ class Coordinator(Owner):
         )
         self.plan = launch.plan
         self._launch = launch
+        self._tunnel: TunnelWatch | None = None
         super().__init__(
             view, record, launch.files, limits, on_change=on_change, on_gone=on_gone, wait_after=wait_after
         )
 
     async def _serve_until_gone(self) -> Refusal | None:
+        launch = self._launch.tunnel
+        if launch is None:
+            return await self._serve()
+        argv = tunnel_argv(launch, gone_after_s=self._limits.gone_after_s)
+        try:
+            process = self._launch.running.get(TUNNEL) or spawn_server(
+                argv, launch.environment, launch.files, told=launch.secret
+            )
+        except OSError as error:
+            return cannot_run(argv[0], error)
+        try:
+            async with self._watched(TUNNEL, process) as exited:
+                self._tunnel = TunnelWatch(process.pid, exited, launch)
+                refusal = await self._until_tunnelled(self._tunnel)
+                if refusal is None and not self._asked_to_stop.done():
+                    refusal = await self._serve()
+                await process.stop(exited, min(self._grace_s, _TUNNEL_GRACE_S))
+                return refusal
+        finally:
+            self._clear(launch.files)
+
+    async def _until_tunnelled(self, tunnel: TunnelWatch) -> Refusal | None:
+        """Return None when the engine can connect to it, or shall stop."""
+        clock = asyncio.get_running_loop().time
+        until = clock() + self._limits.connect_timeout_s
+        while not tunnel.listens() and not self._asked_to_stop.done():
+            if tunnel.exited.done() or clock() > until:
+                lines = last_lines(tunnel.log, 1)
+                return no_tunnel(self.view.model, tunnel.dead() or "has a tunnel that does not listen in time", lines)
+            await self._next_event(tunnel.exited, timeout_s=self._limits.poll_s)
+        return None
+
+    async def _serve(self) -> Refusal | None:
         try:
             process = self._launch.running.get(ENGINE) or spawn_coordinator(
                 self._launch.argv, self._launch.environment, self.files
@@ -137,6 +175,8 @@ class Coordinator(Owner):
                 return self._lost(refusal)
             if wrong := await standstill.seen():
                 return self._frozen(wrong)
+            if (refusal := self._without_tunnel()) is not None:
+                return self._lost(refusal)
             await self._next_event(exited, timeout_s=self._limits.poll_s)
         return None
 
@@ -144,15 +184,18 @@ class Coordinator(Owner):
         """Return None when it has ended or shall stop; a refusal when it cannot serve and does not know."""
         plan = self._launch.plan
         links = await backend_links(pid, plan) if plan.backends else None
+        ends = (exited, self._tunnel.exited) if self._tunnel is not None else (exited,)
         comparing = asyncio.create_task(self._compare(plan), name=f"compare the memory of {self.view.instance_id}")
         try:
             while not exited.done() and not self._asked_to_stop.done():
                 backend = links.lost() if links is not None else None
+                if (refusal := self._without_tunnel()) is not None:  # asked later: it may be why a backend is lost
+                    return self._lost(refusal)
                 if backend is not None:
                     return self._lost(backend_lost(plan.model, backend, last_lines(self.files.log, KEPT_LINES)))
                 if wrong := await standstill.seen():
                     return self._frozen(wrong)
-                await self._next_event(exited, timeout_s=self._limits.freeze_poll_s)
+                await self._next_event(*ends, timeout_s=self._limits.freeze_poll_s)
         finally:
             comparing.cancel()
         return None
@@ -173,6 +216,14 @@ class Coordinator(Owner):
         self._grace_s = 0.0  # it would not hear that it shall end
         return self._lost(frozen(self.view.model, wrong, last_lines(self.files.log, KEPT_LINES)))
 
+    def _without_tunnel(self) -> Refusal | None:
+        """What its tunnel has come to, when that cannot carry its bytes any more."""
+        tunnel = self._tunnel
+        if tunnel is None or not (wrong := tunnel.dead() or tunnel.frozen()):
+            return None
+        self._grace_s = 0.0  # it may wait for a backend, and would not hear that it shall end
+        return no_tunnel(self.view.model, wrong, last_lines(self.files.log, KEPT_LINES))
+
     def _lost(self, why: Refusal) -> Refusal:
         self._announce(state=after(self.view.state, Event.UNHEALTHY), refusal=why)
         return why
@@ -189,12 +240,15 @@ class Coordinator(Owner):
     def _why(self, exit_code: int | None, known: Refusal | None) -> Refusal | None:
         if self.view.state is InstanceState.STOPPING or known is not None:
             return known
+        if self._tunnel is not None and (wrong := self._tunnel.dead()):
+            return no_tunnel(self.view.model, wrong, last_lines(self.files.log, KEPT_LINES))
+        backends = self._launch.plan.backends
         return classify(
             exit_code,
             last_lines(self.files.log, 2 * KEPT_LINES),
             was_ready=self.view.state is InstanceState.READY,
             model=self.view.model,
-            backends=self._launch.plan.backends,
+            backends=(self._tunnel.broken(backends) if self._tunnel is not None else ()) or backends,
         )
 
     def _announce_percent(self, percent: float) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+from msgspec.structs import replace
 from sollol.errors import Reason, refuse
 from sollol.report import CoordinatorPlan, InstanceKind
 
@@ -15,10 +16,11 @@ from agent.supervisor.endpoints import Endpoint, Endpoints
 from agent.supervisor.files import Directories, files_of
 from agent.supervisor.identity import marked
 from agent.supervisor.instance import Launch
-from agent.supervisor.lending import BackendLaunch, BackendSite, BackendWish, forwarder_id
+from agent.supervisor.lending import BackendLaunch, BackendSite, BackendWish, check_transport, forwarder_id
 from agent.supervisor.memory_log import OnLogged
 from agent.supervisor.process import EngineProcess
 from agent.supervisor.records import Record
+from agent.supervisor.tunnelling import Route, TunnelLaunch, Tunnels, tunnel_id
 
 
 class Launches:
@@ -35,6 +37,7 @@ class Launches:
         directories: Directories,
         site: BackendSite,
         endpoints: Endpoints,
+        tunnels: Tunnels,
         streams: Callable[[str], int],
         on_logged: OnLogged,
     ) -> None:
@@ -42,22 +45,25 @@ class Launches:
         self._resolve = resolve
         self._environment = dict(environment)
         self._directories, self._site, self._endpoints = directories, site, endpoints
-        self._streams, self._on_logged = streams, on_logged
+        self._tunnels, self._streams, self._on_logged = tunnels, streams, on_logged
 
     def coordinator(self, pool_id: str, plan: CoordinatorPlan, reserved: Mapping[str, int]) -> Launch:
-        """Claims an endpoint; whoever sees the coordinator gone gives it back.
+        """Claims an endpoint and the ports of a tunnel; whoever sees the coordinator gone gives them back.
 
         Raises:
-            SollolError: ENGINE_MISSING, PORT_TAKEN, INVALID_REQUEST, or whatever `resolve` says of the model.
+            SollolError: ENGINE_MISSING, PORT_TAKEN, INVALID_REQUEST, TRANSPORT_MISMATCH, or whatever `resolve` says of
+                the model.
         """
         if not self._engine:
             raise refuse(Reason.ENGINE_MISSING, "this node has no llama-server; run `sollol engine build`")
         model_path = self._resolve(plan.model)
-        endpoint = self._endpoints.claim(pool_id, files_of(pool_id, self._directories).socket)
+        endpoint, secret = self._endpoints.claim(pool_id, files_of(pool_id, self._directories).socket), plan.pool_secret
         try:
+            plan, routes = self._tunnels.through(pool_id, plan)
             argv = self._coordinator_argv(pool_id, plan, model_path, endpoint)
         except BaseException:
             self._endpoints.give_back(pool_id)
+            self._tunnels.give_back(pool_id)
             raise
         record = Record(
             instance_id=pool_id,
@@ -70,12 +76,12 @@ class Launches:
             endpoint=endpoint,
             key_digest=_digest(self._endpoints.key),
         )
-        return self._coordinator(record, plan, argv, {})
+        return self._coordinator(record, plan, argv, {}, self._tunnel(pool_id, routes, secret))
 
     def coordinator_again(
         self, record: Record, plan: CoordinatorPlan, endpoint: Endpoint, running: Mapping[str, EngineProcess]
     ) -> Launch:
-        """For one that runs already. Claims its endpoint, as `coordinator` does.
+        """For one that runs already. Claims its endpoint and ports, as `coordinator` does.
 
         Raises:
             SollolError: INVALID_REQUEST; it is not where, or does not ask for the key that, this agent's would.
@@ -84,7 +90,20 @@ class Launches:
         if record.key_digest != _digest(self._endpoints.key):
             raise refuse(Reason.INVALID_REQUEST, "it asks for another key than coordinator_key_file holds now")
         self._endpoints.hold(record.instance_id, endpoint)
-        return self._coordinator(record, plan, (), running)
+        routes = self._tunnels.hold(record.instance_id, plan)
+        return self._coordinator(record, plan, (), running, self._tunnel(record.pool_id, routes))
+
+    def _tunnel(self, pool_id: str, routes: tuple[Route, ...], secret: bytes = b"") -> TunnelLaunch | None:
+        if not routes:
+            return None
+        return TunnelLaunch(
+            pool_id=pool_id,
+            routes=routes,
+            tls_dir=self._site.tls_dir,
+            environment=marked(engine_environment(self._environment), self._directories.state),
+            files=files_of(tunnel_id(pool_id), self._directories),
+            secret=secret,
+        )
 
     def _coordinator_argv(
         self, pool_id: str, plan: CoordinatorPlan, model_path: Path, endpoint: Endpoint
@@ -102,13 +121,19 @@ class Launches:
         )
 
     def _coordinator(
-        self, record: Record, plan: CoordinatorPlan, argv: tuple[str, ...], running: Mapping[str, EngineProcess]
+        self,
+        record: Record,
+        plan: CoordinatorPlan,
+        argv: tuple[str, ...],
+        running: Mapping[str, EngineProcess],
+        tunnel: TunnelLaunch | None,
     ) -> Launch:
         key = self._endpoints.key
         return Launch(
             plan=plan,
             record=record,
             running=running,
+            tunnel=tunnel,
             argv=argv,
             environment=marked(coordinator_environment(self._environment, key=key), self._directories.state),
             files=files_of(record.instance_id, self._directories),
@@ -119,7 +144,8 @@ class Launches:
         )
 
     def backend(self, instance_id: str, wish: BackendWish, reserved: Mapping[str, int]) -> BackendLaunch:
-        """Raises SollolError: ENGINE_MISSING."""
+        """Raises SollolError: ENGINE_MISSING, TRANSPORT_MISMATCH."""
+        check_transport(wish, self._site)
         if self._site.program is None:
             message = f"node {self._site.node_id} has no ggml-rpc-server beside its engine; run `sollol engine build`"
             raise refuse(Reason.ENGINE_MISSING, message, retryable=True)
@@ -130,7 +156,7 @@ class Launches:
             reserved=dict(reserved),
             socket=str(files_of(instance_id, self._directories).socket),
             started_unix_s=time.time(),
-            wish=wish,
+            wish=replace(wish, pool_secret=b""),
             program=str(self._site.program),
             threads=wish.threads or self._threads,
         )

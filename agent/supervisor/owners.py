@@ -9,6 +9,7 @@ from sollol.report import InstanceKind, InstanceState
 from agent.supervisor.files import Directories, files_of, remove_oldest_logs
 from agent.supervisor.lending import forwarder_id
 from agent.supervisor.owner import Owner
+from agent.supervisor.tunnelling import tunnel_id
 
 KEPT_RECORDS = 20
 KEPT_RECORD_S = 600.0
@@ -61,8 +62,11 @@ class Owners:
 
     def _names_in_use(self) -> list[str]:
         live = [item.view for item in self.live()]
-        forwarders = [forwarder_id(view.pool_id) for view in live if view.kind is InstanceKind.BACKEND]
-        return [*(view.instance_id for view in live), *forwarders]
+        beside = [
+            forwarder_id(view.pool_id) if view.kind is InstanceKind.BACKEND else tunnel_id(view.pool_id)
+            for view in live
+        ]
+        return [*(view.instance_id for view in live), *beside]
 
     def forget_old(self, *, now_s: float) -> None:
         ended = [item for item in reversed(self._all.values()) if item.ended_s is not None]

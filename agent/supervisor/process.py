@@ -4,7 +4,8 @@ import asyncio
 import os
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -125,8 +126,12 @@ def spawn_coordinator(argv: tuple[str, ...], environment: Mapping[str, str], fil
     return _watchable(process)
 
 
-def spawn_server(argv: tuple[str, ...], environment: Mapping[str, str], files: InstanceFiles) -> EngineProcess:
-    """Start a process that reads no input, as `spawn_coordinator` does; both of its outputs go to its log.
+def spawn_server(
+    argv: tuple[str, ...], environment: Mapping[str, str], files: InstanceFiles, *, told: bytes = b""
+) -> EngineProcess:
+    """Start a process as `spawn_coordinator` does; both of its outputs go to its log.
+
+    All that it reads on its standard input is what it is `told`, a few bytes that are on no command line and no disk.
 
     It ignores SIGPIPE, as we do (Python's default would restore it): a backend that answers a client which has just
     left would otherwise die of it.
@@ -135,10 +140,10 @@ def spawn_server(argv: tuple[str, ...], environment: Mapping[str, str], files: I
         OSError: The program is not there or cannot be run.
     """
     files.remove_run_files()
-    with _new_file(files.log) as output:
+    with _new_file(files.log) as output, _whispered(told) as stdin:
         process = subprocess.Popen(
             argv,
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=output,
             stderr=output,
             env=environment,
@@ -156,6 +161,21 @@ def _watchable(process: "subprocess.Popen[bytes]") -> EngineProcess:
         process.kill()
         process.wait()
         raise
+
+
+@contextmanager
+def _whispered(told: bytes) -> Iterator[int]:
+    """A standard input with these bytes and nothing more; so few fit into a pipe before anybody reads."""
+    if not told:
+        yield subprocess.DEVNULL
+        return
+    reads, writes = os.pipe()
+    try:
+        os.write(writes, told)
+        os.close(writes)
+        yield reads
+    finally:
+        os.close(reads)
 
 
 def _new_file(path: Path) -> BinaryIO:

@@ -19,7 +19,7 @@ log = structlog.get_logger(__name__)
 
 VERSION = 1
 # The roles of an instance's processes.
-ENGINE, FORWARDER = "engine", "forwarder"
+ENGINE, FORWARDER, TUNNEL = "engine", "forwarder", "tunnel"
 
 
 class Record(Struct, frozen=True, kw_only=True):

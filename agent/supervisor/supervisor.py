@@ -6,7 +6,7 @@ from pathlib import Path
 
 import structlog
 from sollol.errors import Reason, Refusal, Retry, SollolError, refuse
-from sollol.report import BackendEndpoint, CoordinatorPlan, Instance, InstanceKind, InstanceState
+from sollol.report import BackendEndpoint, CoordinatorPlan, Instance, InstanceKind, InstanceState, RpcTransport
 
 from agent.supervisor import adoption
 from agent.supervisor.adoption import Found
@@ -24,6 +24,7 @@ from agent.supervisor.owners import LONGEST_ID, USEFUL, Owners
 from agent.supervisor.ports import Ports
 from agent.supervisor.promises import Promises
 from agent.supervisor.restarts import Deaths, RestartPolicy
+from agent.supervisor.tunnelling import Tunnels
 
 log = structlog.get_logger(__name__)
 
@@ -64,6 +65,7 @@ class Supervisor:
         on_logged: OnLogged = nobody_asks,
     ) -> None:
         self._ports, self._endpoints = Ports(site.ports), Endpoints(tcp)
+        self._site, self._tunnels = site, Tunnels(site, self._ports)
         self._launches = Launches(
             engine=engine,
             gpu_devices=gpu_devices,
@@ -73,6 +75,7 @@ class Supervisor:
             directories=directories,
             site=site,
             endpoints=self._endpoints,
+            tunnels=self._tunnels,
             streams=streams,
             on_logged=on_logged,
         )
@@ -84,6 +87,11 @@ class Supervisor:
         self._news = News()
         self._closing = False
         directories.create()
+
+    @property
+    def transport(self) -> RpcTransport:
+        """How bytes between this node's engines and other nodes' go."""
+        return self._site.transport
 
     def adopt(self) -> int:
         """Take up what an earlier agent left running; returns how many instances. Call it before the first start.
@@ -151,6 +159,7 @@ class Supervisor:
 
     def _coordinator_gone(self, instance: Instance) -> None:
         self._endpoints.give_back(instance.instance_id)
+        self._tunnels.give_back(instance.instance_id)
         self._backend_gone(instance)
 
     def _backend_gone(self, instance: Instance) -> None:

@@ -35,7 +35,7 @@ class Address:
 
 def main() -> int:
     given = _parser().parse_args()
-    credentials = tls.credentials(given.tls, given.pool, given.secret)
+    credentials = tls.credentials(given.tls, given.pool)
     if credentials is None:
         return NO_TLS_FILES
     routes = []
@@ -70,8 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     route = "a port on loopback, the forwarder it leads to, and the node that this must be"
     parser.add_argument("--route", required=True, action="append", metavar="PORT=HOST:PORT=NODE", help=route)
     parser.add_argument("--tls", required=True, type=Path, metavar="DIR", help="our certificate")
-    parser.add_argument("--pool", required=True, metavar="ID")
-    parser.add_argument("--secret", required=True, type=Path, metavar="FILE", help="removed when it has been read")
+    parser.add_argument("--pool", required=True, metavar="ID", help="its secret comes on standard input")
     parser.add_argument("--attach-within", required=True, type=float, metavar="S", help="end when nobody came by then")
     parser.add_argument("--gone-after", required=True, type=float, metavar="S", help="end so long after the last left")
     parser.add_argument("--status", required=True, type=Path, metavar="FILE", help="kept up to date for the agent")

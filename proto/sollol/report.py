@@ -35,6 +35,13 @@ class InstanceKind(StrEnum):
     BACKEND = "BACKEND"
 
 
+class RpcTransport(StrEnum):
+    """How the bytes between a coordinator and a backend on another node travel."""
+
+    TUNNEL = "TUNNEL"
+    DIRECT = "DIRECT"
+
+
 class Device(Struct, frozen=True, kw_only=True):
     """One memory that layers can be put into. `free_bytes` is what a new reservation may take."""
 
@@ -124,6 +131,7 @@ class BackendEndpoint(Struct, frozen=True, kw_only=True):
     port: int
     device_ids: tuple[str, ...]
     threads: int = 0
+    tunnelled: bool = False
 
 
 class CoordinatorPlan(Struct, frozen=True, kw_only=True):
@@ -146,6 +154,7 @@ class CoordinatorPlan(Struct, frozen=True, kw_only=True):
     backends: tuple[BackendEndpoint, ...] = ()
     pool_number: int = 0
     predicted_ms_per_token: float = 0.0
+    pool_secret: bytes = b""
 
 
 class Instance(Struct, frozen=True, kw_only=True):
@@ -200,6 +209,7 @@ class Report(Struct, frozen=True, kw_only=True):
     speeds: tuple[SpeedObservation, ...] = ()
     memory: tuple[MemoryCorrection, ...] = ()
     draining: bool = False
+    rpc_transport: RpcTransport = RpcTransport.DIRECT
 
     @property
     def address(self) -> str:

@@ -35,6 +35,7 @@ PLAN = CoordinatorPlan(
     context_per_slot=512,
     shares=(DeviceShare(device_id="CPU", layers=3, weight_bytes=60, kv_bytes=30, margin_bytes=10, total_bytes=100),),
 )
+TUNNELLED = BackendEndpoint(node_id="b", host="10.0.0.2", port=7501, device_ids=("CPU",), tunnelled=True)
 
 
 class MemoryReporter:
@@ -342,6 +343,9 @@ async def test_a_start_refused_while_the_old_process_stops_keeps_its_bytes(node,
         {"batch": 128, "ubatch": 256},
         {"threads": 5000},
         {"pool_number": 1024},
+        {"pool_secret": bytes(32)},
+        {"backends": (TUNNELLED,)},
+        {"backends": (TUNNELLED,), "pool_secret": b"short"},
         {"kv_type": "f16 --rpc evil"},
         {"shares": ()},
         {"shares": PLAN.shares * 2},
@@ -376,13 +380,14 @@ def lend(stub, **changes):
 
 async def test_a_backend_lends_what_its_pool_reserved(node, stub):
     await reserve(stub)
-    response = await lend(stub)
+    response = await lend(stub, coordinator_node="b", pool_secret=bytes(32))
     assert (response.endpoint.host, response.endpoint.port, list(response.endpoint.device_ids)) == (
         "127.0.0.1",
         7500,
         ["CPU"],
     )
     (wish,) = node.supervisor.wishes
+    assert (wish.coordinator_node, wish.pool_secret) == ("b", bytes(32))
     assert (wish.pool_id, wish.bytes, wish.threads, wish.allowed_hosts) == ("p1", {"CPU": 100}, 2, ("10.0.0.1",))
     assert node.ledger.bound == {"p1"}
 
@@ -420,6 +425,9 @@ async def test_a_backend_that_does_not_come_up_gives_its_bytes_back(node, stub):
         {"attach_within_s": 0},
         {"attach_within_s": float("nan")},
         {"attach_within_s": 601},
+        {"coordinator_node": "x" * 256},
+        {"coordinator_node": "b", "pool_secret": b"short"},
+        {"pool_secret": bytes(32)},
     ],
 )
 async def test_backends_out_of_range_are_refused(node, stub, wrong):

@@ -14,6 +14,7 @@ from sollol.report import (
     InstanceKind,
     InstanceState,
     Reservation,
+    RpcTransport,
 )
 
 from sollold import group
@@ -55,7 +56,9 @@ class Scripted:
         await self._answer()
         self.reserved[pool_id] = dict(bytes_by_device)
 
-    async def start_backend(self, pool_id, device_ids, *, allowed_hosts, attach_within_s, upload_bytes):
+    async def start_backend(
+        self, pool_id, device_ids, *, allowed_hosts, attach_within_s, upload_bytes, coordinator_node, pool_secret
+    ):
         await self._answer()
         self.expected[pool_id] = upload_bytes
         self.lent[pool_id] = (tuple(device_ids), tuple(allowed_hosts))
@@ -298,3 +301,59 @@ class TestRemains:
         ]
 
         assert remains(statuses, {POOL}) == ()
+
+
+class TestTransports:
+    """How a pool's bytes travel is agreed before anything is reserved."""
+
+    PARTS = (group.Part("a", lent=["CPU"]), group.Part("b", lent=["CPU"]))
+    TUNNEL, DIRECT = RpcTransport.TUNNEL, RpcTransport.DIRECT
+
+    def test_nodes_that_agree_give_their_transport(self):
+        assert group.check_transports(self.PARTS, {"a": self.TUNNEL, "b": self.TUNNEL}) is self.TUNNEL
+        assert group.check_transports(self.PARTS, {}) is self.DIRECT
+
+    @pytest.mark.parametrize("odd", [{"a": RpcTransport.TUNNEL}, {"b": RpcTransport.TUNNEL}])
+    def test_nodes_that_differ_are_refused_and_the_lender_is_the_one_to_leave_out(self, odd):
+        with pytest.raises(group.NodeRefusedError) as refused:
+            group.check_transports(self.PARTS, odd)
+        assert refused.value.node_id == "b"
+        assert refused.value.refusal.reason is Reason.TRANSPORT_MISMATCH
+        assert "a carries RPC bytes by" in refused.value.refusal.message
+
+    async def test_each_pool_has_a_secret_of_its_own_that_only_other_nodes_and_the_coordinator_get(self):
+        shown = []
+        for _ in range(2):
+            agents = {name: SecretKeeper(name) for name in ("a", "b")}
+            plan = CoordinatorPlan(model="m", parallel=1, context_per_slot=1, shares=())
+            at = agents.__getitem__
+            await group.start(self.PARTS, POOL, plan, "10.0.0.1", at, transport=self.TUNNEL)
+            assert agents["a"].secret == b""
+            assert len(agents["b"].secret) == 32
+            assert agents["a"].plan.pool_secret == agents["b"].secret
+            assert [(agents[name].coordinator) for name in "ab"] == ["a", "a"]
+            shown.append(agents["b"].secret)
+        assert shown[0] != shown[1]
+
+    async def test_without_tunnels_there_is_no_secret(self):
+        agents = {name: SecretKeeper(name, tunnelled=False) for name in ("a", "b")}
+        plan = CoordinatorPlan(model="m", parallel=1, context_per_slot=1, shares=())
+        await group.start(self.PARTS, POOL, plan, "10.0.0.1", agents.__getitem__, transport=self.DIRECT)
+        assert (agents["b"].secret, agents["a"].plan.pool_secret) == (b"", b"")
+
+
+class SecretKeeper:
+    """An agent that remembers what it was told of a pool's secret."""
+
+    def __init__(self, node_id, *, tunnelled=True):
+        self.node_id, self.tunnelled = node_id, tunnelled
+
+    async def start_backend(self, pool_id, device_ids, *, coordinator_node, pool_secret, **_):
+        self.coordinator, self.secret = coordinator_node, pool_secret
+        tunnelled = self.tunnelled and bool(pool_secret)
+        return BackendEndpoint(
+            node_id=self.node_id, host="h", port=1, device_ids=tuple(device_ids), tunnelled=tunnelled
+        )
+
+    async def start_coordinator(self, pool_id, plan):
+        self.plan = plan

@@ -183,12 +183,20 @@ class StartBackendRequest(google.protobuf.message.Message):
     ALLOWED_HOSTS_FIELD_NUMBER: builtins.int
     ATTACH_WITHIN_S_FIELD_NUMBER: builtins.int
     UPLOAD_BYTES_FIELD_NUMBER: builtins.int
+    COORDINATOR_NODE_FIELD_NUMBER: builtins.int
+    POOL_SECRET_FIELD_NUMBER: builtins.int
     pool_id: builtins.str
     threads: builtins.int
     """0: the agent chooses (its cores)."""
     attach_within_s: builtins.float
     upload_bytes: builtins.int
     """Weights that the coordinator will send it; the backend's percent is of these. 0: unknown."""
+    coordinator_node: builtins.str
+    """The node of the pool's coordinator. Empty: unknown, and it is reached directly."""
+    pool_secret: builtins.bytes
+    """32 bytes that only this pool's agents and its head know: the backend is reached through a tunnel, by who shows them.
+    Empty: directly, or on its own node.
+    """
     @property
     def device_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Devices of this node to lend, by device id; "CPU" for the processor."""
@@ -206,8 +214,10 @@ class StartBackendRequest(google.protobuf.message.Message):
         allowed_hosts: collections.abc.Iterable[builtins.str] | None = ...,
         attach_within_s: builtins.float = ...,
         upload_bytes: builtins.int = ...,
+        coordinator_node: builtins.str = ...,
+        pool_secret: builtins.bytes = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["allowed_hosts", b"allowed_hosts", "attach_within_s", b"attach_within_s", "device_ids", b"device_ids", "pool_id", b"pool_id", "threads", b"threads", "upload_bytes", b"upload_bytes"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["allowed_hosts", b"allowed_hosts", "attach_within_s", b"attach_within_s", "coordinator_node", b"coordinator_node", "device_ids", b"device_ids", "pool_id", b"pool_id", "pool_secret", b"pool_secret", "threads", b"threads", "upload_bytes", b"upload_bytes"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___StartBackendRequest: typing_extensions.TypeAlias = StartBackendRequest

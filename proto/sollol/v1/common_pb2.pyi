@@ -84,6 +84,8 @@ class _ReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTyp
     """The agent leaves its engines to its successor: ask again."""
     REASON_NODE_ID_IN_USE: _Reason.ValueType  # 121
     """Another agent of that name is there already."""
+    REASON_TRANSPORT_MISMATCH: _Reason.ValueType  # 110
+    """Two nodes of a pool carry its bytes in different ways (rpc_transport)."""
     REASON_BROKER_UNREACHABLE: _Reason.ValueType  # 140
     """What an MQTT broker does to a daemon."""
     REASON_BROKER_REFUSED: _Reason.ValueType  # 141
@@ -158,6 +160,8 @@ REASON_AGENT_RESTARTING: Reason.ValueType  # 120
 """The agent leaves its engines to its successor: ask again."""
 REASON_NODE_ID_IN_USE: Reason.ValueType  # 121
 """Another agent of that name is there already."""
+REASON_TRANSPORT_MISMATCH: Reason.ValueType  # 110
+"""Two nodes of a pool carry its bytes in different ways (rpc_transport)."""
 REASON_BROKER_UNREACHABLE: Reason.ValueType  # 140
 """What an MQTT broker does to a daemon."""
 REASON_BROKER_REFUSED: Reason.ValueType  # 141
@@ -275,6 +279,28 @@ INSTANCE_KIND_COORDINATOR: InstanceKind.ValueType  # 1
 INSTANCE_KIND_BACKEND: InstanceKind.ValueType  # 2
 """A ggml-rpc-server behind its forwarder: lends this node's devices to one coordinator."""
 Global___InstanceKind: typing_extensions.TypeAlias = InstanceKind
+
+class _RpcTransport:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _RpcTransportEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_RpcTransport.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    RPC_TRANSPORT_UNSPECIFIED: _RpcTransport.ValueType  # 0
+    RPC_TRANSPORT_TUNNEL: _RpcTransport.ValueType  # 1
+    """Encrypted, and for the two agents of one pool only."""
+    RPC_TRANSPORT_DIRECT: _RpcTransport.ValueType  # 2
+    """In plain text, by allowed addresses."""
+
+class RpcTransport(_RpcTransport, metaclass=_RpcTransportEnumTypeWrapper):
+    """How the bytes between a coordinator and a backend on another node travel."""
+
+RPC_TRANSPORT_UNSPECIFIED: RpcTransport.ValueType  # 0
+RPC_TRANSPORT_TUNNEL: RpcTransport.ValueType  # 1
+"""Encrypted, and for the two agents of one pool only."""
+RPC_TRANSPORT_DIRECT: RpcTransport.ValueType  # 2
+"""In plain text, by allowed addresses."""
+Global___RpcTransport: typing_extensions.TypeAlias = RpcTransport
 
 @typing.final
 class Refusal(google.protobuf.message.Message):
@@ -776,11 +802,14 @@ class BackendEndpoint(google.protobuf.message.Message):
     PORT_FIELD_NUMBER: builtins.int
     DEVICE_IDS_FIELD_NUMBER: builtins.int
     THREADS_FIELD_NUMBER: builtins.int
+    TUNNELLED_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     host: builtins.str
     port: builtins.int
     threads: builtins.int
     """Threads that it computes with on the CPU."""
+    tunnelled: builtins.bool
+    """The forwarder speaks TLS and asks for the pool's secret."""
     @property
     def device_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The devices that the backend lends, in its order."""
@@ -793,8 +822,9 @@ class BackendEndpoint(google.protobuf.message.Message):
         port: builtins.int = ...,
         device_ids: collections.abc.Iterable[builtins.str] | None = ...,
         threads: builtins.int = ...,
+        tunnelled: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["device_ids", b"device_ids", "host", b"host", "node_id", b"node_id", "port", b"port", "threads", b"threads"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["device_ids", b"device_ids", "host", b"host", "node_id", b"node_id", "port", b"port", "threads", b"threads", "tunnelled", b"tunnelled"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___BackendEndpoint: typing_extensions.TypeAlias = BackendEndpoint
@@ -936,6 +966,7 @@ class Report(google.protobuf.message.Message):
     SPEEDS_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
     MEMORY_FIELD_NUMBER: builtins.int
+    RPC_TRANSPORT_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     host: builtins.str
     """Address other nodes reach this one at, and the agent's gRPC port there."""
@@ -948,6 +979,8 @@ class Report(google.protobuf.message.Message):
     version: builtins.str
     draining: builtins.bool
     """Cordoned, and to be emptied: heads send its pools no new requests, and stop each once its streams have ended."""
+    rpc_transport: Global___RpcTransport.ValueType
+    """Two nodes whose transports differ cannot hold one pool together."""
     @property
     def devices(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Device]:
         """The CPU first, then the GPUs."""
@@ -996,14 +1029,20 @@ class Report(google.protobuf.message.Message):
         speeds: collections.abc.Iterable[Global___SpeedObservation] | None = ...,
         draining: builtins.bool = ...,
         memory: collections.abc.Iterable[Global___MemoryCorrection] | None = ...,
+        rpc_transport: Global___RpcTransport.ValueType | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_engine", b"_engine", "engine", b"engine"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_engine", b"_engine", "_rpc_transport", b"_rpc_transport", "engine", b"engine", "rpc_transport", b"rpc_transport"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_engine", b"_engine", "boot_id", b"boot_id", "cordoned", b"cordoned", "cpu_count", b"cpu_count", "devices", b"devices", "draining", b"draining", "engine", b"engine", "host", b"host", "instances", b"instances", "labels", b"labels", "links", b"links", "measured_unix_s", b"measured_unix_s", "memory", b"memory", "models", b"models", "node_id", b"node_id", "port", b"port", "reservations", b"reservations", "sequence", b"sequence", "speeds", b"speeds", "version", b"version"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_engine", b"_engine", "_rpc_transport", b"_rpc_transport", "boot_id", b"boot_id", "cordoned", b"cordoned", "cpu_count", b"cpu_count", "devices", b"devices", "draining", b"draining", "engine", b"engine", "host", b"host", "instances", b"instances", "labels", b"labels", "links", b"links", "measured_unix_s", b"measured_unix_s", "memory", b"memory", "models", b"models", "node_id", b"node_id", "port", b"port", "reservations", b"reservations", "rpc_transport", b"rpc_transport", "sequence", b"sequence", "speeds", b"speeds", "version", b"version"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__engine: typing_extensions.TypeAlias = typing.Literal["engine"]
     _WhichOneofArgType__engine: typing_extensions.TypeAlias = typing.Literal["_engine", b"_engine"]
+    _WhichOneofReturnType__rpc_transport: typing_extensions.TypeAlias = typing.Literal["rpc_transport"]
+    _WhichOneofArgType__rpc_transport: typing_extensions.TypeAlias = typing.Literal["_rpc_transport", b"_rpc_transport"]
+    @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__engine) -> _WhichOneofReturnType__engine | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rpc_transport) -> _WhichOneofReturnType__rpc_transport | None: ...
 
 Global___Report: typing_extensions.TypeAlias = Report
 
@@ -1136,6 +1175,7 @@ class CoordinatorPlan(google.protobuf.message.Message):
     SHARES_FIELD_NUMBER: builtins.int
     BACKENDS_FIELD_NUMBER: builtins.int
     POOL_NUMBER_FIELD_NUMBER: builtins.int
+    POOL_SECRET_FIELD_NUMBER: builtins.int
     PREDICTED_MS_PER_TOKEN_FIELD_NUMBER: builtins.int
     model: builtins.str
     parallel: builtins.int
@@ -1148,6 +1188,8 @@ class CoordinatorPlan(google.protobuf.message.Message):
     """0: the agent chooses (its cores)."""
     pool_number: builtins.int
     """Which of the model's pools this is: the lowest number that none of them had when it was started."""
+    pool_secret: builtins.bytes
+    """That of StartBackendRequest, for the backends that are tunnelled."""
     predicted_ms_per_token: builtins.float
     """By bytes, bandwidth and hops alone: without corrections, and as if nobody else used the devices. 0: not predicted."""
     @property
@@ -1173,9 +1215,10 @@ class CoordinatorPlan(google.protobuf.message.Message):
         shares: collections.abc.Iterable[Global___DeviceShare] | None = ...,
         backends: collections.abc.Iterable[Global___BackendEndpoint] | None = ...,
         pool_number: builtins.int = ...,
+        pool_secret: builtins.bytes = ...,
         predicted_ms_per_token: builtins.float = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["backends", b"backends", "batch", b"batch", "context_per_slot", b"context_per_slot", "kv_type", b"kv_type", "model", b"model", "parallel", b"parallel", "pool_number", b"pool_number", "predicted_ms_per_token", b"predicted_ms_per_token", "shares", b"shares", "threads", b"threads", "ubatch", b"ubatch"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["backends", b"backends", "batch", b"batch", "context_per_slot", b"context_per_slot", "kv_type", b"kv_type", "model", b"model", "parallel", b"parallel", "pool_number", b"pool_number", "pool_secret", b"pool_secret", "predicted_ms_per_token", b"predicted_ms_per_token", "shares", b"shares", "threads", b"threads", "ubatch", b"ubatch"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___CoordinatorPlan: typing_extensions.TypeAlias = CoordinatorPlan
