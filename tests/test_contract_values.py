@@ -47,7 +47,7 @@ def text() -> st.SearchStrategy[str]:
     return st.text(st.characters(codec="utf-8"), max_size=8)
 
 
-def contents(kind: types.Type, field) -> st.SearchStrategy:  # noqa: PLR0911 - one per kind of type
+def contents(kind: types.Type, field) -> st.SearchStrategy:  # noqa: C901, PLR0911 - one per kind of type
     """Values of `kind` that its protobuf field can hold: a whole number's range is the field's."""
     match kind:
         case types.StructType():

@@ -7,13 +7,12 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import msgspec
 import psutil
 import pytest
-from agent.supervisor.leftovers import Identity
 from sollol.errors import Reason, Refusal, SollolError
 from sollol.report import BackendEndpoint, CoordinatorPlan, DeviceShare, Instance, InstanceState, RpcTransport
 
@@ -21,11 +20,12 @@ from agent.forwarder.status import read_status
 from agent.supervisor.files import files_of
 from agent.supervisor.lending import backend_id, forwarder_id
 from agent.supervisor.owner import Limits
+from agent.supervisor.records import FORWARDER, TUNNEL
 from agent.supervisor.supervisor import Supervisor
 from agent.supervisor.tunnelling import tunnel_id
 from agent.tunnel.status import TunnelStatus, read_tunnel_status
 from tests.certificates import authority, write_identity
-from tests.supervised import directories, plan_of, runs, settled, site_of, supervising, wish_of
+from tests.supervised import directories, plan_of, record_of, runs, settled, site_of, supervising, wish_of
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.engine
@@ -38,8 +38,9 @@ RECITED = 100
 class Nodes:
     """The supervisors by node id, each with its own directories under `directory`."""
 
-    def __init__(self, directory: Path, supervisors: dict[str, Supervisor]) -> None:
-        self.directory, self.supervisors = directory, supervisors
+    def __init__(self, directory: Path, start_agent: Callable[[str], Awaitable[Supervisor]]) -> None:
+        self.directory, self._start_agent = directory, start_agent
+        self.supervisors: dict[str, Supervisor] = {}
 
     @property
     def coordinator(self) -> Supervisor:
@@ -57,9 +58,17 @@ class Nodes:
         assert instance.state is InstanceState.READY, instance
         return instance
 
-    def pid(self, node_id: str, name: str) -> int:
-        path = files_of(name, directories(self.directory / node_id)).state
-        return msgspec.json.decode(path.read_bytes(), type=Identity).pid
+    async def restart(self, node_id: str) -> int:
+        """Its agent leaves everything to the next one; returns how many instances that takes up."""
+        await self.supervisors[node_id].close(leave=True)
+        self.supervisors[node_id] = await self._start_agent(node_id)
+        return self.supervisors[node_id].adopt()
+
+    def tunnel_pid(self) -> int:
+        return record_of(self.directory / COORDINATOR, "p").processes[TUNNEL].pid
+
+    def forwarder_pid(self, node_id: str) -> int:
+        return record_of(self.directory / node_id, backend_id("p")).processes[FORWARDER].pid
 
     def tunnel(self) -> TunnelStatus:
         status = read_tunnel_status(files_of(tunnel_id("p"), directories(self.directory / COORDINATOR)).status)
@@ -68,30 +77,30 @@ class Nodes:
 
     def engine_pids(self) -> list[int]:
         found = [each.pid for supervisor in self.supervisors.values() for each in supervisor.instances()]
-        beside = [self.pid(COORDINATOR, tunnel_id("p"))]
-        return [*found, *beside, *(self.pid(node_id, forwarder_id("p")) for node_id in LENDERS)]
+        return [*found, self.tunnel_pid(), *(self.forwarder_pid(node_id) for node_id in LENDERS)]
 
 
 @pytest.fixture
 async def nodes(
     tmp_path: Path, engine_binary: Path, reciting_model: Path, ports: Callable[[], int]
 ) -> AsyncIterator[Nodes]:
-    ca, supervisors = authority(), {}
+    ca, sites = authority(), {}
+    for node_id in (COORDINATOR, *LENDERS):
+        first = ports()
+        tls_dir = write_identity(tmp_path / node_id / "pki", ca, "agent", node_id)
+        site = site_of(engine_binary.parent / "ggml-rpc-server", node_id, range(first, first + 20))
+        sites[node_id] = msgspec.structs.replace(site, tls_dir=tls_dir)
     async with contextlib.AsyncExitStack() as stack:
-        for node_id in (COORDINATOR, *LENDERS):
-            first = ports()
-            tls_dir = write_identity(tmp_path / node_id / "pki", ca, "agent", node_id)
-            site = site_of(engine_binary.parent / "ggml-rpc-server", node_id, range(first, first + 20))
-            supervisors[node_id] = await stack.enter_async_context(
-                supervising(
-                    tmp_path / node_id,
-                    (str(engine_binary),),
-                    resolve=lambda _: reciting_model,
-                    limits=REAL,
-                    site=msgspec.structs.replace(site, tls_dir=tls_dir),
-                )
-            )
-        yield Nodes(tmp_path, supervisors)
+
+        async def start_agent(node_id: str) -> Supervisor:
+            engine, where = (str(engine_binary),), tmp_path / node_id
+            agent = supervising(where, engine, resolve=lambda _: reciting_model, limits=REAL, site=sites[node_id])
+            return await stack.enter_async_context(agent)
+
+        nodes = Nodes(tmp_path, start_agent)
+        for node_id in sites:
+            nodes.supervisors[node_id] = await start_agent(node_id)
+        yield nodes
 
 
 def split(*backends: BackendEndpoint) -> CoordinatorPlan:
@@ -164,7 +173,7 @@ async def test_each_end_counts_the_same_bytes(nodes: Nodes) -> None:
 
 async def test_backends_and_tunnels_are_reached_over_loopback_only_and_nothing_shows_the_secret(nodes: Nodes) -> None:
     instance = await nodes.start(*LENDERS)
-    tunnel = nodes.pid(COORDINATOR, tunnel_id("p"))
+    tunnel = nodes.tunnel_pid()
     backends = [next(each.pid for each in nodes.supervisors[name].instances()) for name in LENDERS]
     for pid in (tunnel, *backends):
         listening = [each for each in psutil.Process(pid).net_connections("inet") if each.status == psutil.CONN_LISTEN]
@@ -192,7 +201,7 @@ async def test_a_lost_tunnel_ends_the_pool_in_time_and_leaves_nothing(
     answer = asyncio.create_task(complete(nodes.coordinator, seen, n_predict=4000, ignore_eos=True))
     await asyncio.wait_for(seen.wait(), 5)
     began_s = time.monotonic()
-    os.kill(nodes.pid(COORDINATOR, tunnel_id("p")), number)
+    os.kill(nodes.tunnel_pid(), number)
     refusal = await failed(nodes, within_s)
     print(f"{number.name}: told after {time.monotonic() - began_s:.2f} s: {refusal.message}")
     assert (refusal.reason, words in refusal.message) == (Reason.ENGINE_DIED, True), refusal
@@ -204,7 +213,7 @@ async def test_a_lost_tunnel_ends_the_pool_in_time_and_leaves_nothing(
 
 async def test_an_idle_pool_whose_tunnel_dies_is_ended_too(nodes: Nodes) -> None:
     await nodes.start(*LENDERS)
-    os.kill(nodes.pid(COORDINATOR, tunnel_id("p")), signal.SIGKILL)
+    os.kill(nodes.tunnel_pid(), signal.SIGKILL)
     assert "lost the tunnel" in (await failed(nodes, 1.5)).message
 
 
@@ -226,7 +235,7 @@ async def test_a_dead_backend_is_named_though_all_look_alike_from_the_engine(nod
 async def test_a_frozen_forwarder_is_given_up_and_its_pool_with_it(nodes: Nodes) -> None:
     await nodes.start(*LENDERS)
     pids = nodes.engine_pids()
-    os.kill(nodes.pid("n2", forwarder_id("p")), signal.SIGSTOP)
+    os.kill(nodes.forwarder_pid("n2"), signal.SIGSTOP)
     assert "backend on n2" in (await failed(nodes, 4)).message
     frozen = await wait_until(lambda: nodes.supervisors["n2"].failure_of(backend_id("p")), what="its agent says so too")
     assert frozen.reason is Reason.ENGINE_STALLED
@@ -237,7 +246,7 @@ async def test_a_backend_for_this_very_node_stays_on_loopback_without_tls(nodes:
     own = await nodes.lend(COORDINATOR)
     other = await nodes.lend("n2")
     assert (own.host, own.tunnelled, other.tunnelled) == ("127.0.0.1", False, True)
-    command = Path(f"/proc/{nodes.pid(COORDINATOR, forwarder_id('p'))}/cmdline").read_text().split("\0")
+    command = Path(f"/proc/{nodes.forwarder_pid(COORDINATOR)}/cmdline").read_text().split("\0")
     assert "--own-user" in command
     await nodes.coordinator.start("p", split(own, other))
     assert (await settled(nodes.coordinator, "p")).state is InstanceState.READY
@@ -294,3 +303,30 @@ async def test_the_ports_of_tunnels_come_back(nodes: Nodes) -> None:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(("127.0.0.1", port))
     assert nodes.coordinator._ports._claimed == set()
+
+
+async def test_agents_that_restart_leave_both_ends_as_they_are_and_the_next_ones_take_them_up(nodes: Nodes) -> None:
+    await nodes.start(*LENDERS)
+    pids, seen = nodes.engine_pids(), asyncio.Event()
+    answer = asyncio.create_task(complete(nodes.coordinator, seen, n_predict=1500, ignore_eos=True))
+    await asyncio.wait_for(seen.wait(), 5)
+    assert [await nodes.restart(node_id) for node_id in (COORDINATOR, *LENDERS)] == [1, 1, 1]
+    await wait_until(lambda: nodes.engine_pids() == pids, what="the same processes are there")
+    assert b'"stop":true' in await answer
+    assert await recite(nodes.coordinator)
+    assert nodes.coordinator._ports._claimed == {route.port for route in nodes.tunnel().routes}
+    os.kill(nodes.tunnel_pid(), signal.SIGKILL)
+    assert "lost the tunnel" in (await failed(nodes, 2)).message
+    await nothing_left(nodes, pids)
+
+
+async def test_a_tunnel_outlives_its_agent_and_ends_by_itself_when_its_coordinator_is_gone(nodes: Nodes) -> None:
+    ready = await nodes.start(*LENDERS)
+    pids = nodes.engine_pids()
+    await nodes.coordinator.close(leave=True)
+    assert all(runs(pid) for pid in pids)
+    os.kill(ready.pid, signal.SIGKILL)
+    await wait_until(lambda: not [pid for pid in pids if runs(pid)], within_s=4, what="all have ended by themselves")
+    assert nodes.tunnel().ended == "coordinator_gone"
+    assert await nodes.restart(COORDINATOR) == 0
+    await nothing_left(nodes, pids)
