@@ -19,7 +19,6 @@ from sollol.report import (
     NodeStatus,
     PlacementWish,
     Pool,
-    RpcTransport,
 )
 
 from sollold import group
@@ -193,7 +192,8 @@ class Loader:
             )
         model, number = plan.model, plan.pool_number
         parts = group.parts_of(plan, node_id)
-        transport = self._transport(parts)
+        transports = {each.report.node_id: each.report.rpc_transport for each in self._nodes.statuses()}
+        transport = group.check_transports(parts, transports)
         links = {part.node_id: self._nodes.link(part.node_id) for part in parts}
         pool_id = new_pool_id(model)
         lenders = sum(bool(part.lent) for part in parts)
@@ -220,13 +220,6 @@ class Loader:
         at = {"node": node_id, "nodes": len(parts), "listens": instance.endpoint}
         log.info("pool_ready", model=model, number=number, pool=pool_id, **at)
         return Pool(node_id=node_id, instance=instance)
-
-    def _transport(self, parts: Sequence[group.Part]) -> RpcTransport:
-        """Raises NodeRefusedError: the parts' nodes do not agree."""
-        known = {part.node_id: self._nodes.status(part.node_id) for part in parts}
-        return group.check_transports(
-            parts, {node_id: status.report.rpc_transport for node_id, status in known.items() if status is not None}
-        )
 
     async def _blamed(self, error: BaseException, pool_id: str, parts: Sequence[group.Part]) -> BaseException:
         """The error, with the node that the next plan must do without."""
