@@ -1,6 +1,6 @@
 PY := .venv/bin/python
 
-.PHONY: demo cluster-demo test check proto bench memory-model setup setup-demo
+.PHONY: demo cluster-demo test check proto bench memory-model tunnel-bench setup setup-demo
 
 demo: setup-demo            ## set up, make a tiny model, run a head and two agents, stream an answer
 	$(PY) -m tests.demo
@@ -14,6 +14,8 @@ bench: setup                ## ratios within one run
 	$(PY) -m tests.bench && $(PY) -m tests.bench.predictions
 memory-model: setup         ## predicted against logged memory over a grid of models, loads and splits
 	$(PY) -m tests.memory_grid --write docs/memory-model.md
+tunnel-bench: setup         ## what the way between two nodes costs, plain and through the tunnel
+	$(PY) -m tests.bench.tunnel --write docs/tunnel.md
 proto: setup                ## regenerate the committed stubs
 	$(PY) -m tests.generate_stubs
 setup:
