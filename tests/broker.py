@@ -37,6 +37,7 @@ class Mosquitto:
         lines = [
             f"listener {port} 127.0.0.1",
             "persistence false",
+            "log_type all",
             "user root",
             f"allow_anonymous {str(not password).lower()}",
         ]

@@ -1,53 +1,31 @@
 """One connection to an MQTT 5 broker: presence by Last Will, a bounded outbox, and for ever another try.
 
-Import it only where a broker is configured: it is the only one to know the client library.
+Import it only where a broker is configured: it loads the client library.
 """
 
 import asyncio
 import random
-import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, TypeVar
 
 import aiomqtt
 import structlog
 from aiomqtt.exceptions import MqttConnectError
-from msgspec import Struct
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from sollol.broker import Broker
 from sollol.errors import Reason, refuse
+from sollol.mqtt_client import Received, heeding, new_client, publish, received
 from sollol.mqtt_outbox import Outbox, Publication
 from sollol.topics import OFFLINE, ONLINE
 
 log = structlog.get_logger(__name__)
 
-T = TypeVar("T")
-
 RETRY_MIN_S, RETRY_MAX_S = 0.25, 10.0
-ANSWER_WITHIN_S = 5.0  # of the broker, to anything
 GOODBYE_WITHIN_S = 2.0
-KEEPALIVE_S = 5
-# The broker says "offline" when a connection broke and none replaced it for so long; a session must outlive it.
-WILL_DELAY_S = 1
-SESSION_S = 5
 PACKET_BYTES = 65_536
 _TAKEN_OVER = 142
 _REFUSED_FROM = 128
-
-
-class Received(Struct, frozen=True, kw_only=True):
-    """A message from the broker. `user` are its user properties; of several with one name the last."""
-
-    topic: str
-    payload: bytes
-    retained: bool = False
-    response_topic: str = ""
-    correlation: bytes | None = None
-    user: dict[str, str] = {}
 
 
 class Connection:
@@ -67,7 +45,6 @@ class Connection:
         self._outbox = Outbox()
         self._wake = asyncio.Event()
         self._subscriptions: dict[str, tuple[str, Callable[[Received], None]]] = {}
-        self._on_lost: list[Callable[[], None]] = []
         self._client: aiomqtt.Client | None = None
         self._problem = ""
         self._publish_status()
@@ -80,9 +57,12 @@ class Connection:
         """
         self._subscriptions[topic] = (f"$share/{group}/{topic}" if group else topic, handler)
 
-    def on_lost(self, listener: Callable[[], None]) -> None:
-        """Have `listener` called when a connection that was there is not any more."""
-        self._on_lost.append(listener)
+    async def unsubscribe(self, topic: str) -> None:
+        """Hear no more of it."""
+        found = self._subscriptions.pop(topic, None)
+        if found is not None and self._client is not None:
+            with suppress(aiomqtt.MqttError):  # a new connection does not subscribe to it
+                await heeding(self._client.unsubscribe(found[0]))
 
     def publish(self, publication: Publication) -> None:
         """Leave it in the outbox, from which it goes as soon as the broker takes it."""
@@ -99,7 +79,7 @@ class Connection:
         if client is None:
             raise refuse(Reason.BROKER_UNREACHABLE, "no connection to the MQTT broker", retryable=True)
         try:
-            await _publish(client, publication)
+            await publish(client, publication)
         except aiomqtt.MqttError as error:
             raise refuse(
                 Reason.BROKER_UNREACHABLE, f"the MQTT broker did not take it: {error}", retryable=True
@@ -116,15 +96,19 @@ class Connection:
             was_connected, self._client = self._client is not None, None
             if was_connected:
                 pause_s = RETRY_MAX_S if _code(lost) == _TAKEN_OVER else RETRY_MIN_S
-                self._tell_lost()
             self._complain(lost)
             await asyncio.sleep(pause_s * random.uniform(0.5, 1))  # noqa: S311 - heads and agents come back one by one
             pause_s = min(pause_s * 2, RETRY_MAX_S)
 
     async def _session(self) -> None:
         """One connection; ends by MqttError only, or by cancellation."""
-        client = self._new_client()
-        await _heeding(client.__aenter__())
+        client = new_client(
+            self._broker,
+            client_id=self._client_id,
+            status_topic=self._status_topic,
+            packet_bytes=self._packet_bytes,
+        )
+        await heeding(client.__aenter__())
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._receive(client), name="mqtt receive")
@@ -140,36 +124,11 @@ class Connection:
         finally:
             with suppress(aiomqtt.MqttError, TimeoutError):
                 async with asyncio.timeout(GOODBYE_WITHIN_S):
-                    await _heeding(client.__aexit__(None, None, None))
-
-    def _new_client(self) -> aiomqtt.Client:
-        broker = self._broker
-        connect = _properties(
-            PacketTypes.CONNECT, SessionExpiryInterval=SESSION_S, MaximumPacketSize=self._packet_bytes
-        )
-        will = _properties(PacketTypes.WILLMESSAGE, WillDelayInterval=WILL_DELAY_S)
-        try:
-            tls = ssl.create_default_context(cafile=broker.ca_file or None) if broker.tls else None
-        except OSError as error:
-            raise aiomqtt.MqttError(f"mqtt_ca_file = {broker.ca_file}: {error}") from error
-        return aiomqtt.Client(
-            broker.host,
-            broker.port,
-            username=broker.user or None,
-            password=broker.password or None,
-            identifier=self._client_id,
-            protocol=aiomqtt.ProtocolVersion.V5,
-            will=aiomqtt.Will(self._status_topic, OFFLINE, qos=1, retain=True, properties=will),
-            timeout=ANSWER_WITHIN_S,
-            keepalive=KEEPALIVE_S,
-            clean_start=False,  # it would end the session of before, and with it send that one's Last Will
-            properties=connect,
-            tls_context=tls,
-        )
+                    await heeding(client.__aexit__(None, None, None))
 
     async def _subscribe_all(self, client: aiomqtt.Client) -> None:
         for topic_filter, _ in self._subscriptions.values():
-            for code in await _heeding(client.subscribe(topic_filter, qos=1)):
+            for code in await heeding(client.subscribe(topic_filter, qos=1)):
                 if isinstance(code, ReasonCode) and code.value >= _REFUSED_FROM:
                     log.warning("mqtt_subscription_refused", topic=topic_filter, problem=str(code))
 
@@ -180,7 +139,7 @@ class Connection:
             if found is None or not isinstance(message.payload, bytes):
                 continue
             try:
-                found[1](_received(topic, message))
+                found[1](received(topic, message))
             except Exception:  # a bug of a handler must not cost the connection
                 log.exception("mqtt_message_failed", topic=topic)
 
@@ -192,7 +151,7 @@ class Connection:
                 await self._wake.wait()
                 continue
             try:
-                await _publish(client, publication)
+                await publish(client, publication)
             except BaseException:
                 self._outbox.put_back(publication)
                 raise
@@ -201,10 +160,10 @@ class Connection:
         offline = Publication(topic=self._status_topic, payload=OFFLINE, retain=True)
         with suppress(aiomqtt.MqttError, TimeoutError):  # else the Last Will says it
             async with asyncio.timeout(GOODBYE_WITHIN_S):
-                await _publish(client, offline)
+                await publish(client, offline)
                 while (publication := self._outbox.take()) is not None:
                     if publication.topic != self._status_topic:
-                        await _publish(client, publication)
+                        await publish(client, publication)
 
     def _publish_status(self) -> None:
         self.publish(Publication(topic=self._status_topic, payload=ONLINE, retain=True))
@@ -214,10 +173,6 @@ class Connection:
         if message.payload != ONLINE and self._client is not None:
             self._publish_status()
 
-    def _tell_lost(self) -> None:
-        for listener in self._on_lost:
-            listener()
-
     def _complain(self, error: BaseException) -> None:
         """Once per reason: a broker that is down for a night fills no log."""
         problem = str(error)
@@ -226,54 +181,6 @@ class Connection:
             bug = None if isinstance(error, aiomqtt.MqttError | OSError) else error
             log.warning("mqtt_lost", broker=self._broker.address, reason=reason, problem=problem, exc_info=bug)
         self._problem = problem
-
-
-async def _publish(client: aiomqtt.Client, publication: Publication) -> None:
-    said: dict[str, Any] = {}
-    if publication.expiry_s:
-        said["MessageExpiryInterval"] = publication.expiry_s
-    if publication.correlation is not None:
-        said["CorrelationData"] = publication.correlation
-    await _heeding(
-        client.publish(
-            publication.topic,
-            publication.payload,
-            qos=publication.qos,
-            retain=publication.retain,
-            properties=_properties(PacketTypes.PUBLISH, **said),
-        )
-    )
-
-
-async def _heeding(call: Awaitable[T]) -> T:
-    """Await the library without losing a cancellation: Python 3.11's `wait_for`, which it uses, can swallow one."""
-    task = asyncio.current_task()
-    assert task is not None
-    before = task.cancelling()
-    result = await call
-    if task.cancelling() > before:
-        raise asyncio.CancelledError
-    return result
-
-
-def _properties(packet: int, **values: Any) -> Properties:
-    properties = Properties(packet)  # type: ignore[no-untyped-call]
-    for name, value in values.items():
-        setattr(properties, name, value)
-    return properties
-
-
-def _received(topic: str, message: aiomqtt.Message) -> Received:
-    assert isinstance(message.payload, bytes)
-    properties = message.properties
-    return Received(
-        topic=topic,
-        payload=message.payload,
-        retained=message.retain,
-        response_topic=getattr(properties, "ResponseTopic", ""),
-        correlation=getattr(properties, "CorrelationData", None),
-        user=dict(getattr(properties, "UserProperty", ())),
-    )
 
 
 def _first(errors: BaseExceptionGroup[Exception]) -> BaseException:

@@ -12,7 +12,8 @@ import pytest
 import structlog
 from sollol import log as logging
 from sollol.broker import broker_of
-from sollol.mqtt import Connection, _heeding
+from sollol.mqtt import Connection
+from sollol.mqtt_client import heeding
 from sollol.mqtt_outbox import Publication
 
 from tests.broker import PASSWORD, USER
@@ -208,7 +209,7 @@ async def test_a_cancellation_that_the_library_swallows_is_heeded():
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
 
-    task = asyncio.create_task(_heeding(swallowing()))
+    task = asyncio.create_task(heeding(swallowing()))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
