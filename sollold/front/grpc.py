@@ -10,18 +10,16 @@ import msgspec
 import structlog
 from sollol import wire
 from sollol.channels import refusal_abort
-from sollol.errors import Reason, Refusal, SollolError, refuse
-from sollol.inference import Message, Piece, Progress, Sampling, Usage
+from sollol.errors import Reason, Refusal, SollolError
+from sollol.inference import Message, Piece, Progress, Sampling
 from sollol.v1 import inference_pb2 as pb
 from sollol.v1 import inference_pb2_grpc as rpc
 
 from sollold.admission import ANYBODY, Admission, Caller
 from sollold.front import requests
-from sollold.front.assemble import frame_of, piece_of
 from sollold.front.authorization import bearer
-from sollold.front.opening import ProgressBoard, opened, refuse_engine_error
-from sollold.front.sse import EventReader
-from sollold.streams import Catalogue, Dispatcher, EngineStream
+from sollold.front.generation import generated
+from sollold.streams import Catalogue, Dispatcher
 
 log = structlog.get_logger(__name__)
 
@@ -78,68 +76,8 @@ class InferenceService(rpc.InferenceServiceServicer):
         sent = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
         return self._admission.authenticate(bearer(sent.get("authorization")) or sent.get("x-api-key"))
 
-    async def _events(self, asked: requests.Asked, caller: Caller) -> AsyncGenerator[Progress | Piece, None]:
-        """Yield what the request waits for, then what the engine says."""
-        permit = self._admission.permit(caller, asked.engine.model)
-        board = ProgressBoard()
-        async with opened(self._dispatcher, asked.engine, board, permit) as opening:
-            async with contextlib.aclosing(_progress(opening, board)) as steps:
-                async for progress in steps:
-                    yield progress
-            stream = opening.result()
-            await refuse_engine_error(stream)
-            async with contextlib.aclosing(_pieces(stream)) as pieces:
-                async for piece in pieces:
-                    yield piece
-
-
-async def _progress(opening: asyncio.Task[EngineStream], board: ProgressBoard) -> AsyncGenerator[Progress, None]:
-    """Yield each change, newest only, until the stream is open or refused."""
-    opening.add_done_callback(lambda _: board.changed.set())
-    while not opening.done():
-        await board.changed.wait()
-        board.changed.clear()
-        if board.latest is not None and not opening.done():
-            yield board.latest
-
-
-async def _pieces(stream: EngineStream) -> AsyncGenerator[Piece, None]:
-    """Yield one piece per chunk of the stream: under load many frames come in one chunk, and leave in one message."""
-    reader = EventReader()
-    finished = done = False
-    async for chunk in stream:
-        merged: list[Piece] = []
-        for data in reader.feed(chunk):
-            frame = frame_of(data)
-            if frame is None:
-                done = True
-            else:
-                merged.append(piece_of(frame))
-        piece = merge(merged)
-        finished = finished or bool(piece.finish_reason)
-        if piece != Piece():
-            yield piece
-    if not (finished and done):
-        raise refuse(
-            Reason.STREAM_TRUNCATED,
-            f"the engine of {stream.instance_id} on {stream.node_id} ended its answer early; ask again",
-            retryable=True,
-        )
-
-
-def merge(pieces: list[Piece]) -> Piece:
-    """Return one piece that says what `pieces` say in sequence."""
-    usage: Usage | None = None
-    finish_reason = ""
-    for piece in pieces:
-        usage = piece.usage or usage
-        finish_reason = piece.finish_reason or finish_reason
-    return Piece(
-        text="".join(piece.text for piece in pieces),
-        reasoning="".join(piece.reasoning for piece in pieces),
-        finish_reason=finish_reason,
-        usage=usage,
-    )
+    def _events(self, asked: requests.Asked, caller: Caller) -> AsyncGenerator[Progress | Piece, None]:
+        return generated(self._dispatcher, asked.engine, self._admission.permit(caller, asked.engine.model))
 
 
 def _response(kind: Callable[..., R], event: Progress | Piece) -> R:
