@@ -31,6 +31,7 @@ from sollold.history import History
 from sollold.key_file import KeyFile, keys_path
 from sollold.key_policy import check_keys, key_mode
 from sollold.loading import RELEASE_WITHIN_S, Loader
+from sollold.mqtt import start_mqtt
 from sollold.nodes import Nodes
 from sollold.numbers import PoolNumbers
 from sollold.operators import ClusterService
@@ -38,7 +39,6 @@ from sollold.options import Options
 from sollold.placement import PlacementDefaults, decide
 from sollold.places import state_directory
 from sollold.pools import Pools
-from sollold.presence import start_presence
 from sollold.reaping import Reaper
 from sollold.remembered import FILE_NAME as AGENTS_FILE
 from sollold.remembered import Remembered
@@ -103,7 +103,7 @@ async def serve(live: Live[HeadConfig], environ: Mapping[str, str], stop: Stop) 
         nodes.subscribe(lambda _: server.on_nodes_changed())
         await _serve_grpc(config, closing, server)
         await _serve_http(config, closing, dispatch, catalogue, admission)
-        start_presence(config, history, closing, stop)
+        start_mqtt(config, closing, stop, history=history, dispatcher=dispatch, admission=admission)
         stop.announce_ready(nodes.summary)
         log.info("head_ready", http=f"{config.listen}:{config.http_port}", grpc=f"{config.listen}:{config.grpc_port}")
         await stop.wait()

@@ -86,6 +86,10 @@ class HeadConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         str, Meta(description="This head's name in MQTT topics; empty: this host's and the HTTP port")
     ] = ""
     mqtt_discovery_prefix: MqttDiscoveryPrefix = "homeassistant"
+    mqtt_inference: Annotated[
+        bool, Meta(description="Answer requests that devices publish; off: nothing that arrives by MQTT is obeyed")
+    ] = False
+    mqtt_requests: Annotated[Positive, Meta(description="Requests over MQTT answered at the same time")] = 32
     log_level: LogLevel = "info"
     log_format: LogFormat = "auto"
     exit_with_parent: Annotated[

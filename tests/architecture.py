@@ -43,6 +43,8 @@ PURE = (
     "agent/supervisor/command.py",
     "agent/engine/environment.py",
     "sollold/scaling.py",
+    "sollold/decision_event.py",
+    "sollold/front/mqtt_messages.py",
     "sollold/keys.py",
     "sollold/allowance.py",
     "sollold/turns.py",

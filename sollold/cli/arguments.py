@@ -103,6 +103,7 @@ def _add_up(commands: "Subparsers[argparse.ArgumentParser]") -> None:
     )
     up.add_argument("--redis-url", metavar="URL", default="", help="a running Redis to use instead of a private one")
     up.add_argument("--mqtt-url", metavar="URL", default="", help="an MQTT broker to tell everything, mqtt://HOST")
+    up.add_argument("--mqtt-inference", action="store_true", help="answer requests that devices publish there")
     up.add_argument("--state", metavar="DIR", default="", help="state and logs (default: the user's state directory)")
     up.add_argument("-v", "--verbose", action="store_true", help="show every log line of the daemons")
 

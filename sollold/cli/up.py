@@ -98,6 +98,7 @@ class _Up:
             *("--listen", HOST, "--http-port", str(self._options.http_port)),
             *("--grpc-port", str(self._options.grpc_port), "--redis-url", redis_url),
             *("--log-format", "json", "--exit-with-parent", "--tls-dir", "", "--state-dir", str(self._state / "head")),
+            *(["--mqtt-inference"] if self._options.mqtt_inference else []),
         ]
 
     def _agent_flags(self, name: str, port: int, redis_url: str, cap_bytes: int | None) -> list[str]:

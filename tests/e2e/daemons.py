@@ -31,6 +31,7 @@ class Up(Cluster):
         models: Path,
         engine: Path,
         agents: int,
+        words: Sequence[str] = (),
         environ: dict[str, str] | None = None,
     ) -> None:
         super().__init__(home, ports, environ)
@@ -42,7 +43,7 @@ class Up(Cluster):
                     *(sys.executable, "-P", "-m", "sollold.cli", "up", "--models", str(models)),
                     *("--agents", str(agents), "--engine", str(engine), "--state", str(self.state)),
                     *("--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port)),
-                    *("--agent-port", str(neighbouring(ports, agents))),
+                    *("--agent-port", str(neighbouring(ports, agents)), *words),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=output,

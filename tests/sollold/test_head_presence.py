@@ -8,7 +8,7 @@ import aiohttp
 import pytest
 from sollol.report import CoordinatorPlan, Decision, DeviceShare
 
-from sollold.presence import event_of
+from sollold.decision_event import event_of
 from tests.daemon import agent_flags, daemon, write_engine
 from tests.waiting import wait_until
 
