@@ -19,7 +19,7 @@ from sollol.certificates import Certificate
 from sollol.errors import Reason, SollolError, refuse
 from sollol.identity import Identity, Role, role_name
 
-__all__ = ["Identity", "Material", "Role", "TlsFiles", "admitted", "own_files", "role_name"]
+__all__ = ["Identity", "Material", "Role", "TlsFiles", "admitted", "load_chain", "own_files", "role_name"]
 
 CA, CERTIFICATE, KEY, REVOKED = "ca.pem", "node.pem", "node.key", "revoked"
 _NAMES = (CA, CERTIFICATE, KEY, REVOKED)
@@ -233,15 +233,15 @@ def _new_context(material: Material, kind: _Kind) -> ssl.SSLContext:
     context.load_verify_locations(cadata=material.ca.decode("ascii"))
     if kind.alpn:
         context.set_alpn_protocols(list(kind.alpn))
-    _load_chain(context, material)
+    load_chain(context, material.chain, material.key)
     return context
 
 
-def _load_chain(context: ssl.SSLContext, material: Material) -> None:
-    """Load what was read, not what the files have become: OpenSSL takes paths only, so these are in memory."""
+def load_chain(context: ssl.SSLContext, chain: bytes, key: bytes) -> None:
+    """Load what was read, not what files have become: OpenSSL takes paths only, so both are in memory."""
     descriptor = os.memfd_create("sollol-tls", os.MFD_CLOEXEC)
     try:
-        os.write(descriptor, material.key + b"\n" + material.chain)
+        os.write(descriptor, key + b"\n" + chain)
         context.load_cert_chain(f"/proc/self/fd/{descriptor}")
     finally:
         os.close(descriptor)

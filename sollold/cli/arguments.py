@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 from sollol import __version__
 
+from sollold.cli.pki_arguments import add_join, add_pki
+
 DEFAULT_HEAD = "127.0.0.1:7461"
 MOST, MOST_BYTES = 2**31 - 1, 2**63 - 1  # what the contract's numbers hold
 EXIT_CODES = """\
@@ -74,6 +76,8 @@ def parser() -> argparse.ArgumentParser:
     _add_systemd(commands)
     _add_keys(commands)
     _add_node_commands(commands)
+    add_pki(commands)
+    add_join(commands)
     return top
 
 

@@ -18,6 +18,7 @@ AUTHORITY_DAYS = 3650
 LEAF_DAYS = 90
 # Clocks of small machines differ; one that is behind must not find a fresh certificate "not yet valid".
 BACKDATED = timedelta(hours=1)
+_NAMED = "SOLLOL "
 
 
 class Authority(Struct, frozen=True):
@@ -38,7 +39,7 @@ def new_key() -> bytes:
 def new_authority(cluster: str, *, now: datetime | None = None) -> Authority:
     key = new_key()
     private = _private(key)
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"SOLLOL {cluster}")])
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{_NAMED}{cluster}")])
     certificate = (
         _builder(name, name, private.public_key(), AUTHORITY_DAYS, now)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -79,6 +80,27 @@ def issue_requested(authority: Authority, identity: Identity, asked: bytes, *, d
     return _issue(authority, identity, public, days, None)
 
 
+def cluster_of(certificate: bytes) -> str:
+    """The cluster that an authority's certificate (PEM) is for.
+
+    Raises:
+        SollolError: CERTIFICATE_UNREADABLE; it is not one of ours.
+    """
+    try:
+        subject = x509.load_pem_x509_certificate(certificate).subject
+    except ValueError as error:
+        raise refuse(Reason.CERTIFICATE_UNREADABLE, f"the authority's certificate is not readable: {error}") from error
+    names = [str(item.value) for item in subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+    if len(names) != 1 or not names[0].startswith(_NAMED):
+        raise refuse(Reason.CERTIFICATE_UNREADABLE, f"the authority is named {names}, not as `sollol pki init` does")
+    return names[0].removeprefix(_NAMED)
+
+
+def issue_server(authority: Authority, name: str, key: bytes, *, days: float = 1) -> bytes:
+    """A certificate, PEM, that names a server and nobody of the cluster: no daemon admits it."""
+    return _leaf(authority, name, [x509.DNSName(name)], _private(key).public_key(), days=days)
+
+
 def fingerprint(certificate: bytes) -> bytes:
     """SHA-256 of a certificate (PEM): what a join token says of the authority."""
     return x509.load_pem_x509_certificate(certificate).fingerprint(hashes.SHA256())
@@ -87,12 +109,24 @@ def fingerprint(certificate: bytes) -> bytes:
 def _issue(
     authority: Authority, identity: Identity, public: ec.EllipticCurvePublicKey, days: float, now: datetime | None
 ) -> bytes:
-    issuer = x509.load_pem_x509_certificate(authority.certificate)
-    names = [
+    names: list[x509.GeneralName] = [
         x509.UniformResourceIdentifier(identity.uri),
         *(x509.DNSName(name) for name in identity.dns_names),
     ]
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{identity.role} {identity.node_id}"[:64])])
+    return _leaf(authority, f"{identity.role} {identity.node_id}", names, public, days=days, now=now)
+
+
+def _leaf(
+    authority: Authority,
+    title: str,
+    names: list[x509.GeneralName],
+    public: ec.EllipticCurvePublicKey,
+    *,
+    days: float,
+    now: datetime | None = None,
+) -> bytes:
+    issuer = x509.load_pem_x509_certificate(authority.certificate)
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, title[:64])])
     issuer_key = _private(authority.key).public_key()
     certificate = (
         _builder(subject, issuer.subject, public, days, now)

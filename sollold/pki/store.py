@@ -1,0 +1,233 @@
+"""The authority's files, and the directories of identities beside them.
+
+`authority/` has `ca.pem` and `ca.key`, while another one takes over also `next.pem` and `next.key`, or `old.pem`; what
+was issued (`issued`), to whom a machine was invited (`invitations.json`) and which serial numbers are `revoked`. Only
+root, or the user, reads it: whoever has `ca.key` is everybody.
+"""
+
+import contextlib
+import os
+import pwd
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from msgspec import Struct
+from sollol import certificates
+from sollol.certificates import Certificate
+from sollol.errors import Reason, refuse
+from sollol.identity import Identity, Role, checked, parse
+from sollol.tls import CA, CERTIFICATE, KEY, REVOKED
+
+from sollold.pki.authority import LEAF_DAYS, Authority, cluster_of, issue, new_authority, new_key
+
+SERVICE_USER = "sollol"
+_SERVED = (Role.HEAD, Role.AGENT)  # what daemons read
+_NEXT, _NEXT_KEY, _OLD, _CA_KEY = "next.pem", "next.key", "old.pem", "ca.key"
+_ISSUED = "issued"
+
+
+class Held(Struct, frozen=True):
+    """An identity's directory on this machine."""
+
+    directory: Path
+    certificate: Certificate
+
+
+class Store:
+    """All below `base`, `/etc/sollol/pki` or the user's own."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        self.directory = base / "authority"
+
+    def exists(self) -> bool:
+        return (self.directory / _CA_KEY).exists()
+
+    def authority(self) -> Authority:
+        """What signs now. Raises CERTIFICATE_UNREADABLE when this machine has none."""
+        try:
+            pem, key = (self.directory / "ca.pem").read_bytes(), (self.directory / _CA_KEY).read_bytes()
+        except OSError as error:
+            raise refuse(
+                Reason.CERTIFICATE_UNREADABLE,
+                f"no authority in {self.directory} ({error.strerror}): `sollol pki init` makes one; where there is one "
+                "already, run this there, as the user that made it",
+            ) from error
+        return Authority(cluster_of(pem), pem, key)
+
+    def bundle(self) -> bytes:
+        """Every authority to be trusted: the one that signs, and the one before or after it."""
+        others = (self.directory / name for name in (_NEXT, _OLD))
+        return self.authority().certificate + b"".join(path.read_bytes() for path in others if path.exists())
+
+    def init(self, cluster: str) -> None:
+        """Raises INVALID_REQUEST: there is an authority already, or the name cannot be one."""
+        if self.exists():
+            raise refuse(Reason.INVALID_REQUEST, f"{self.directory} has an authority already: it is kept as it is")
+        named(cluster, Role.HEAD, "x")
+        self.base.mkdir(parents=True, exist_ok=True)
+        self.base.chmod(0o755)  # daemons pass through it to what is theirs
+        made = new_authority(cluster)
+        _folder(self.directory)
+        write(self.directory / "ca.pem", made.certificate, 0o644)
+        write(self.directory / _CA_KEY, made.key, 0o600)
+
+    def issue(self, role: Role, node_id: str, directory: Path, *, days: float = LEAF_DAYS) -> Certificate:
+        """A new key and certificate in `directory`, with all that its owner needs."""
+        authority = self.authority()
+        identity, key = named(authority.cluster, role, node_id), new_key()
+        chain = issue(authority, identity, key, days=days)
+        self.record(chain)
+        place(directory, role, key=key, chain=chain, ca=self.bundle(), revoked=self.revoked())
+        return certificates.read(chain)
+
+    def record(self, chain: bytes) -> None:
+        """Keep who got which serial number: what `revoke` looks up."""
+        made = certificates.read(chain)
+        assert made.identity is not None
+        with (self.directory / _ISSUED).open("a") as file:
+            file.write(f"{made.serial} {made.identity.uri} {made.not_after_s:.0f}\n")
+
+    def issued(self) -> Iterator[tuple[str, Identity, float]]:
+        """Serial number, name and end of everything that was issued here."""
+        with contextlib.suppress(FileNotFoundError):
+            for line in (self.directory / _ISSUED).read_text().splitlines():
+                serial, uri, not_after_s = line.split()
+                identity = parse(uri)
+                if identity is not None:
+                    yield serial, identity, float(not_after_s)
+
+    def is_taken(self, identity: Identity) -> bool:
+        """Somebody has a certificate of that name that still counts."""
+        revoked, now_s = self.revoked(), time.time()
+        return any(
+            who == identity and ends_s > now_s and f"{serial}\n".encode() not in revoked
+            for serial, who, ends_s in self.issued()
+        )
+
+    def held(self) -> list[Held]:
+        """Every identity in a directory below `base`."""
+        found = []
+        for path in sorted(self.base.glob(f"**/{CERTIFICATE}")):
+            with contextlib.suppress(ValueError, OSError):
+                found.append(Held(path.parent, certificates.read(path.read_bytes())))
+        return found
+
+    def rotate(self, directories: list[Path], *, days: float = LEAF_DAYS) -> list[Held]:
+        """New keys and certificates of the same names in these directories."""
+        renewed = []
+        for directory in directories:
+            try:
+                identity = certificates.read((directory / CERTIFICATE).read_bytes()).identity
+            except (OSError, ValueError) as error:
+                raise refuse(Reason.CERTIFICATE_UNREADABLE, f"{directory}: {error}") from error
+            if identity is None:
+                raise refuse(Reason.CERTIFICATE_UNREADABLE, f"{directory} has no certificate of a cluster")
+            renewed.append(Held(directory, self.issue(identity.role, identity.node_id, directory, days=days)))
+        return renewed
+
+    def add_authority(self) -> None:
+        """From now on a second one is trusted, which signs nothing yet."""
+        if (self.directory / _NEXT).exists() or (self.directory / _OLD).exists():
+            raise refuse(Reason.INVALID_REQUEST, "an authority is being replaced already: go on with switch or drop")
+        made = new_authority(self.authority().cluster)
+        write(self.directory / _NEXT_KEY, made.key, 0o600)
+        write(self.directory / _NEXT, made.certificate, 0o644)
+        self._tell_all()
+
+    def switch_authority(self) -> None:
+        """The second one signs from now on; the first is trusted still."""
+        if not (self.directory / _NEXT).exists():
+            raise refuse(Reason.INVALID_REQUEST, "there is no second authority: begin with `--authority add`")
+        write(self.directory / _OLD, self.authority().certificate, 0o644)
+        (self.directory / _NEXT_KEY).replace(self.directory / _CA_KEY)
+        (self.directory / _NEXT).replace(self.directory / "ca.pem")
+        self._tell_all()
+
+    def drop_authority(self) -> None:
+        """The former one is trusted no more."""
+        if not (self.directory / _OLD).exists():
+            raise refuse(Reason.INVALID_REQUEST, "there is no former authority to drop: `--authority switch` makes one")
+        (self.directory / _OLD).unlink()
+        self._tell_all()
+
+    def _tell_all(self) -> None:
+        for held in self.held():
+            write(held.directory / CA, self.bundle(), 0o644)
+
+    def revoked(self) -> bytes:
+        path = self.directory / REVOKED
+        return path.read_bytes() if path.exists() else b""
+
+    def revoke(self, role: Role, node_id: str) -> list[str]:
+        """Refuse every certificate that this name has got so far; returns the serial numbers.
+
+        Raises:
+            SollolError: INVALID_REQUEST; nobody of that name has got one.
+        """
+        identity = named(self.authority().cluster, role, node_id)
+        serials = [serial for serial, who, _ in self.issued() if who == identity]
+        if not serials:
+            raise refuse(Reason.INVALID_REQUEST, f"nobody has a certificate as {identity}: `sollol pki show` lists all")
+        lines = b"".join(f"{serial}\n".encode() for serial in serials if f"{serial}\n".encode() not in self.revoked())
+        write(self.directory / REVOKED, self.revoked() + lines, 0o644)
+        for held in self.held():
+            write(held.directory / REVOKED, self.revoked(), 0o644)
+            _own(held.directory, held.certificate.identity.role if held.certificate.identity else Role.ADMIN)
+        return serials
+
+
+def named(cluster: str, role: Role, node_id: str) -> Identity:
+    """Raises INVALID_REQUEST: a name that cannot stand in a certificate."""
+    try:
+        return checked(cluster, role, node_id)
+    except ValueError as error:
+        raise refuse(Reason.INVALID_REQUEST, str(error)) from error
+
+
+def place(directory: Path, role: Role, *, key: bytes, chain: bytes, ca: bytes, revoked: bytes = b"") -> None:
+    """Write an identity's files, the certificate last: whoever follows them takes it when it fits the key."""
+    _folder(directory)
+    write(directory / CA, ca, 0o644)
+    if revoked:
+        write(directory / REVOKED, revoked, 0o644)
+    write(directory / KEY, key, 0o600)
+    write(directory / CERTIFICATE, chain, 0o644)
+    _own(directory, role)
+
+
+def write(path: Path, content: bytes, mode: int) -> None:
+    """Put a whole file in place at once; nobody ever sees half of it, or a key that others may read."""
+    draft = path.with_name(f".{path.name}.new")
+    draft.unlink(missing_ok=True)
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    owner = path.stat() if path.exists() else None
+    if owner is not None and os.geteuid() == 0:
+        os.chown(draft, owner.st_uid, owner.st_gid)
+    draft.replace(path)
+
+
+def _folder(path: Path) -> None:
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def _own(directory: Path, role: Role) -> None:
+    """Daemons run as `sollol`; what is theirs becomes so when root writes it and that user is there."""
+    if os.geteuid() != 0 or role not in _SERVED:
+        return
+    try:
+        user = pwd.getpwnam(SERVICE_USER)
+    except KeyError:
+        return  # `sollol systemd install` makes the user, and gives it these directories
+    for path in (directory, *directory.iterdir()):
+        os.chown(path, user.pw_uid, user.pw_gid)
+
+
+def host_id() -> str:
+    """This machine's name as an id."""
+    return socket.gethostname().split(".")[0] or "node"

@@ -1,0 +1,177 @@
+"""The authority's store, and `sollol pki`: what is made, renewed, revoked, and with which permissions."""
+
+import stat
+import subprocess
+import time
+
+import pytest
+from sollol import certificates
+from sollol.errors import Reason, SollolError
+from sollol.identity import Role, checked
+from sollol.tls import TlsFiles, admitted
+
+from sollold.pki.authority import fingerprint, issue_requested, new_key, request
+from sollold.pki.store import Store, place
+from tests.sollol_command import sollol
+
+
+@pytest.fixture
+def store(tmp_path):
+    made = Store(tmp_path / "pki")
+    made.init("lab")
+    return made
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def serial(directory):
+    return certificates.read((directory / "node.pem").read_bytes()).serial
+
+
+def trusts(files, other):
+    """Whether a TLS handshake between the two succeeds: openssl's own verification."""
+    done = subprocess.run(
+        ("openssl", "verify", "-CAfile", files / "ca.pem", other / "node.pem"), capture_output=True, check=False
+    )
+    return done.returncode == 0
+
+
+async def test_init_makes_an_authority_a_head_and_an_operator_and_keys_are_private(tmp_path):
+    base = tmp_path / "pki"
+    status, out, err = await sollol("pki", "init", "--cluster", "lab", "--head-id", "h1", "--dir", str(base))
+    assert (status, err) == (0, "")
+    assert "sollol pki invite" in out
+    assert TlsFiles(base / "head").identity == checked("lab", "head", "h1")
+    assert TlsFiles(base / "admin").identity.role is Role.ADMIN
+    for key in (base / "authority" / "ca.key", base / "head" / "node.key", base / "admin" / "node.key"):
+        assert mode(key) == 0o600
+    assert {mode(folder) for folder in (base / "authority", base / "head", base / "admin")} == {0o700}
+    assert (
+        3640
+        < (certificates.read((base / "authority" / "ca.pem").read_bytes()).not_after_s - time.time()) / 86400
+        < 3651
+    )
+
+    before = (base / "authority" / "ca.key").read_bytes()
+    status, _, err = await sollol("pki", "init", "--dir", str(base))
+    assert status == 2
+    assert "has an authority already" in err
+    assert (base / "authority" / "ca.key").read_bytes() == before
+
+
+async def test_what_is_issued_is_shown_renewed_with_a_new_key_and_revoked(tmp_path):
+    base, out_dir = tmp_path / "pki", tmp_path / "n1"
+    at = ("--dir", str(base))
+    assert (await sollol("pki", "init", *at))[0] == 0
+    assert (await sollol("pki", "issue", "agent", "n1", "--days", "3", *at))[0] == 0
+    assert (await sollol("pki", "issue", "agent", "n2", "--out", str(out_dir), *at))[0] == 0
+    n1 = base / "issued" / "agent-n1"
+    status, out, _ = await sollol("pki", "show", *at)
+    assert status == 0
+    assert ["n1", "agent", "home"] in [line.split()[:3] for line in out.splitlines()]
+    assert "(3 days)" in out
+
+    key, former = (n1 / "node.key").read_bytes(), serial(n1)
+    assert (await sollol("pki", "rotate", *at))[0] == 0
+    assert (await sollol("pki", "rotate", str(out_dir), *at))[0] == 0
+    assert (n1 / "node.key").read_bytes() != key
+    assert serial(n1) != former
+    assert TlsFiles(n1).identity == checked("home", "agent", "n1")
+
+    assert (await sollol("pki", "revoke", "n1", *at))[0] == 0
+    head = TlsFiles(base / "head").current()
+    assert {former, serial(n1)} <= head.revoked
+    with pytest.raises(SollolError, match="CERTIFICATE_REVOKED"):
+        admitted(certificates.read((n1 / "node.pem").read_bytes()), head, now_s=time.time())
+    assert "revoked" in (await sollol("pki", "show", *at))[1]
+    status, _, err = await sollol("pki", "revoke", "nobody", *at)
+    assert status == 2
+    assert "nobody has a certificate as agent nobody" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (("issue", "agent", "a/b"), 2, "cannot stand in a certificate"),
+        (("issue", "root", "a"), 2, "invalid choice"),
+        (("issue", "agent", "a", "--days", "0"), 2, "not a number of days"),
+        (("rotate", "/nonexistent"), 2, "/nonexistent"),
+        (("rotate", "--authority", "drop"), 2, "no former authority"),
+        (("rotate", "--authority", "switch"), 2, "begin with"),
+        (("invite", "--ttl", "soon"), 2, "not a time such as"),
+    ],
+)
+async def test_what_cannot_be_done_is_said_and_changes_nothing(tmp_path, store, words, status, said):
+    before = sorted((path, path.read_bytes()) for path in store.base.rglob("*") if path.is_file())
+    done, _, err = await sollol("pki", *words, "--dir", str(store.base))
+    assert done == status
+    assert said in err
+    assert sorted((path, path.read_bytes()) for path in store.base.rglob("*") if path.is_file()) == before
+
+
+async def test_without_an_authority_the_message_says_where_one_is_made(tmp_path):
+    status, _, err = await sollol("pki", "issue", "agent", "a", "--dir", str(tmp_path))
+    assert status == 2
+    assert "`sollol pki init` makes one" in err
+
+
+def test_an_authority_is_replaced_in_three_steps_and_all_trust_each_other_on_the_way(store, tmp_path):
+    store.issue(Role.HEAD, "h", store.base / "head")
+    remote = tmp_path / "remote"  # a machine that joined: renewed by joining again, not by `rotate`
+    store.issue(Role.AGENT, "n1", remote)
+    head = store.base / "head"
+
+    store.add_authority()
+    assert trusts(head, remote)
+    assert trusts(remote, head)
+    store.issue(Role.AGENT, "n1", remote)
+    store.switch_authority()
+    store.rotate([head])
+    assert trusts(head, remote)
+    assert trusts(remote, head)
+    store.issue(Role.AGENT, "n1", remote)
+    store.drop_authority()
+    assert trusts(head, remote)
+    assert trusts(remote, head)
+    assert (store.directory / "ca.pem").read_bytes() == (head / "ca.pem").read_bytes()
+
+
+def test_a_half_replaced_authority_is_not_replaced_again(store):
+    store.add_authority()
+    with pytest.raises(SollolError, match="being replaced already"):
+        store.add_authority()
+
+
+def test_a_daemon_never_sees_a_key_and_a_certificate_that_do_not_belong_together(store, tmp_path):
+    store.issue(Role.AGENT, "n1", tmp_path / "n1")
+    files = TlsFiles(tmp_path / "n1")
+    for _ in range(5):
+        store.issue(Role.AGENT, "n1", tmp_path / "n1")
+        assert files.current().certificate.serial == serial(tmp_path / "n1")
+
+
+def test_files_that_are_replaced_never_widen_their_permissions(store, tmp_path):
+    directory = tmp_path / "x"
+    for _ in range(2):
+        place(directory, Role.AGENT, key=new_key(), chain=b"c", ca=b"a")
+        assert mode(directory / "node.key") == 0o600
+    assert [path.name for path in directory.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    "asked", [b"", b"not a request", b"-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n"]
+)
+def test_a_signing_request_that_is_none_is_refused(store, asked):
+    with pytest.raises(SollolError) as raised:
+        issue_requested(store.authority(), checked("lab", "agent", "n"), asked)
+    assert raised.value.refusal.reason is Reason.INVALID_REQUEST
+
+
+def test_a_certificate_that_was_asked_for_fits_the_key_that_asked(store, tmp_path):
+    key = new_key()
+    chain = issue_requested(store.authority(), checked("lab", "agent", "n"), request(key))
+    place(tmp_path / "n", Role.AGENT, key=key, chain=chain, ca=store.bundle())
+    assert TlsFiles(tmp_path / "n").identity.node_id == "n"
+    assert len(fingerprint(store.authority().certificate)) == 32
