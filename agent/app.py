@@ -97,6 +97,7 @@ async def serve(live: Live[AgentConfig], environ: Mapping[str, str], stop: Stop)
                 engine=found.engine if found else None,
                 registry=_registry(config, closing),
                 rpc_transport=supervisor.transport,
+                tls=tls,
             )
             supervisor.subscribe(lambda _: reporter.changed())
             links.subscribe(reporter.changed)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import sollol
 import structlog
+from sollol.certified import expires_in_s
 from sollol.correction import MemoryCorrection
 from sollol.engine import Engine
 from sollol.errors import Reason, refuse
@@ -15,6 +16,7 @@ from sollol.link import Link
 from sollol.registry import RegistryUnavailable
 from sollol.report import Device, Instance, Model, Report, Reservation, RpcTransport
 from sollol.speed import SpeedObservation
+from sollol.tls import TlsFiles
 
 from agent.bandwidth import boot_id, usable_cores
 from agent.config import AgentConfig
@@ -100,6 +102,7 @@ class Reporter:
         engine: Engine | None,
         registry: NoticeBoard | None,
         rpc_transport: RpcTransport = RpcTransport.DIRECT,
+        tls: TlsFiles | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._config = config
@@ -113,6 +116,7 @@ class Reporter:
         self._engine = engine
         self._registry = registry
         self._rpc_transport = rpc_transport
+        self._tls = tls
         self._wall_clock = wall_clock
         self._boot_id = boot_id()
         self._scan: SlowReading[tuple[Model, ...]] = SlowReading(
@@ -240,6 +244,7 @@ class Reporter:
             cordoned=self._cordon.cordoned,
             draining=self._cordon.draining,
             rpc_transport=self._rpc_transport,
+            certificate_expires_in_s=expires_in_s(self._tls) if self._tls is not None else None,
         )
         news, self._news = self._news, asyncio.Event()
         news.set()

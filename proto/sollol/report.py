@@ -210,6 +210,7 @@ class Report(Struct, frozen=True, kw_only=True):
     memory: tuple[MemoryCorrection, ...] = ()
     draining: bool = False
     rpc_transport: RpcTransport = RpcTransport.DIRECT
+    certificate_expires_in_s: float | None = None
 
     @property
     def address(self) -> str:

@@ -55,7 +55,18 @@ def pools(options: argparse.Namespace) -> int:
     return 0
 
 
-_NODE_HEAD = ("NODE", "ADDRESS", "SEEN", "STATE", "CPUS", "MEMORY FREE / TOTAL", "MODELS", "POOLS", "ENGINE")
+_NODE_HEAD = (
+    "NODE",
+    "ADDRESS",
+    "SEEN",
+    "STATE",
+    "CPUS",
+    "MEMORY FREE / TOTAL",
+    "MODELS",
+    "POOLS",
+    "CERTIFICATE",
+    "ENGINE",
+)
 _LINK_HEAD = ("FROM", "TO", "ROUND TRIP", "RATE", "MEASURED")
 _MODEL_HEAD = ("MODEL", "SIZE", "ARCHITECTURE", "QUANTIZATION", "CONTEXT", "NODES", "STATE")
 _POOL_HEAD = (
@@ -87,6 +98,7 @@ def _node_row(status: NodeStatus) -> tuple[str, ...]:
         ", ".join(_memory(device) for device in report.devices),
         str(len(report.models)),
         str(len(report.instances)),
+        _days_text(report.certificate_expires_in_s),
         report.engine.build if report.engine else "none: run `sollol engine build` there",
     )
 
@@ -98,6 +110,12 @@ def _node_state(status: NodeStatus) -> str:
         state = "cordoned" if status.report.cordoned else ""
     reached = "" if status.connected else "not connected"
     return ", ".join(filter(None, (state, reached))) or "ok"
+
+
+def _days_text(expires_in_s: float | None) -> str:
+    if expires_in_s is None:
+        return "-"
+    return "over" if expires_in_s <= 0 else f"{expires_in_s / 86_400:.1f} days"
 
 
 def _link_row(status: NodeStatus, link: Link) -> tuple[str, ...]:

@@ -89,6 +89,15 @@ async def test_each_role_gets_what_is_its_own_and_everybody_else_hears_why_not(s
     assert "unable to get local issuer certificate" in secured.log("head")
 
 
+async def test_nodes_say_how_long_their_certificates_last(secured):
+    status, out, _ = await secured.cli("nodes")
+    assert status == 0
+    assert out.count("90.0 days") == 2
+    status, out, _ = await secured.cli("nodes", "--json")
+    ends = [node["report"]["certificate_expires_in_s"] for node in json.loads(out)["nodes"]]
+    assert all(89 * 86_400 < end < 90 * 86_400 for end in ends)
+
+
 async def test_whoever_is_revoked_is_refused_at_the_next_call(secured):
     async with secured.client() as operator:
         await operator.nodes()
