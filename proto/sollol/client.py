@@ -15,7 +15,7 @@ import grpc
 
 from sollol import wire
 from sollol.channels import open_channel, refusal_of
-from sollol.dial import who_listens
+from sollol.dial import speaks_tls, who_listens
 from sollol.errors import Reason, SollolError, refuse
 from sollol.identity import Role, role_name
 from sollol.inference import AvailableModel, Message, Piece, Progress, Sampling
@@ -192,7 +192,7 @@ class Client:
         """GRPC says only that a handshake failed. Raises why, when it was that."""
         if self._tls is not None:
             await who_listens(self._address, self._tls, Role.HEAD)
-        elif _CUT_OFF in (error.details() or ""):
+        elif _CUT_OFF in (error.details() or "") and await speaks_tls(self._address):  # else it has just ended
             raise refuse(
                 Reason.NO_CERTIFICATE,
                 f"the head at {self._address} closes plaintext connections: name the directory of your certificate",

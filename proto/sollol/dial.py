@@ -42,6 +42,21 @@ async def who_listens(address: str, tls: TlsFiles, role: Role) -> Identity:
         raise refuse(Reason.AGENT_UNREACHABLE, f"{address} cannot be reached: {problem}", retryable=True) from error
 
 
+async def speaks_tls(address: str) -> bool:
+    """Whether whoever listens at `address` answers a TLS greeting. Nobody is trusted for it, and nothing is said."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    host, _, port = address.rpartition(":")
+    try:
+        async with asyncio.timeout(WITHIN_S):
+            _, writer = await asyncio.open_connection(host.strip("[]"), int(port), ssl=context)
+    except (OSError, TimeoutError):  # ssl.SSLError is an OSError
+        return False
+    writer.transport.abort()
+    return True
+
+
 def _not_trusted(address: str, role: Role, error: ssl.SSLCertVerificationError) -> SollolError:
     if error.verify_code in (_EXPIRED, _NOT_YET_VALID):
         why = error.verify_message
