@@ -57,7 +57,7 @@ async def serve(live: Live[HeadConfig], environ: Mapping[str, str], stop: Stop) 
         SollolError: PORT_TAKEN; INVALID_REQUEST when requests need keys and the file of keys is not there; or the
             certificate cannot be used.
     """
-    config, keys = live.now, keys_path(live.now.keys_file, environ)
+    config, keys = live.now, keys_path(live.now.keys_file, live.now.state_dir, environ)
     check_keys(config, keys)
     async with Closing() as closing:
         tls = certified(config, Role.HEAD, environ, closing, stop)

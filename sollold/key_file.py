@@ -21,9 +21,9 @@ Stamp = tuple[int, int, int]
 _GONE: Stamp = (0, 0, 0)
 
 
-def keys_path(setting: str, environ: Mapping[str, str], service: Path = SERVICE_DIRECTORY) -> Path:
-    """Where the keys are; "auto": in the service's state directory, for who may look there, else in the user's."""
-    return Path(setting).expanduser() if setting != "auto" else state_directory(setting, environ, service) / NAME
+def keys_path(setting: str, state_dir: str, environ: Mapping[str, str], service: Path = SERVICE_DIRECTORY) -> Path:
+    """Where the keys are; "auto": in the head's state directory, as `state_dir` says."""
+    return Path(setting).expanduser() if setting != "auto" else state_directory(state_dir, environ, service) / NAME
 
 
 class KeyFile:

@@ -103,8 +103,11 @@ def _day(unix_s: float) -> str:
 
 
 def _path(options: argparse.Namespace) -> Path:
-    """Where the head of this machine has its keys: as its settings say, unless `--file` does."""
-    if options.file:
-        return Path(options.file)
-    config = load(HeadConfig, name="head", argv=[], environ=os.environ, default_file=DEFAULT_FILE).value
-    return key_file.keys_path(config.keys_file, os.environ)
+    return Path(options.file) if options.file else default_path()
+
+
+def default_path() -> Path:
+    """Where the head of this machine has its keys, as its settings say; whether it could listen now does not matter."""
+    argv = ["--listen", "127.0.0.1"]
+    config = load(HeadConfig, name="head", argv=argv, environ=os.environ, default_file=DEFAULT_FILE).value
+    return key_file.keys_path(config.keys_file, config.state_dir, os.environ)

@@ -15,6 +15,7 @@ from sollol.directories import directories, private, runtime_directory
 from sollol.errors import Reason, refuse
 
 from sollold.cli.children import Child, is_error, readable
+from sollold.cli.keys import default_path
 from sollold.cli.machine import check_port, http_status, unequal_caps
 from sollold.cli.orphans import adopt_orphans, end_orphans
 from sollold.cli.private_redis import private_redis
@@ -99,6 +100,7 @@ class _Up:
             *("--grpc-port", str(self._options.grpc_port), "--redis-url", redis_url),
             *("--log-format", "json", "--exit-with-parent", "--tls-dir", "", "--state-dir", str(self._state / "head")),
             *(["--mqtt-inference"] if self._options.mqtt_inference else []),
+            *("--keys-file", str(default_path())),  # where `sollol keys` writes
         ]
 
     def _agent_flags(self, name: str, port: int, redis_url: str, cap_bytes: int | None) -> list[str]:

@@ -15,7 +15,7 @@ from sollol.inference import Message, Piece, Progress, Sampling
 from sollol.v1 import inference_pb2 as pb
 from sollol.v1 import inference_pb2_grpc as rpc
 
-from sollold.admission import ANYBODY, Admission, Caller
+from sollold.admission import Admission, Caller
 from sollold.front import requests
 from sollold.front.authorization import bearer
 from sollold.front.generation import generated
@@ -71,8 +71,9 @@ class InferenceService(rpc.InferenceServiceServicer):
         Raises:
             SollolError: see `Admission.authenticate`.
         """
-        if context.auth_context().get("transport_security_type") == [b"ssl"]:
-            return ANYBODY
+        shown = context.auth_context()
+        if shown.get("transport_security_type") == [b"ssl"]:
+            return Caller(b" ".join(shown.get("x509_subject_alternative_name", ())).decode())
         sent = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
         return self._admission.authenticate(bearer(sent.get("authorization")) or sent.get("x-api-key"))
 

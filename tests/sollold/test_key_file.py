@@ -117,8 +117,11 @@ def test_a_file_that_vanishes_does_not_open_the_head(path):
 def test_auto_is_the_state_directory_of_the_service_or_of_the_user(tmp_path):
     service, home = tmp_path / "service", {"HOME": str(tmp_path / "home")}
     users = tmp_path / "home" / ".local" / "state" / "sollol" / "head" / "keys.json"
-    assert keys_path("auto", home, service) == users
+    assert keys_path("auto", "auto", home, service) == users
     service.mkdir()
-    assert keys_path("auto", home, service) == service / "keys.json"
-    assert keys_path("auto", {**home, "STATE_DIRECTORY": "/x/head:/y"}, service).as_posix() == "/x/head/keys.json"
-    assert keys_path("/k.json", home, service).as_posix() == "/k.json"
+    assert keys_path("auto", "auto", home, service) == service / "keys.json"
+    assert (
+        keys_path("auto", "auto", {**home, "STATE_DIRECTORY": "/x/head:/y"}, service).as_posix() == "/x/head/keys.json"
+    )
+    assert keys_path("auto", "/s", home, service).as_posix() == "/s/keys.json"
+    assert keys_path("/k.json", "/s", home, service).as_posix() == "/k.json"
