@@ -95,7 +95,15 @@ build_engine() {
     .venv/bin/python -m agent.engine build
 }
 
+# The file system that the machines of tests/nspawn boot from; without root these tests are skipped.
+make_machine_root() {
+    [ "$(id -u)" = 0 ] || return 0
+    say "making the test machines' Debian, unless it is in ${XDG_CACHE_HOME:-$HOME/.cache}/sollol/nspawn (a minute or two)"
+    .venv/bin/python -m tests.nspawn.root
+}
+
 make_venv
 [ "$mode" = demo ] || install_system_packages
 install_packages
 [ "$mode" = demo ] || build_engine
+[ "$mode" = demo ] || make_machine_root

@@ -82,7 +82,7 @@ def test_all_of_our_ports_are_reserved_and_no_other():
 def test_the_units_of_one_user_start_as_the_systems_do(unit):
     """Confinement and directories differ, not how it starts, reloads, is watched and ends."""
     shared = re.compile(
-        r"(?m)^(Type|WatchdogSec|Timeout\w+|ExecReload|Restart\w*|KillMode|StartLimit\w+|StopPropagatedFrom|Delegate|OOMPolicy|RemainAfterExit)=.*$"
+        r"(?m)^(Type|WatchdogSec|Timeout\w+|ExecReload|Restart\w*|KillMode|StartLimit\w+|PartOf|Delegate|OOMPolicy|RemainAfterExit)=.*$"
     )
 
     def ways(path):

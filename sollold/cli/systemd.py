@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sollol.errors import Reason, refuse
 
-from sollold.cli.units import SERVICES, Site, UnitFile, common_files, in_a_home, unit_files
+from sollold.cli.units import SERVICES, Site, UnitFile, common_files, in_a_home, is_plain, unit_files
 
 _PACKAGE = Path(__file__).parents[1]
 _SYSTEM_WIDE = (
@@ -67,6 +67,11 @@ def _site(options: argparse.Namespace) -> Site:
         raise refuse(
             Reason.INVALID_REQUEST,
             "services of the whole machine need root: sudo it, or --user for services of your own, or --prefix DIR",
+        )
+    if not is_plain(Path(sys.executable)):
+        raise refuse(
+            Reason.INVALID_REQUEST,
+            f"{sys.executable} has characters that mean something to systemd or a shell: install sollol elsewhere",
         )
     return Site(
         shipped=_shipped(),

@@ -90,12 +90,11 @@ def common_files(site: Site) -> Iterator[UnitFile]:
 
 def for_this_machine(text: str, site: Site) -> str:
     """The shipped unit, with the commands of packages replaced by this interpreter's."""
-    word = _word(site.interpreter)
 
     def started(found: re.Match[str]) -> str:
-        return f"{found['key']}{word} -P -m {_PROGRAMS[found['program']]}"
+        return re.sub("|".join(_PROGRAMS), lambda each: f"{site.interpreter} -P -m {_PROGRAMS[each[0]]}", found[0])
 
-    text = re.sub(rf"(?m)^(?P<key>Exec\w+=)(?P<program>{'|'.join(_PROGRAMS)})\b", started, text)
+    text = re.sub(r"(?m)^Exec\w+=.*$", started, text)
     if site.home:
         text = re.sub(
             r"(?m)^ProtectHome=yes$", "# ProtectHome: the interpreter lies in a home.\nProtectHome=read-only", text
@@ -103,10 +102,9 @@ def for_this_machine(text: str, site: Site) -> str:
     return text
 
 
-def _word(path: Path) -> str:
-    """As one word of a unit's command line, whatever its characters."""
-    text = str(path).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
-    return f'"{text}"' if re.search(r"[\s\"'\\;]", text) else text
+def is_plain(path: Path) -> bool:
+    """Whether a path is one word for systemd and for a shell, as it stands."""
+    return re.fullmatch(r"[\w./+@:,=-]+", str(path), re.ASCII) is not None
 
 
 def in_a_home(path: Path) -> bool:
