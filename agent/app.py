@@ -50,19 +50,21 @@ from agent.supervisor import files
 from agent.supervisor.endpoints import TcpSite
 from agent.supervisor.owner import Limits
 from agent.supervisor.supervisor import Supervisor
+from agent.token import claim, own_token
 
 log = structlog.get_logger(__name__)
 
 STEP_WITHIN_S = 5.0
 STREAMS_GRACE_S = 1.0
+LEAVE_GRACE_S = 0.2  # streams have their last word already, and the next agent waits for the port
 
 
 async def serve(live: Live[AgentConfig], environ: Mapping[str, str], stop: Stop) -> None:
     """Run the agent until `stop`; returns when every engine it started is gone.
 
     Raises:
-        SollolError: PORT_TAKEN, ENGINE_MISSING for a configured engine that is not there, another agent uses the
-            state directory, or the certificate is not this node's.
+        SollolError: PORT_TAKEN, NODE_ID_IN_USE, ENGINE_MISSING for a configured engine that is not there, another agent
+            uses the state directory, or the certificate is not this node's.
     """
     config = live.now
     places = directories(environ, state=config.state_dir, log=config.log_dir, run=config.run_dir)
@@ -70,6 +72,8 @@ async def serve(live: Live[AgentConfig], environ: Mapping[str, str], stop: Stop)
         async with Closing() as closing:
             tls = certified(config, Role.AGENT, environ, closing, stop)
             server = listening(config.listen, config.port, tls)  # before anything is published or ended there
+            registry, token = _registry(config, closing), own_token(places.state)
+            await claim(registry, config.node_id, token, config.lease_s)
             found = await _found_engine(config, environ)
             ledger = Ledger(clock=time.monotonic, journal=lambda event: _journal(event, reporter))
             inventory, probe = Inventory(_model_roots(config, environ)), _probe(config, places, found)
@@ -85,20 +89,11 @@ async def serve(live: Live[AgentConfig], environ: Mapping[str, str], stop: Stop)
             links = Links(probe=partial(link_probe.probe, tls=tls), who=partial(link_probe.who_answers, tls=tls))
             cordon = Cordon(places.state)
             reporter = Reporter(
-                config=config,
-                probe=probe,
-                inventory=inventory,
-                ledger=ledger,
-                supervisor=Busy(supervisor, streams, speeds),
-                speeds=speeds,
-                links=links,
-                learned=learned,
-                cordon=cordon,
-                engine=found.engine if found else None,
-                registry=_registry(config, closing),
-                rpc_transport=supervisor.transport,
-                tls=tls,
-            )
+                config=config, probe=probe, inventory=inventory, ledger=ledger, links=links, learned=learned,
+                supervisor=Busy(supervisor, streams, speeds), speeds=speeds, cordon=cordon,
+                engine=found.engine if found else None, rpc_transport=supervisor.transport, tls=tls,
+                registry=registry, token=token,
+            )  # fmt: skip
             supervisor.subscribe(lambda _: reporter.changed())
             links.subscribe(reporter.changed)
             live.subscribe(lambda settings: _reconfigure(settings, environ, inventory, probe, reporter))
@@ -146,7 +141,8 @@ async def _open(server: grpc.aio.Server, service: AgentService, closing: Closing
     """From here on heads are answered. The streams of `leaving` are cut in the end: their engines outlive us."""
     service.add_to(server)
     await server.start()
-    closing.add("gRPC", lambda: server.stop(STREAMS_GRACE_S), within_s=STEP_WITHIN_S)
+    grace_s = STREAMS_GRACE_S if leaving is None else LEAVE_GRACE_S
+    closing.add("gRPC", lambda: server.stop(grace_s), within_s=STEP_WITHIN_S)
     closing.add("drain", lambda: service.drain(restarting=leaving is not None), within_s=STEP_WITHIN_S)
     if leaving is not None:
         closing.add("streams", leaving.leave, within_s=STEP_WITHIN_S)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc.aio
 import structlog
@@ -34,3 +34,9 @@ def guarded(rpc: _Rpc) -> Any:
             await refusal_abort(context, Refusal(reason=Reason.INTERNAL, message=message))
 
     return call
+
+
+def told_by_head(refusal: Refusal) -> NoReturn:
+    """A head does not take this agent in: its word goes into our log, and back as the call's status."""
+    log.error("refused_by_head", reason=refusal.reason, message=refusal.message)
+    raise SollolError(refusal)

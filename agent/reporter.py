@@ -75,7 +75,7 @@ class Learning(Protocol):
 
 
 class NoticeBoard(Protocol):
-    async def publish(self, report: Report, lease_s: float) -> None: ...
+    async def publish(self, report: Report, lease_s: float) -> bool: ...
 
     async def withdraw(self, report: Report) -> None: ...
 
@@ -85,6 +85,7 @@ class Reporter:
 
     Args:
         registry: None: reports go to watching heads only.
+        token: Which agent of this node's name it is.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Reporter:
         registry: NoticeBoard | None,
         rpc_transport: RpcTransport = RpcTransport.DIRECT,
         tls: TlsFiles | None = None,
+        token: str = "",
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._config = config
@@ -114,9 +116,9 @@ class Reporter:
         self._learned = learned
         self._cordon = cordon
         self._engine = engine
-        self._registry = registry
         self._rpc_transport = rpc_transport
         self._tls = tls
+        self._registry, self._token = registry, token
         self._wall_clock = wall_clock
         self._boot_id = boot_id()
         self._scan: SlowReading[tuple[Model, ...]] = SlowReading(
@@ -129,7 +131,7 @@ class Reporter:
         self._report: Report | None = None
         self._dirty = asyncio.Event()
         self._news = asyncio.Event()  # set, and replaced, with every report
-        self._registry_lost = False
+        self._registry_lost = self._id_in_use = False
 
     def current(self) -> Report:
         """The newest report.
@@ -245,6 +247,7 @@ class Reporter:
             draining=self._cordon.draining,
             rpc_transport=self._rpc_transport,
             certificate_expires_in_s=expires_in_s(self._tls) if self._tls is not None else None,
+            agent_token=self._token,
         )
         news, self._news = self._news, asyncio.Event()
         news.set()
@@ -253,7 +256,7 @@ class Reporter:
         """A slow or lost registry delays nobody: this task alone waits for it, and then sends the newest."""
         async for report in self.watch():
             try:
-                await registry.publish(report, self._config.lease_s)
+                self._tell_id_in_use(not await registry.publish(report, self._config.lease_s))
             except RegistryUnavailable as error:
                 if not self._registry_lost:
                     log.warning("registry_lost", problem=str(error))
@@ -263,6 +266,12 @@ class Reporter:
                     log.info("registry_regained")
                 self._registry_lost = False
             await asyncio.sleep(PUBLISH_GAP_S)
+
+    def _tell_id_in_use(self, in_use: bool) -> None:
+        """It is told, not obeyed: whoever can write to the registry could end agents otherwise."""
+        if in_use and not self._id_in_use:
+            log.error("node_id_in_use", node=self._config.node_id, hint="another agent of this name is in the registry")
+        self._id_in_use = in_use
 
     async def _withdraw(self, registry: NoticeBoard, report: Report) -> None:
         try:

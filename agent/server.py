@@ -12,7 +12,7 @@ import grpc.aio
 import msgspec
 from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untyped]
 from sollol import wire
-from sollol.errors import Reason, SollolError, refuse
+from sollol.errors import Reason, Refusal, SollolError, refuse
 from sollol.report import BackendEndpoint, Instance, InstanceState, Model
 from sollol.v1 import agent_pb2, agent_pb2_grpc
 
@@ -32,7 +32,7 @@ from agent.checks import (
     plan_of,
 )
 from agent.departure import Departure
-from agent.guarded import guarded
+from agent.guarded import guarded, told_by_head
 from agent.supervisor.lending import BackendWish, backend_id
 
 _LIVE = frozenset({InstanceState.STARTING, InstanceState.READY, InstanceState.STOPPING})
@@ -102,6 +102,8 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
 
     @guarded
     async def WatchReport(self, request: agent_pb2.WatchReportRequest, context: Any) -> None:
+        if request.HasField("refusal"):
+            told_by_head(wire.value(Refusal, request.refusal))
         await self._departure.unless_begun(self._watch_report(context))
 
     async def _watch_report(self, context: Any) -> None:

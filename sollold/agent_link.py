@@ -101,6 +101,17 @@ class AgentLink:
             raise SollolError(unreachable(f"agent {self.address} has not been reached yet"))
         return self._line
 
+    async def refuse(self, refusal: Refusal) -> None:
+        """Tell the agent, for its log, why it is not taken in."""
+        request = pb.WatchReportRequest()
+        wire.fill(request.refusal, refusal)
+        try:
+            with self._calling() as stub:
+                await stub.WatchReport(request, timeout=UNARY_TIMEOUT_S).read()
+        except SollolError as error:
+            if error.refusal.reason is not refusal.reason:  # the agent's answer is what it was told
+                raise
+
     async def reserve(self, pool_id: str, bytes_by_device: Mapping[str, int], ttl: timedelta) -> None:
         request = pb.ReserveRequest(pool_id=pool_id, bytes=dict(bytes_by_device), ttl_s=ttl.total_seconds())
         with self._calling() as stub:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import structlog
 from msgspec.structs import replace
-from sollol.errors import Reason, SollolError, refuse
+from sollol.errors import Reason, Refusal, SollolError, refuse
 from sollol.registry import RegistryUnavailable
 from sollol.report import InstanceKind, Model, ModelShape, NodeStatus, Report
 from sollol.tls import TlsFiles
@@ -194,7 +194,9 @@ class Nodes:
                 try:
                     async with contextlib.aclosing(link.watch_report()) as reports:
                         async for report in reports:
-                            self._received(report, link)
+                            refusal = self._received(report, link)
+                            if refusal is not None:
+                                await _tell(link, refusal)
                             pause_s, told = RECONNECT_MIN_S, ""
                 except SollolError as error:
                     problem, reason = error.refusal.message, error.refusal.reason
@@ -204,18 +206,18 @@ class Nodes:
                 if reason != told:
                     log.warning("agent_not_watched", address=address, reason=reason, problem=problem)
                 told = reason
-                self._lost(link)
+                self._lost(link, restarting=reason is Reason.AGENT_RESTARTING)
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, RECONNECT_MAX_S)
         finally:
             await link.close()
 
-    def _received(self, report: Report, link: AgentLink) -> None:
+    def _received(self, report: Report, link: AgentLink) -> Refusal | None:
+        """Take a report in; returns what to tell an agent that is not taken in and does not know yet."""
         node_id = report.node_id
         known = self._nodes.get(node_id)
         if known is not None and known.link is not link and known.connected:
-            self._refuse_twin(known, report, link)
-            return
+            return self._twin(known, report, link)
         if known is None or not known.connected:
             log.info("node_connected", node=node_id, address=link.address)
             self._complained = {pair for pair in self._complained if pair[0] != node_id}
@@ -231,14 +233,17 @@ class Nodes:
         if known is None:
             self._nodes = dict(sorted(self._nodes.items()))
         self._changed(node_id)
+        return None
 
-    def _refuse_twin(self, known: _Node, report: Report, link: AgentLink) -> None:
+    def _twin(self, known: _Node, report: Report, link: AgentLink) -> Refusal | None:
         """Keep the first; silently when it is the same agent under another name, such as `localhost`."""
-        if (known.report.address, known.report.boot_id) == (report.address, report.boot_id):
-            return
-        if (report.node_id, link.address) not in self._complained:
-            self._complained.add((report.node_id, link.address))
-            log.error("node_id_in_use", node=report.node_id, first=known.link.address, second=link.address)
+        first, second = known.link.address, link.address
+        if _agent_of(known.report) == _agent_of(report) or (report.node_id, second) in self._complained:
+            return None
+        self._complained.add((report.node_id, second))
+        log.error("node_id_in_use", node=report.node_id, first=first, second=second)
+        message = f"the agent at {first} is node {report.node_id} already: give the one at {second} another node_id"
+        return Refusal(reason=Reason.NODE_ID_IN_USE, message=message)
 
     def _with_shared_shape(self, model: Model) -> Model:
         """Nodes with the same file share one shape object: placement works once per object, not once per node."""
@@ -248,10 +253,12 @@ class Nodes:
             self._shapes.clear()  # shared from here on again
         return replace(model, shape=self._shapes.setdefault(model.shape, model.shape))
 
-    def _lost(self, link: AgentLink) -> None:
+    def _lost(self, link: AgentLink, *, restarting: bool) -> None:
         for node_id, node in tuple(self._nodes.items()):
             if node.link is link and node.connected:
                 node.connected, node.away = False, True
+                if restarting:  # this word is the newest that it said
+                    node.received_s = self._clock()
                 log.warning("node_disconnected", node=node_id, address=link.address)
                 self._changed(node_id)
 
@@ -261,3 +268,15 @@ class Nodes:
                 listener(node_id)
             except Exception:  # a listener's bug must not cost the node its watch
                 log.exception("listener_failed", node=node_id)
+
+
+def _agent_of(report: Report) -> tuple[str, str]:
+    """Which agent it is, of those that may have one name. Older ones have no token."""
+    return (report.agent_token, "") if report.agent_token else (report.address, report.boot_id)
+
+
+async def _tell(link: AgentLink, refusal: Refusal) -> None:
+    try:
+        await link.refuse(refusal)
+    except SollolError as error:
+        log.info("agent_not_told", address=link.address, problem=error.refusal.message)

@@ -4,6 +4,7 @@
 |---------------------------------|--------|---------------------------------------------------|---------------------|
 | `sollol:node:<node id>`         | string | JSON of `sollol.report.Report`                    | lease               |
 | `sollol:agent:<node id>`        | string | its agent's `host:port`                           | lease               |
+| `sollol:owner:<node id>`        | string | the `agent_token` of the one agent of that name   | lease               |
 | `sollol:nodes`                  | zset   | node id, scored by its lease's end in server ms   | longest lease in it |
 | `sollol:rpc:node:<host>:<port>` | string | JSON of `SeedNode`, the seed's record             | lease               |
 | `sollol:events`                 | stream | `kind`, `payload` in JSON: decisions and events   | 10 000 entries      |
@@ -46,15 +47,34 @@ _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]{2,64}\]|[A-Za-z0-9_.-]{1,253}):[0-9]{1
 # Writes the report, its place in the index and the seed's record at once. An index of a wrong type is replaced: a
 # stranger's SET must not hide the cluster for ever.
 _PUBLISH = """
+local owner = redis.call('GET', KEYS[5])
+if owner and owner ~= ARGV[6] then return 0 end
 local time = redis.call('TIME')
 local now, lease = time[1] * 1000 + math.floor(time[2] / 1000), tonumber(ARGV[2])
 if redis.call('TYPE', KEYS[2]).ok ~= 'zset' then redis.call('DEL', KEYS[2]) end
 redis.call('SET', KEYS[1], ARGV[3], 'PX', lease)
 redis.call('SET', KEYS[3], ARGV[4], 'PX', lease)
 redis.call('SET', KEYS[4], ARGV[5], 'PX', lease)
+redis.call('SET', KEYS[5], ARGV[6], 'PX', lease)
 redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
 redis.call('ZADD', KEYS[2], now + lease, ARGV[1])
 if redis.call('PTTL', KEYS[2]) < lease then redis.call('PEXPIRE', KEYS[2], lease) end
+return 1
+"""
+
+# Nobody takes down the report of another agent of the same name.
+_WITHDRAW = """
+local owner = redis.call('GET', KEYS[1])
+if owner and owner ~= ARGV[1] then return 0 end
+redis.call('DEL', unpack(KEYS, 1, 4))
+if redis.call('TYPE', KEYS[5]).ok == 'zset' then redis.call('ZREM', KEYS[5], ARGV[2]) end
+return 1
+"""
+
+_CLAIM = """
+local owner = redis.call('GET', KEYS[1])
+if owner and owner ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
 
@@ -71,6 +91,10 @@ def node_key(node_id: str) -> str:
 
 def agent_key(node_id: str) -> str:
     return f"sollol:agent:{node_id}"
+
+
+def owner_key(node_id: str) -> str:
+    return f"sollol:owner:{node_id}"
 
 
 def rpc_node_key(report: Report) -> str:
@@ -139,6 +163,8 @@ class Registry:
         )
         self._redis: Redis = Redis.from_pool(pool)
         self._publish = self._redis.register_script(_PUBLISH)
+        self._withdraw = self._redis.register_script(_WITHDRAW)
+        self._claim = self._redis.register_script(_CLAIM)
         self._live_ids = self._redis.register_script(_LIVE_IDS)
         self._decoder = msgspec.json.Decoder(Report)
         self._complained: set[str] = set()
@@ -146,27 +172,40 @@ class Registry:
     async def ping(self) -> None:
         await self._ask(self._redis.ping())
 
-    async def publish(self, report: Report, lease_s: float) -> None:
-        """Put a report up for `lease_s` seconds; its node is listed until then or until the next report."""
-        await self._ask(
+    async def claim(self, node_id: str, agent_token: str, lease_s: float) -> bool:
+        """Take a node's name for an agent that is about to start; false when another agent has it."""
+        return bool(
+            await self._ask(self._claim(keys=[owner_key(node_id)], args=[agent_token, max(1, int(lease_s * 1000))]))
+        )
+
+    async def publish(self, report: Report, lease_s: float) -> bool:
+        """Put a report up for `lease_s` seconds; its node is listed until then or until the next report.
+
+        Returns false, and leaves all as it was, while another agent has the node's name.
+        """
+        done = await self._ask(
             self._publish(
-                keys=[node_key(report.node_id), NODES_KEY, rpc_node_key(report), agent_key(report.node_id)],
+                keys=[
+                    *(node_key(report.node_id), NODES_KEY, rpc_node_key(report), agent_key(report.node_id)),
+                    owner_key(report.node_id),
+                ],
                 args=[
                     report.node_id,
                     max(1, int(lease_s * 1000)),
                     msgspec.json.encode(report),
                     msgspec.json.encode(seed_node(report)),
                     report.address,
+                    report.agent_token,
                 ],
             )
         )
+        return bool(done)
 
     async def withdraw(self, report: Report) -> None:
         """Take a node's report down at once, when its agent leaves in order."""
-        async with self._redis.pipeline(transaction=True) as pipeline:
-            pipeline.delete(node_key(report.node_id), rpc_node_key(report), agent_key(report.node_id))
-            pipeline.zrem(NODES_KEY, report.node_id)
-            await self._ask(pipeline.execute())
+        node_id = report.node_id
+        keys = [owner_key(node_id), node_key(node_id), rpc_node_key(report), agent_key(node_id), NODES_KEY]
+        await self._ask(self._withdraw(keys=keys, args=[report.agent_token, node_id]))
 
     async def reports(self) -> tuple[Report, ...]:
         """The newest report of every node whose lease stands, ordered by node id. Costs no KEYS and no SCAN."""

@@ -211,6 +211,7 @@ class Report(Struct, frozen=True, kw_only=True):
     draining: bool = False
     rpc_transport: RpcTransport = RpcTransport.DIRECT
     certificate_expires_in_s: float | None = None
+    agent_token: str = ""
 
     @property
     def address(self) -> str:

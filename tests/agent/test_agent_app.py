@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from redis import Redis
 from sollol.channels import open_channel
+from sollol.errors import SURFACES, Reason
 from sollol.lifecycle import Stop
 from sollol.v1 import agent_pb2, agent_pb2_grpc
 
@@ -39,7 +40,10 @@ async def test_at_its_end_engines_are_stopped_and_the_registry_knows_it(ports, h
         await wait_until(
             lambda: (
                 keys(clean_redis)
-                == {"sollol:nodes", "sollol:node:a", "sollol:agent:a", f"sollol:rpc:node:127.0.0.1:{port}"}
+                == {
+                    *("sollol:nodes", "sollol:node:a", "sollol:agent:a", "sollol:owner:a"),
+                    f"sollol:rpc:node:127.0.0.1:{port}",
+                }
             ),
             what="published",
         )
@@ -131,6 +135,51 @@ async def test_a_second_agent_with_the_same_state_directory_is_refused(ports, ho
         async with open_channel(f"127.0.0.1:{port}") as channel:
             report = await agent_pb2_grpc.AgentServiceStub(channel).GetReport(agent_pb2.GetReportRequest(), timeout=5)
         assert [instance.instance_id for instance in report.report.instances] == ["p"], "the first's engine lives"
+
+
+async def test_a_second_agent_of_a_node_s_name_is_refused_and_the_first_untouched(
+    ports, home, clean_redis, reciting_model
+):
+    engine, port = write_engine(home / "engine"), ports()
+    flags = agent_flags(home, port=port, engine=engine, model=reciting_model, redis_url=clean_redis)
+    twin = agent_flags(home, node="b", port=ports(), engine=engine, model=reciting_model, redis_url=clean_redis)
+    async with daemon("agent", home, *flags) as first:
+        await first.says("agent_ready")
+        assert (await start_engine(port)).pid
+        published = {"sollol:node:a", "sollol:owner:a"}
+        await wait_until(lambda: published <= keys(clean_redis), what="published")
+
+        async with daemon("agent", home, *twin, "--node-id", "a") as second:
+            assert await second.ended() == SURFACES[Reason.NODE_ID_IN_USE].exit_code
+
+        assert "NODE_ID_IN_USE" in second.log
+        assert "Traceback" not in second.log
+        assert published <= keys(clean_redis), "the second has taken nothing down"
+        assert [instance.instance_id for instance in (await report_of(port)).instances] == ["p"]
+        assert await first.end() == 0
+    async with daemon("agent", home, *twin, "--node-id", "a") as later:
+        await later.says("agent_ready")  # the name is free at once
+
+
+async def test_a_killed_agent_has_its_name_when_it_is_back_at_once(ports, home, clean_redis, reciting_model):
+    engine = write_engine(home / "engine")
+    flags = agent_flags(home, port=ports(), engine=engine, model=reciting_model, redis_url=clean_redis)
+    async with daemon("agent", home, *flags) as agent:
+        await agent.says("agent_ready")
+        await wait_until(lambda: "sollol:owner:a" in keys(clean_redis), what="published")
+        agent.process.kill()
+    async with daemon("agent", home, *flags) as agent:
+        await agent.says("agent_ready")
+
+
+async def test_without_redis_an_agent_starts_and_says_that_its_name_is_not_checked(ports, home, reciting_model):
+    engine = write_engine(home / "engine")
+    flags = agent_flags(
+        home, port=ports(), engine=engine, model=reciting_model, redis_url=f"redis://127.0.0.1:{ports()}"
+    )
+    async with daemon("agent", home, *flags) as agent:
+        await agent.says("agent_ready")
+        assert "node_id_not_checked" in agent.events()
 
 
 async def test_a_taken_port_is_refused_before_anything_is_published(ports, home, clean_redis, reciting_model):

@@ -235,14 +235,15 @@ class LostBoard:
 
     def __init__(self) -> None:
         self.away = True
-        self.attempts = 0
+        self.attempts, self.taken = 0, False
         self.published: list[int] = []
 
-    async def publish(self, report: Report, _lease_s: float) -> None:
+    async def publish(self, report: Report, _lease_s: float) -> bool:
         self.attempts += 1
         if self.away:
             raise RegistryUnavailable("nobody there")
         self.published.append(report.sequence)
+        return not self.taken
 
     async def withdraw(self, _report: Report) -> None:
         raise RegistryUnavailable("nobody there")
@@ -261,12 +262,25 @@ async def test_a_lost_registry_stops_no_report_and_is_told_once_per_outage(monke
     assert [entry["event"] for entry in logs] == ["registry_lost", "registry_regained", "report_not_withdrawn"]
 
 
+async def test_a_running_agent_whose_name_another_has_in_the_registry_says_so_once_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(reporter_module, "PUBLISH_GAP_S", 0.01)
+    board = LostBoard()
+    board.away, board.taken = False, True
+    with capture_logs() as logs:
+        async with running(Node(board, heartbeat_s=0.05)):
+            await wait_until(lambda: board.attempts >= 3, what="three attempts")
+    assert [entry["event"] for entry in logs] == ["node_id_in_use", "report_not_withdrawn"]
+
+
 async def test_a_registry_that_hangs_does_not_hold_the_way_out(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(reporter_module, "WITHDRAW_WITHIN_S", 0.05)
 
     class HangingBoard:
-        async def publish(self, _report: Report, _lease_s: float) -> None:
+        async def publish(self, _report: Report, _lease_s: float) -> bool:
             await asyncio.Event().wait()
+            return True
 
         async def withdraw(self, _report: Report) -> None:
             await asyncio.Event().wait()

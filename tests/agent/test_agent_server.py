@@ -551,6 +551,15 @@ async def test_a_bug_becomes_internal_and_is_logged(node, stub, capsys):
     assert "rpc_failed" in capsys.readouterr().out
 
 
+async def test_a_head_s_refusal_is_logged_and_comes_back(node, stub, capsys):
+    request = agent_pb2.WatchReportRequest()
+    wire.fill(request.refusal, Refusal(reason=Reason.NODE_ID_IN_USE, message="n1 is at big-box already"))
+    with pytest.raises(grpc.aio.AioRpcError) as ended:
+        await stub.WatchReport(request).read()
+    assert refusal_of(ended.value, "it").reason is Reason.NODE_ID_IN_USE
+    assert "n1 is at big-box already" in capsys.readouterr().out
+
+
 async def test_who_watches_an_agent_that_restarts_is_sent_away_to_wait_for_the_next(node, stub):
     watch = stub.WatchReport(agent_pb2.WatchReportRequest())
     assert (await watch.read()).report.node_id == "n1"

@@ -40,6 +40,7 @@ class FakeAgent(agent_pb2_grpc.AgentServiceServicer):
         self.plans: list[CoordinatorPlan] = []
         self.admitted: dict[str, tuple[str, ...]] = {}
         self.watchers = 0
+        self.told: list[Reason] = []
         self._news = asyncio.Event()
         self._models: dict[str, str] = {}
         self._numbers: dict[str, int] = {}
@@ -75,6 +76,10 @@ class FakeAgent(agent_pb2_grpc.AgentServiceServicer):
             await self.hooks[name](context)
 
     async def WatchReport(self, request, context):  # noqa: N802 - gRPC's name
+        if request.HasField("refusal"):
+            refusal = wire.value(Refusal, request.refusal)
+            self.told.append(refusal.reason)
+            await refusal_abort(context, refusal)
         self.watchers += 1
         sent = None
         try:

@@ -254,3 +254,30 @@ async def test_a_cancelled_call_ends_at_whatever_moment_it_is_cancelled(clean_re
         assert done, f"cancelled after {steps} steps, and goes on"
         assert asking.cancelled()
         await registry.close()
+
+
+async def test_a_node_s_name_is_one_agent_s_as_long_as_its_lease_stands(registry):
+    assert await registry.claim("a", "first", lease_s=10)
+    assert await registry.claim("a", "first", lease_s=10), "again, as after a restart"
+    assert not await registry.claim("a", "second", lease_s=10)
+    assert await registry.claim("b", "second", lease_s=10)
+
+
+async def test_another_agent_of_that_name_overwrites_nothing_and_takes_nothing_down(registry):
+    first, second = report("a", agent_token="first"), report("a", agent_token="second", sequence=9)
+    assert await registry.publish(first, lease_s=10)
+    assert not await registry.publish(second, lease_s=10)
+    await registry.withdraw(second)
+    assert await registry.reports() == (first,)
+    await registry.withdraw(first)
+    assert await registry.reports() == ()
+    assert await registry.publish(second, lease_s=10)
+
+
+async def test_a_name_is_free_when_its_lease_has_ended(registry):
+    assert await registry.publish(report("a", agent_token="first"), lease_s=0.05)
+
+    async def taken():
+        return await registry.claim("a", "second", lease_s=10)
+
+    await wait_until(taken, what="the lease has ended")

@@ -175,6 +175,27 @@ async def test_a_second_node_of_the_same_id_is_refused_and_the_first_untouched(w
         complaints = [entry for entry in logs if entry["event"] == "node_id_in_use"]
         assert len(complaints) == 1, "once, not with every report"
         assert complaints[0]["second"] == second.address
+        assert second.told == [Reason.NODE_ID_IN_USE]
+        assert not first.told
+
+
+@pytest.mark.parametrize(("token", "told"), [("x", []), ("y", [Reason.NODE_ID_IN_USE])])
+async def test_an_agent_is_the_same_by_its_token_wherever_it_is(watching, ports, token, told):
+    first, second = FakeAgent("a", ports()), FakeAgent("a", ports())
+    first.tell(agent_token="x")
+    second.tell(agent_token=token)
+    async with first.running(), second.running():
+        view = await watching(first.address)
+        await view.sees("a")
+        view.nodes._static = (first.address, second.address)
+        await wait_until(lambda: second.watchers, what="the second is watched")
+        second.tell()
+        first.tell()
+        await wait_until(
+            lambda: view.nodes.status("a").report.sequence == first.report.sequence, what="the first is heard"
+        )
+        await wait_until(lambda: second.told == told, what="the second is told, or not")
+        assert not first.told
 
 
 async def test_one_agent_under_two_names_is_no_conflict(watching, ports):

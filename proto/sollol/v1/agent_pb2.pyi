@@ -52,9 +52,22 @@ Global___GetReportResponse: typing_extensions.TypeAlias = GetReportResponse
 class WatchReportRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    REFUSAL_FIELD_NUMBER: builtins.int
+    @property
+    def refusal(self) -> sollol.v1.common_pb2.Refusal:
+        """Why this head does not take the agent in, such as NODE_ID_IN_USE: for the agent's log. No report follows, but the
+        refusal as the call's status.
+        """
+
     def __init__(
         self,
+        *,
+        refusal: sollol.v1.common_pb2.Refusal | None = ...,
     ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["refusal", b"refusal"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["refusal", b"refusal"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___WatchReportRequest: typing_extensions.TypeAlias = WatchReportRequest
 

@@ -966,6 +966,7 @@ class Report(google.protobuf.message.Message):
     SPEEDS_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
     MEMORY_FIELD_NUMBER: builtins.int
+    AGENT_TOKEN_FIELD_NUMBER: builtins.int
     RPC_TRANSPORT_FIELD_NUMBER: builtins.int
     CERTIFICATE_EXPIRES_IN_S_FIELD_NUMBER: builtins.int
     node_id: builtins.str
@@ -980,6 +981,8 @@ class Report(google.protobuf.message.Message):
     version: builtins.str
     draining: builtins.bool
     """Cordoned, and to be emptied: heads send its pools no new requests, and stop each once its streams have ended."""
+    agent_token: builtins.str
+    """Which agent of that name it is: one per state directory, the same after a restart."""
     rpc_transport: Global___RpcTransport.ValueType
     """Two nodes whose transports differ cannot hold one pool together."""
     certificate_expires_in_s: builtins.float
@@ -1032,12 +1035,13 @@ class Report(google.protobuf.message.Message):
         speeds: collections.abc.Iterable[Global___SpeedObservation] | None = ...,
         draining: builtins.bool = ...,
         memory: collections.abc.Iterable[Global___MemoryCorrection] | None = ...,
+        agent_token: builtins.str = ...,
         rpc_transport: Global___RpcTransport.ValueType | None = ...,
         certificate_expires_in_s: builtins.float | None = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_certificate_expires_in_s", b"_certificate_expires_in_s", "_engine", b"_engine", "_rpc_transport", b"_rpc_transport", "certificate_expires_in_s", b"certificate_expires_in_s", "engine", b"engine", "rpc_transport", b"rpc_transport"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_certificate_expires_in_s", b"_certificate_expires_in_s", "_engine", b"_engine", "_rpc_transport", b"_rpc_transport", "boot_id", b"boot_id", "certificate_expires_in_s", b"certificate_expires_in_s", "cordoned", b"cordoned", "cpu_count", b"cpu_count", "devices", b"devices", "draining", b"draining", "engine", b"engine", "host", b"host", "instances", b"instances", "labels", b"labels", "links", b"links", "measured_unix_s", b"measured_unix_s", "memory", b"memory", "models", b"models", "node_id", b"node_id", "port", b"port", "reservations", b"reservations", "rpc_transport", b"rpc_transport", "sequence", b"sequence", "speeds", b"speeds", "version", b"version"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_certificate_expires_in_s", b"_certificate_expires_in_s", "_engine", b"_engine", "_rpc_transport", b"_rpc_transport", "agent_token", b"agent_token", "boot_id", b"boot_id", "certificate_expires_in_s", b"certificate_expires_in_s", "cordoned", b"cordoned", "cpu_count", b"cpu_count", "devices", b"devices", "draining", b"draining", "engine", b"engine", "host", b"host", "instances", b"instances", "labels", b"labels", "links", b"links", "measured_unix_s", b"measured_unix_s", "memory", b"memory", "models", b"models", "node_id", b"node_id", "port", b"port", "reservations", b"reservations", "rpc_transport", b"rpc_transport", "sequence", b"sequence", "speeds", b"speeds", "version", b"version"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__certificate_expires_in_s: typing_extensions.TypeAlias = typing.Literal["certificate_expires_in_s"]
     _WhichOneofArgType__certificate_expires_in_s: typing_extensions.TypeAlias = typing.Literal["_certificate_expires_in_s", b"_certificate_expires_in_s"]
