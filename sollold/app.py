@@ -27,6 +27,7 @@ from sollold.draining import Drainer
 from sollold.front.grpc import InferenceService
 from sollold.front.http import build_app
 from sollold.front.http import serve as serve_http
+from sollold.front.https import https_context
 from sollold.history import History
 from sollold.key_file import KeyFile, keys_path
 from sollold.key_policy import check_keys, key_mode
@@ -194,8 +195,9 @@ async def _serve_http(
 ) -> None:
     grace_s = config.shutdown_grace_s
     app = build_app(dispatch, catalogue, admission, max_body_bytes=config.max_body_bytes, shutdown_grace_s=grace_s)
+    tls = https_context(config.http_tls_cert, config.http_tls_key)
     try:
-        runner = await serve_http(app, config.listen, config.http_port)
+        runner = await serve_http(app, config.listen, config.http_port, tls)
     except OSError as error:
         raise _port_taken("http_port", _address(config.listen, config.http_port)) from error
     closing.add("HTTP", runner.cleanup, within_s=grace_s + STEP_WITHIN_S)

@@ -35,6 +35,10 @@ class HeadConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         str, Meta(min_length=1, description="The address this machine's own agent is known by; `local` means that one")
     ] = "127.0.0.1"
     http_port: Annotated[Port, Meta(description="The OpenAI-compatible API's port")] = 7460
+    http_tls_cert: Annotated[
+        str, Meta(description="A certificate chain (PEM) for HTTPS on http_port instead of HTTP; empty: none")
+    ] = ""
+    http_tls_key: Annotated[str, Meta(description="The key of http_tls_cert")] = ""
     grpc_port: Annotated[Port, Meta(description="The gRPC API's port")] = 7461
     tls_dir: Annotated[
         str,
@@ -102,6 +106,8 @@ class HeadConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         check_tables(self.models)
+        if bool(self.http_tls_cert) != bool(self.http_tls_key):
+            raise ValueError("http_tls_cert and http_tls_key belong together: name both, or neither")
         check_broker(self.mqtt_url, self.mqtt_password_file)
 
     def head_id(self) -> str:

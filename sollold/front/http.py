@@ -5,6 +5,7 @@ loads (comments), and when a stream breaks (an error event, never a silent end).
 """
 
 import asyncio
+import ssl
 from collections.abc import Callable
 from typing import Any
 
@@ -59,8 +60,10 @@ def build_app(
     return app
 
 
-async def serve(app: web.Application, host: str, port: int) -> web.AppRunner:
-    """Listen, and return the runner; its `cleanup()` stops listening and ends every request.
+async def serve(app: web.Application, host: str, port: int, tls: ssl.SSLContext | None = None) -> web.AppRunner:
+    """Listen, with HTTPS only where there is `tls`, and return the runner.
+
+    Its `cleanup()` stops listening and ends every request.
 
     Raises:
         OSError: the address cannot be listened on.
@@ -73,7 +76,7 @@ async def serve(app: web.Application, host: str, port: int) -> web.AppRunner:
     )
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port).start()
+        await web.TCPSite(runner, host, port, ssl_context=tls).start()
     except BaseException:
         await runner.cleanup()
         raise

@@ -5,6 +5,7 @@ A process of its own, since a test itself is on none of the hosts.
 
 import asyncio
 import sys
+from pathlib import Path
 
 import msgspec
 from sollol.client import Client, Message, Sampling
@@ -49,7 +50,8 @@ async def _answer(client: Client, question: Question) -> Answer:
 
 
 async def _answers(questions: list[Question]) -> list[Answer]:
-    clients = {question.head: Client(question.head) for question in questions}
+    tls_dir = Path(sys.argv[1]) if sys.argv[1:] and sys.argv[1] else None
+    clients = {question.head: Client(question.head, tls_dir=tls_dir) for question in questions}
     for client in clients.values():
         await client.__aenter__()
     try:

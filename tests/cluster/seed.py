@@ -13,6 +13,8 @@ from typing import Any
 
 import msgspec
 
+from sollold.pki.authority import Authority, new_authority
+from tests.certificates import write_identity
 from tests.cluster.ask import Answer, Question
 from tests.cluster.network import Host, network, processes_in
 
@@ -33,11 +35,22 @@ class Cluster:
 
     hosts: Mapping[str, Host]
     directory: Path
+    authority: Authority | None = None
+    """Whose certificates everybody has; None for plaintext."""
     daemons: dict[str, Any] = field(default_factory=dict)
 
     def sollol(self, *arguments: str, timeout_s: float = 90.0) -> Any:
-        head = ("--head", f"{HEAD}:7461")
+        head = ("--head", f"{HEAD}:7461", "--tls-dir", self.tls_dir("admin", "operator"))
         return self.hosts[HEAD].run(sys.executable, "-P", "-m", "sollold.cli", *head, *arguments, timeout_s=timeout_s)
+
+    def tls_dir(self, role: str, name: str) -> str:
+        """The directory of a certificate, made when it is first asked for; empty in a cluster without."""
+        directory = self.directory / "pki" / f"{role}-{name}"
+        if self.authority is None:
+            return ""
+        if not directory.exists():
+            write_identity(directory, self.authority, role, name)
+        return str(directory)
 
     def nodes(self) -> list[dict[str, Any]]:
         """What `sollol nodes --json` says; empty while the head does not answer."""
@@ -53,8 +66,10 @@ class Cluster:
         engine: str,
         more: Sequence[str] = (),
     ) -> None:
+        node = f"node-{address.rsplit('.', 1)[1]}"
         flags = [
-            *("--node-id", f"node-{address.rsplit('.', 1)[1]}", "--host", address, "--listen", address, "--insecure"),
+            *("--node-id", node, "--host", address, "--listen", address),
+            *(("--tls-dir", self.tls_dir("agent", node)) if self.authority else ("--insecure",)),
             *("--redis-url", f"redis://{HEAD}:{REDIS_PORT}/0", "--engine", engine, "--threads", "1"),
             *("--ollama-dir", "", "--huggingface-dir", "", "--log-format", "json"),
             *self._directories(address),
@@ -66,15 +81,17 @@ class Cluster:
         self._start(address, address, "agent", *flags, *more)
 
     def start_head(self, *flags: str, host: str = HEAD, name: str = "head") -> None:
+        # insecure, since its HTTP asks for no keys
         self._start(
             name, host, "sollold", "--listen", host, "--host", host, "--insecure", "--log-format", "json",
+            "--tls-dir", self.tls_dir("head", name),
             "--redis-url", f"redis://{HEAD}:{REDIS_PORT}/0", *flags,
         )  # fmt: skip
 
     def ask(self, questions: Sequence[Question], *, timeout_s: float = 90.0) -> list[Answer]:
         """Ask all at once, each its own head, and wait for all answers."""
         asked = self.hosts[HEAD].run(
-            sys.executable, "-m", "tests.cluster.ask",
+            sys.executable, "-m", "tests.cluster.ask", self.tls_dir("client", "users"),
             timeout_s=timeout_s, cwd=ROOT, input=msgspec.json.encode(questions).decode(),
         )  # fmt: skip
         assert asked.returncode == 0, asked.stderr
@@ -134,6 +151,7 @@ def seed_cluster(
     agent_flags: tuple[str, ...] = (),
     model_hosts: Sequence[str] = (LARGE,),
     prepare: Callable[[Cluster], None] = lambda _: None,
+    tls: bool = False,
 ) -> Iterator[Cluster]:
     """Start the whole cluster and yield it once the head sees every node.
 
@@ -141,10 +159,11 @@ def seed_cluster(
         directory: For logs, states and sockets; keep its path short.
         caps: Address to the most bytes that the agent there may use of its CPU.
         prepare: Called before anything is started.
+        tls: With certificates and mutual TLS, else in plaintext.
         model_dir: Where the nodes of `model_hosts` (the large one, .20) have their models; the others have none.
     """
     with network(ADDRESSES) as hosts:
-        cluster = Cluster({host.address: host for host in hosts}, directory)
+        cluster = Cluster({host.address: host for host in hosts}, directory, new_authority("seed") if tls else None)
         try:
             prepare(cluster)
             cluster.start_redis()

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 from sollol import wire
-from sollol.channels import new_server, refusal_abort
+from sollol.channels import bind, new_server, refusal_abort
 from sollol.errors import Reason, Refusal, refuse
 from sollol.link import Link
 from sollol.report import BackendEndpoint, CoordinatorPlan, Instance, InstanceState, Report
+from sollol.tls import TlsFiles
 from sollol.v1 import agent_pb2 as pb
 from sollol.v1 import agent_pb2_grpc
 
@@ -28,8 +29,9 @@ class FakeAgent(agent_pb2_grpc.AgentServiceServicer):
 
     LENDING_PORT = 7500
 
-    def __init__(self, node_id: str, port: int, *, boot_id: str = "boot") -> None:
+    def __init__(self, node_id: str, port: int, *, boot_id: str = "boot", tls: TlsFiles | None = None) -> None:
         self.address = f"127.0.0.1:{port}"
+        self.tls = tls
         self.report: Report = replace(node(node_id).report, host="127.0.0.1", port=port, boot_id=boot_id)
         self.calls: list[tuple[str, str]] = []
         self.refusals: dict[str, Refusal] = {}
@@ -54,7 +56,7 @@ class FakeAgent(agent_pb2_grpc.AgentServiceServicer):
     async def start(self) -> None:
         self._server = new_server()
         agent_pb2_grpc.add_AgentServiceServicer_to_server(self, self._server)
-        assert self._server.add_insecure_port(self.address)
+        assert bind(self._server, self.address, self.tls)
         await self._server.start()
 
     async def stop(self) -> None:

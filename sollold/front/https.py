@@ -1,0 +1,62 @@
+"""HTTPS for the OpenAI-compatible API: a certificate that people's programs trust, followed when its files change."""
+
+import ssl
+from pathlib import Path
+
+import structlog
+from sollol.errors import Reason, refuse
+
+log = structlog.get_logger(__name__)
+
+_Stamp = tuple[int, ...]
+
+
+def https_context(certificate: str, key: str) -> ssl.SSLContext | None:
+    """The context of a listener, which takes renewed files by itself; None when no files are named.
+
+    Raises:
+        SollolError: CERTIFICATE_UNREADABLE; the files cannot be read, or do not belong together.
+    """
+    if not certificate:
+        return None
+    return _Followed(Path(certificate).expanduser(), Path(key).expanduser()).context
+
+
+class _Followed:
+    def __init__(self, certificate: Path, key: Path) -> None:
+        self._certificate, self._key = certificate, key
+        self._stamp = self._now()
+        try:
+            self._newest = self.context = self._loaded()
+        except OSError as error:  # ssl.SSLError is one
+            raise refuse(
+                Reason.CERTIFICATE_UNREADABLE,
+                f"http_tls_cert {certificate}, http_tls_key {key}: {error}. They must be a certificate chain and its "
+                "key, in PEM form, readable by this user",
+            ) from error
+        self.context.sni_callback = self._choose
+
+    def _choose(self, connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+        """Called for every connection, also when no name is asked."""
+        stamp = self._now()
+        if stamp != self._stamp:
+            self._stamp = stamp
+            try:
+                self._newest = self._loaded()
+            except OSError as error:  # half of a renewal, perhaps: the other half changes the stamp again
+                log.warning("certificate_not_followed", file=str(self._certificate), problem=str(error))
+            else:
+                log.info("certificate_followed", file=str(self._certificate))
+        connection.context = self._newest
+
+    def _loaded(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(self._certificate, self._key)
+        return context
+
+    def _now(self) -> _Stamp:
+        try:
+            return tuple(path.stat().st_mtime_ns for path in (self._certificate, self._key))
+        except OSError:
+            return ()

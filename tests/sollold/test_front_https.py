@@ -1,0 +1,89 @@
+"""HTTPS on the head's HTTP port: only that, with a certificate that is followed when it is renewed."""
+
+import ssl
+
+import aiohttp
+import pytest
+from aiohttp import web
+from sollol.config import ConfigError, load
+from sollol.errors import Reason, SollolError
+from structlog.testing import capture_logs
+
+from sollold.config import HeadConfig
+from sollold.front.http import serve
+from sollold.front.https import https_context
+from sollold.pki.authority import issue_server, new_authority, new_key
+from tests.certificates import replace_file
+
+
+@pytest.fixture
+def site(tmp_path):
+    """Renews the files and returns who a client must trust to get in."""
+
+    def renew():
+        authority, key = new_authority("web"), new_key()
+        replace_file(tmp_path / "key.pem", key)
+        replace_file(tmp_path / "cert.pem", issue_server(authority, "localhost", key))
+        return ssl.create_default_context(cadata=authority.certificate.decode())
+
+    renew.files = (str(tmp_path / "cert.pem"), str(tmp_path / "key.pem"))
+    return renew
+
+
+async def hello(_request):
+    return web.Response(text="hello")
+
+
+async def answered(port, trusted, scheme="https"):
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(f"{scheme}://localhost:{port}/", ssl=trusted) as response,
+    ):
+        return await response.text()
+
+
+async def test_a_renewed_certificate_is_shown_to_the_next_client_and_http_is_not_served(site, ports):
+    app, port = web.Application(), ports()
+    app.router.add_get("/", hello)
+    first = site()
+    runner = await serve(app, "127.0.0.1", port, https_context(*site.files))
+    try:
+        assert await answered(port, first) == "hello"
+        second = site()
+        assert await answered(port, second) == "hello"
+        with pytest.raises(aiohttp.ClientConnectorCertificateError):
+            await answered(port, first)
+        with pytest.raises(aiohttp.ClientError):
+            await answered(port, False, scheme="http")
+    finally:
+        await runner.cleanup()
+
+
+async def test_half_of_a_renewal_leaves_the_former_certificate_in_use(site, ports, tmp_path):
+    trusted = site()
+    app, port = web.Application(), ports()
+    app.router.add_get("/", hello)
+    runner = await serve(app, "127.0.0.1", port, https_context(*site.files))
+    try:
+        replace_file(tmp_path / "key.pem", new_key())
+        with capture_logs() as logs:
+            assert await answered(port, trusted) == "hello"
+        assert [entry["event"] for entry in logs] == ["certificate_not_followed"]
+    finally:
+        await runner.cleanup()
+
+
+def test_files_that_are_not_there_or_do_not_fit_are_named(site, tmp_path):
+    with pytest.raises(SollolError, match=r"cert\.pem") as raised:
+        https_context(*site.files)
+    assert raised.value.refusal.reason is Reason.CERTIFICATE_UNREADABLE
+    site()
+    replace_file(tmp_path / "key.pem", new_key())
+    with pytest.raises(SollolError, match="CERTIFICATE_UNREADABLE"):
+        https_context(*site.files)
+    assert https_context("", "") is None
+
+
+def test_one_of_the_two_files_alone_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="belong together"):
+        load(HeadConfig, name="head", argv=["--http-tls-cert", "x"], environ={}, default_file=tmp_path / "none")
