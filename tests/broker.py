@@ -7,9 +7,14 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from tests.waiting import wait_until
 
@@ -25,9 +30,13 @@ def program(name: str) -> str:
 
 
 class Mosquitto:
-    """One broker on loopback that keeps nothing on disk. With `password` it takes no anonymous client."""
+    """One broker on loopback that keeps nothing on disk.
 
-    def __init__(self, directory: Path, port: int, *, password: bool = False) -> None:
+    With `password` it takes no anonymous client; with a `tls_port` it listens there too, as `localhost`, with a
+    certificate that nobody but `certificate` vouches for.
+    """
+
+    def __init__(self, directory: Path, port: int, *, password: bool = False, tls_port: int = 0) -> None:
         self.port = port
         self.url = f"mqtt://127.0.0.1:{port}"
         self.heard: list[Heard] = []
@@ -49,6 +58,10 @@ class Mosquitto:
                 capture_output=True,
             )
             lines.append(f"password_file {passwords}")
+        self.certificate = self._config.with_suffix(".pem")
+        if tls_port:
+            _write_certificate(self.certificate)
+            lines += [f"listener {tls_port} 127.0.0.1", f"certfile {self.certificate}", f"keyfile {self.certificate}"]
         self._config.write_text("\n".join(lines) + "\n")
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -103,6 +116,23 @@ class Mosquitto:
         return heard
 
 
+def _write_certificate(path: Path) -> None:
+    """A key and its self-signed certificate for `localhost`."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    form = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    private = key.private_bytes(serialization.Encoding.PEM, *form)
+    path.write_bytes(private + certificate.public_bytes(serialization.Encoding.PEM))
+
+
 class Heard:
     """What one `mosquitto_sub` was sent: (retained, topic, payload) in order."""
 
@@ -147,7 +177,7 @@ def new_broker(tmp_path: Path, ports: Callable[[], int]) -> Iterator[Callable[..
     """Makes brokers that are not started yet."""
     made: list[Mosquitto] = []
 
-    def make(**options: bool) -> Mosquitto:
+    def make(**options: int) -> Mosquitto:
         made.append(Mosquitto(tmp_path, ports(), **options))
         return made[-1]
 

@@ -46,7 +46,7 @@ def new_client(broker: Broker, *, client_id: str, status_topic: str, packet_byte
     try:
         tls = ssl.create_default_context(cafile=broker.ca_file or None) if broker.tls else None
     except OSError as error:
-        raise aiomqtt.MqttError(f"mqtt_ca_file = {broker.ca_file}: {error}") from error
+        raise aiomqtt.MqttError(f"mqtt_ca_file = {broker.ca_file}: {error}") from None
     return _Client(
         broker.host,
         broker.port,

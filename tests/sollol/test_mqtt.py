@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -156,6 +157,30 @@ async def test_user_and_password_are_read_from_the_url_and_the_file(new_broker, 
         await heard.says(STATUS, "online")
 
 
+@pytest.mark.filterwarnings("ignore:unclosed <ssl.SSLSocket:ResourceWarning")  # paho leaves a refused one to the GC
+async def test_over_tls_only_a_broker_that_the_ca_file_vouches_for_hears_anything(
+    new_broker, ports, log_lines, tmp_path
+):
+    tls_port = ports()
+    broker = new_broker(tls_port=tls_port)
+    await broker.start()
+    url = f"mqtts://localhost:{tls_port}"
+    heard = await broker.listen(STATUS)
+    async with running(connection(broker, url=url)):
+        await wait_until(log_lines, what="it complains")
+    assert "CERTIFICATE_VERIFY_FAILED" in log_lines()[0]["problem"]
+    assert heard.on(STATUS) == []
+    other = broker_of(url, password_file="", ca_file=str(tmp_path / "none"))
+    async with running(Connection(other, client_id="c", status_topic=STATUS)):
+        await wait_until(lambda: len(log_lines()) > 1, what="it complains")
+    assert "mqtt_ca_file = " in log_lines()[1]["problem"]
+
+    trusting = broker_of(url, password_file="", ca_file=str(broker.certificate))
+    async with running(Connection(trusting, client_id="c", status_topic=STATUS)):
+        await heard.says(STATUS, "online")
+    gc.collect()  # here, where the warning is expected
+
+
 async def test_a_frozen_broker_holds_nobody_up_at_the_end(broker):
     async with running(connection(broker)) as link:
         heard = await broker.listen(STATUS)
@@ -175,7 +200,7 @@ async def test_another_one_that_says_offline_in_our_name_is_contradicted(broker)
         await wait_until(lambda: heard.on(STATUS)[-2:] == ["offline", "online"], what="contradicted")
 
 
-async def test_messages_reach_the_handler_of_their_topic_with_what_they_carry(broker):
+async def test_messages_reach_the_handler_of_their_topic_with_what_they_carry(broker, log_lines):
     link, received = connection(broker), []
     link.subscribe("in/a", received.append)
     link.subscribe("in/b", lambda _: 1 / 0)  # a bug in one handler
@@ -187,6 +212,7 @@ async def test_messages_reach_the_handler_of_their_topic_with_what_they_carry(br
         await broker.publish("in/a", "y", *words, "-D", "publish", "user-property", "api_key", "k")
         await wait_until(lambda: received, what="received")
 
+    assert "mqtt_message_failed" in {line["event"] for line in log_lines()}
     assert received[0].payload == b"y"
     assert (received[0].response_topic, received[0].correlation) == ("out", b"7")
     assert received[0].user == {"api_key": "k"}
