@@ -58,7 +58,11 @@ class AgentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     ] = ""
     threads: Annotated[NotNegative, Meta(description="Threads of each engine; 0: the cores this process may use")] = 0
     rpc_ports: Annotated[
-        str, Meta(min_length=1, description="First and last port for lending this node's devices to other nodes")
+        str,
+        Meta(
+            min_length=1,
+            description="First and last port for lending devices; other nodes reach the upper half",
+        ),
     ] = "7500-7699"
     rpc_transport: Annotated[
         str,

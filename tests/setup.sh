@@ -60,6 +60,7 @@ missing_system_packages() {
     # For the cluster of network namespaces: hosts and links, and packets that get lost.
     has_command ip || echo iproute2
     has_command nft || echo nftables
+    has_command tcpdump || echo tcpdump
     # For the units: an analysis of them, and machines that boot with them.
     command -v systemd-analyze >/dev/null || echo systemd
     command -v systemd-nspawn >/dev/null || echo systemd-container

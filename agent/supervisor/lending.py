@@ -60,7 +60,8 @@ class BackendSite(Struct, frozen=True, kw_only=True):
         program: The ggml-rpc-server; None when there is none.
         host: Where other nodes reach this one.
         listen: The address that forwarders listen on.
-        ports: For backends, on loopback, and for their forwarders; on loopback for tunnels, too.
+        ports: The lower half for backends and tunnels, on loopback; the upper half for forwarders. No number is both:
+            who tries a backend's from elsewhere finds nobody.
         tls_dir: The certificate with which bytes go through tunnels; None: they go directly.
     """
 
@@ -70,6 +71,14 @@ class BackendSite(Struct, frozen=True, kw_only=True):
     listen: str
     ports: range
     tls_dir: Path | None = None
+
+    @property
+    def loopback_ports(self) -> range:
+        return self.ports[: (len(self.ports) + 1) // 2]
+
+    @property
+    def forwarder_ports(self) -> range:
+        return self.ports[(len(self.ports) + 1) // 2 :]
 
     @property
     def transport(self) -> RpcTransport:
@@ -96,10 +105,10 @@ class BackendLaunch(Struct, frozen=True, kw_only=True):
 def forwarder_argv(launch: BackendLaunch, port: int, *, gone_after_s: float) -> tuple[str, ...]:
     """Return the whole command line of the forwarder in front of the backend on `port`."""
     wish, site = launch.wish, launch.site
-    listen = LOOPBACK if _stays_here(launch) else site.listen
+    listen, ports = LOOPBACK if _stays_here(launch) else site.listen, site.forwarder_ports
     return (
         *_FORWARDER_ARGV,
-        *("--listen", f"{listen}:{site.ports.start}-{site.ports.stop - 1}"),
+        *("--listen", f"{listen}:{ports.start}-{ports.stop - 1}"),
         *("--target", f"{LOOPBACK}:{port}"),
         *_who_may(launch),
         *("--attach-within", str(wish.attach_within_s)),

@@ -64,7 +64,7 @@ class Supervisor:
         restarts: RestartPolicy | None = None,
         on_logged: OnLogged = nobody_asks,
     ) -> None:
-        self._ports, self._endpoints = Ports(site.ports), Endpoints(tcp)
+        self._ports, self._endpoints = Ports(site.loopback_ports), Endpoints(tcp)
         self._site, self._tunnels = site, Tunnels(site, self._ports)
         self._launches = Launches(
             engine=engine,

@@ -25,7 +25,7 @@ REDIS_PORT = 6379
 AGENT_PORT = 7462
 UP_WITHIN_S = 30.0
 ENGINES = ("llama-server", "ggml-rpc-server")
-FORWARDER = "agent.forwarder"
+FORWARDERS = frozenset({"agent.forwarder", "agent.tunnel"})
 ROOT = Path(__file__).parents[2]
 
 
@@ -193,7 +193,7 @@ def _engines_in(namespace: str) -> Iterator[str]:
     for pid in processes_in(namespace):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
             program, *arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-            if Path(program).name in ENGINES or FORWARDER in arguments:
+            if Path(program).name in ENGINES or FORWARDERS.intersection(arguments):
                 yield " ".join((program, *arguments))
 
 
