@@ -25,6 +25,17 @@ def test_the_relay_bench_measures_the_real_daemons_and_their_profile(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"agent.prof", "head.prof"}
 
 
+@pytest.mark.engine
+def test_the_tunnel_bench_makes_its_page(tmp_path):
+    page = tmp_path / "tunnel.md"
+    command = [sys.executable, "-m", "tests.bench.tunnel", "--mib", "4", "--write", str(page)]
+    made = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, timeout=90, check=False)
+    assert made.returncode == 0, made.stderr.decode()[-2000:]
+    rows = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith("| tunnel, TLS, forwarder")]
+    assert float(rows[0][1]) > 0
+    assert float(rows[0][2]) > 0
+
+
 def test_the_decision_bench_decides_on_every_kind_of_cluster():
     rows = bench("decision", "--nodes", "3")["decision"]
     assert {row["nodes"] for row in rows} == {3}
