@@ -117,3 +117,27 @@ async def test_a_cordoned_node_goes_on_serving_takes_no_new_pool_and_says_why(cl
     await wait_until(lambda: free(cluster, other_than(node)), what="one node takes pools again")
     assert await cluster.say(RECITER) == RECITAL_20
     assert (await cluster.ready_pool(RECITER)).node_id == other_than(node)
+
+
+async def test_draining_a_lender_lets_the_pool_it_lends_to_end_its_stream_first(by_hand):
+    for node in ("a", "b"):
+        by_hand.start_agent(node)
+    by_hand.start_head()
+    await by_hand.nodes_seen(2)
+    status, _, err = await by_hand.cli("load", RANDOM, "--backends-per-pool", "1")
+    assert status == 0, err
+    pool = await by_hand.ready_pool(RANDOM)
+    lender = next(share.node_id for share in pool.instance.shares if share.node_id and share.layers)
+    begun = asyncio.Event()
+    running = asyncio.create_task(long_stream(by_hand, begun))
+    await asyncio.wait_for(begun.wait(), 20)
+
+    drain = asyncio.create_task(by_hand.cli("drain", lender, "--timeout", "60"))
+    events = await running
+    status, _, err = await drain
+
+    assert (status, events[-1]) == (0, {"done": True}), err
+    assert await by_hand.pools(RANDOM) == []
+    assert await by_hand.say(RANDOM, max_tokens=5)
+    (after,) = await by_hand.pools(RANDOM)
+    assert {share.node_id for share in after.instance.shares} <= {"", other_than(lender)}

@@ -1,3 +1,4 @@
+import os
 import stat
 import threading
 
@@ -125,3 +126,11 @@ def test_auto_is_the_state_directory_of_the_service_or_of_the_user(tmp_path):
     )
     assert keys_path("auto", "/s", home, service).as_posix() == "/s/keys.json"
     assert keys_path("/k.json", "/s", home, service).as_posix() == "/k.json"
+
+
+def test_root_writes_for_the_user_whose_directory_it_is(path):
+    path.parent.mkdir()
+    owner = (1234, 2345) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
+    os.chown(path.parent, *owner)
+    add(path, ALICE)
+    assert (path.stat().st_uid, path.stat().st_gid) == owner
