@@ -1,6 +1,6 @@
 """What a forwarder waits for: one thread, one epoll, a few timers.
 
-asyncio would cost each of these processes a quarter more memory, and its TLS a third of the rate (docs/tunnel.md).
+asyncio would cost each of these processes some MiB more, and its TLS a third of the rate (docs/tunnel.md).
 """
 
 import heapq
