@@ -27,7 +27,8 @@ REDIS = f'bind {HEAD}\nprotected-mode no\nsave ""\nsupervised systemd\n'
 WATCHDOG = "[Service]\nWatchdogSec=2\nTimeoutAbortSec=1\n"
 ASK = """
 import sys, urllib.error, urllib.request
-asked = urllib.request.Request(sys.argv[1], sys.argv[2].encode(), {"Content-Type": "application/json"})
+headers = {"Content-Type": "application/json", "Authorization": "Bearer " + sys.argv[3]}
+asked = urllib.request.Request(sys.argv[1], sys.argv[2].encode(), headers)
 try:
     answer = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(asked, timeout=60)
 except urllib.error.HTTPError as error:
@@ -74,16 +75,22 @@ class Services:
     def __init__(self, machines: Mapping[str, Machine]) -> None:
         self.machines = machines
         self.head = machines[HEAD]
+        self.key = ""
 
     def install(self) -> None:
         self.head.write("/etc/redis/redis.conf", REDIS)
         self.head.must("systemctl", "start", "redis-server")
+        self.head.must("sollol", "pki", "init", "--cluster", "home", "--head-id", "head")
         for address, machine in self.machines.items():
-            daemons = ("--head", "--agent") if address == HEAD else ("--agent",)
-            machine.must("sollol", "systemd", "install", *daemons)
-            machine.write("/etc/sollol/agent.toml", self.agent_settings(address))
             if address == HEAD:
+                machine.must("sollol", "pki", "issue", "agent", node_id(HEAD), "--out", "/etc/sollol/pki/agent")
+                machine.must("sollol", "systemd", "install", "--head", "--agent")
                 machine.write("/etc/sollol/head.toml", self.head_settings())
+                self.key = machine.must("sollol", "keys", "add", "test").strip()
+            else:
+                self._join(machine)
+                machine.must("sollol", "systemd", "install", "--agent")
+            machine.write("/etc/sollol/agent.toml", self.agent_settings(address))
             if address == SMALL:
                 machine.write("/etc/systemd/system/sollol-agent.service.d/watchdog.conf", WATCHDOG)
                 machine.must("systemctl", "daemon-reload")
@@ -91,17 +98,27 @@ class Services:
             machine.must("systemctl", "enable", "--now", *units, timeout_s=90)
         await_true(lambda: len(self.nodes()) == len(self.machines), SEEN_WITHIN_S, "the head sees every node")
 
+    def _join(self, machine: Machine) -> None:
+        """One command on each side."""
+        words = ("sollol", "pki", "invite", "--node", node_id(machine.address), "--address", HEAD)
+        with subprocess.Popen(self.head.argv(*words), stdout=subprocess.PIPE, text=True) as inviting:
+            assert inviting.stdout is not None
+            line = inviting.stdout.readline().split()
+            assert line[:2] == ["sollol", "join"], line
+            machine.must(*line)
+            assert inviting.wait(20) == 0
+
     def agent_settings(self, address: str, **more: Any) -> str:
         models = f'["{MODELS}"]' if address == LARGE else "[]"
         return (
-            f'node_id = "node-{address.rsplit(".", 1)[1]}"\nhost = "{address}"\nlisten = "{address}"\ninsecure = true\n'
+            f'node_id = "{node_id(address)}"\nhost = "{address}"\nlisten = "{address}"\n'
             f'redis_url = "redis://{HEAD}:6379/0"\nmodel_dirs = {models}\nthreads = 1\ncaps = {{ CPU = {CAP_BYTES} }}\n'
         ) + "".join(f"{name} = {json.dumps(setting)}\n" for name, setting in more.items())
 
     def head_settings(self, **more: Any) -> str:
-        return (
-            f'listen = "{HEAD}"\nhost = "{HEAD}"\ninsecure = true\nredis_url = "redis://{HEAD}:6379/0"\n'
-        ) + "".join(f"{name} = {json.dumps(setting)}\n" for name, setting in more.items())
+        return (f'listen = "{HEAD}"\nhost = "{HEAD}"\nredis_url = "redis://{HEAD}:6379/0"\n') + "".join(
+            f"{name} = {json.dumps(setting)}\n" for name, setting in more.items()
+        )
 
     def sollol(self, *words: str, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
         return self.head.run("sollol", "--head", f"{HEAD}:7461", *words, timeout_s=timeout_s)
@@ -141,7 +158,7 @@ class Services:
         }
 
     def answer(self, model: str) -> str:
-        said = self.head.host.run(sys.executable, "-c", ASK, URL, _body(model, max_tokens=1000))
+        said = self.head.host.run(sys.executable, "-c", ASK, URL, _body(model, max_tokens=1000), self.key)
         choices = json.loads(said.stdout).get("choices")
         assert choices, said.stdout
         return str(choices[0]["message"]["content"])
@@ -149,7 +166,8 @@ class Services:
     @contextlib.contextmanager
     def streaming(self, model: str, **more: Any) -> Iterator[Stream]:
         """Yield a stream whose first words have arrived."""
-        argv = self.head.host.argv(sys.executable, "-c", ASK, URL, _body(model, stream=True, max_tokens=4000, **more))
+        asked = _body(model, stream=True, max_tokens=4000, **more)
+        argv = self.head.host.argv(sys.executable, "-c", ASK, URL, asked, self.key)
         with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
             stream = Stream(process)
             reader = threading.Thread(target=stream.read)
@@ -160,6 +178,10 @@ class Services:
             finally:
                 process.kill()
                 reader.join()
+
+
+def node_id(address: str) -> str:
+    return f"node-{address.rsplit('.', 1)[1]}"
 
 
 def _body(model: str, **more: Any) -> str:
