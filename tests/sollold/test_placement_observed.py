@@ -1,6 +1,7 @@
 """What was observed of a model corrects what is predicted for its plans."""
 
 import math
+from random import Random
 
 import pytest
 from msgspec.structs import replace
@@ -11,7 +12,7 @@ from sollold.placement import PlacementDefaults, decide
 from sollold.placement.explain import as_json, explain
 from sollold.placement.observed import MOST_FACTOR, observed_of
 from tests.placement_cases import GIB, cpu, gpu, model, node
-from tests.random_clusters import wish, with_rpc
+from tests.random_clusters import RPC, cluster, wish, with_rpc
 
 DEFAULTS = PlacementDefaults(parallel=1, context_per_slot=1024)
 READ_MS = 8.5 * GIB / 20e9 * 1000
@@ -51,12 +52,13 @@ def observe(decision: Decision, nodes: list[NodeStatus], ms: float) -> list[Node
     """The nodes, once the plan of `decision` has run for so many ms per token."""
     key = key_of(decision)
     found = seen(ms, predicted=decision.plan.predicted_ms_per_token, devices=key.devices, layers=key.layers)
-    return [
-        replace(each, report=replace(each.report, speeds=(found, *each.report.speeds)))
-        if each.report.node_id == decision.coordinator
-        else each
-        for each in nodes
-    ]
+    return [with_newest(each, found) if each.report.node_id == decision.coordinator else each for each in nodes]
+
+
+def with_newest(status: NodeStatus, found: SpeedObservation) -> NodeStatus:
+    """An agent has one observation of each plan."""
+    others = [each for each in status.report.speeds if (each.devices, each.layers) != (found.devices, found.layers)]
+    return replace(status, report=replace(status.report, speeds=(found, *others)))
 
 
 def score_of(decision: Decision) -> float:
@@ -230,3 +232,22 @@ def test_the_newest_observation_of_the_same_devices_decides():
     found = observed_of(nodes, [model()])
     assert found.by_devices == {("a", frozenset({"a/CPU x4"})): pytest.approx(500.0 / READ_MS)}
     assert found.factor == pytest.approx(700.0 / READ_MS)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_no_plan_is_taken_that_one_that_ran_before_is_known_to_beat(seed):
+    """Over a few loads, each of which turns out to take half to twice as long as predicted."""
+    random = Random(seed)
+    four = replace(RPC, threads=4)
+    nodes = [with_rpc(each, four, instances=()) for each in cluster(random, most_nodes=4, most_layers=12)]
+    known: dict[tuple[str, PlanKey], float] = {}
+    for _ in range(4):
+        decision = placed(*nodes)
+        if decision.plan is None:
+            return
+        best = next(verdict for verdict in decision.nodes if verdict.best)
+        assert best.score == pytest.approx(sum(part.value for part in best.parts))
+        assert best.score <= 1.06 * min(known.values(), default=math.inf)
+        plan = decision.coordinator, key_of(decision)
+        known[plan] = random.uniform(0.5, 2.0) * decision.plan.predicted_ms_per_token
+        nodes = observe(decision, nodes, known[plan])
