@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 from sollol import kept
+from structlog.testing import capture_logs
 
 from sollold import remembered
 from sollold.remembered import Remembered
@@ -94,10 +95,12 @@ async def test_a_damaged_memory_is_set_aside_and_the_head_starts(tmp_path, damag
     assert aside.read_bytes() == damaged
 
 
-async def test_a_memory_that_cannot_be_written_costs_nothing_else(tmp_path, capsys):
+async def test_a_memory_that_cannot_be_written_costs_nothing_else(tmp_path):
     (tmp_path / "file").touch()
     memory = Remembered(tmp_path / "file" / "agents.json")
-    async with running(memory):
-        memory.heard(Watched(a="h:1"), "a")
-        await wait_until(lambda: "agents_not_remembered" in capsys.readouterr().out, what="it is told")
-        assert memory.addresses() == ("h:1",)
+    with capture_logs() as lines:
+        async with running(memory):
+            memory.heard(Watched(a="h:1"), "a")
+            told = "agents_not_remembered"
+            await wait_until(lambda: told in [line["event"] for line in lines], what="it is told")
+            assert memory.addresses() == ("h:1",)
