@@ -54,16 +54,25 @@ class Orphans:
     def __init__(self, directories: Directories, *, ttl_s: float, grace_s: float) -> None:
         self._directories, self._ttl_s, self._grace_s = directories, ttl_s, grace_s
         self._all: list[Orphan] = []
+        self._ending: dict[asyncio.Task[None], Orphan] = {}
         self._task: asyncio.Task[None] | None = None
 
-    def add(self, orphan: Orphan, why: str) -> None:
-        log.warning("orphan_found", name=orphan.name, why=why, pids=orphan.pids, ended_in_s=self._ttl_s)
+    def add(self, orphan: Orphan, why: str, *, at_once: bool = False) -> None:
+        """Take one over; `at_once` for what we know and nobody can use: it would only hold memory."""
+        ended_in_s = 0.0 if at_once else self._ttl_s
+        log.warning("orphan_found", name=orphan.name, why=why, pids=orphan.pids, ended_in_s=ended_in_s)
+        if at_once:
+            ending = end_all((orphan,), self._directories, self._grace_s)
+            task = asyncio.create_task(ending, name=f"end {orphan.name}")
+            self._ending[task] = orphan
+            task.add_done_callback(self._ending.pop)
+            return
         self._all.append(orphan)
         if self._task is None:
             self._task = asyncio.create_task(self._reap(), name="reap orphans")
 
     def has(self, name: str) -> bool:
-        return any(each.name == name for each in self._all)
+        return any(each.name == name for each in (*self._all, *self._ending.values()))
 
     async def _reap(self) -> None:
         await asyncio.sleep(self._ttl_s)
@@ -74,6 +83,7 @@ class Orphans:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait({self._task})
+        await asyncio.gather(*self._ending)
         if not leave:
             await self._end()
         await asyncio.gather(*(each.let_go() for each in self._all))

@@ -96,7 +96,7 @@ class Supervisor:
     def adopt(self) -> int:
         """Take up what an earlier agent left running; returns how many instances. Call it before the first start.
 
-        What nobody can account for is ended after `orphan_ttl_s`.
+        What nobody can account for is ended after `orphan_ttl_s`, what is known to be but half of itself at once.
         """
         known: set[int] = set()
         for found in adoption.found_in(self._directories):
@@ -105,7 +105,7 @@ class Supervisor:
                 self._adopt(found)
             except SollolError as error:
                 orphan = Orphan(found.record.instance_id, found.running.values(), found.record)
-                self._orphans.add(orphan, error.refusal.message)
+                self._orphans.add(orphan, error.refusal.message, at_once=bool(found.problem))
         for pid, process in adoption.unrecorded(self._directories, known).items():
             self._orphans.add(Orphan(str(pid), (process,)), "no record names it")
         return len(self._owners.live())

@@ -305,14 +305,13 @@ asyncio.run(main())
 
 @pytest.mark.parametrize("role", [ENGINE, FORWARDER])
 async def test_a_backend_of_which_half_is_gone_is_not_taken_up(tmp_path: Path, site: BackendSite, role: str) -> None:
-    limits = msgspec.structs.replace(REAL, orphan_ttl_s=0.1)
     async with supervising(tmp_path, fake_engine(), limits=REAL, site=site) as supervisor:
         await supervisor.start_backend(wish_of("b1"))
         await supervisor.close(leave=True)
     processes = record_of(tmp_path, "b1.backend").processes
     os.kill(processes[role].pid, signal.SIGKILL)
     await wait_until(lambda: not runs(processes[role].pid), what="half of it is gone")
-    async with supervising(tmp_path, fake_engine(), limits=limits, site=site) as supervisor:
+    async with supervising(tmp_path, fake_engine(), limits=REAL, site=site) as supervisor:
         assert supervisor.adopt() == 0
         await wait_until(lambda: not any(runs(each.pid) for each in processes.values()), what="its rest is ended")
         await wait_until(lambda: not list((tmp_path / "state" / "instances").iterdir()), what="it is forgotten")
