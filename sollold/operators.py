@@ -120,7 +120,7 @@ class ClusterService(rpc.ClusterServiceServicer):
             told: tuple[Pool, ...] | None = None
             while told != ():
                 left = tuple(
-                    replace(pool, instance=self._pools.busy(pool.instance))
+                    replace(pool, instance=self._pools.newest(pool.instance))
                     for pool in drain.left_on(request.node_id, self._nodes.statuses())
                 )
                 if left != told:

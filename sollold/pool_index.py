@@ -202,8 +202,10 @@ class PoolIndex:
         slots = self._slots.get(instance_id)
         return slots.used if slots is not None else 0
 
-    def busy(self, instance: Instance) -> Instance:
-        """The instance with the streams it has now, as far as this head knows: its own are newer than any report."""
+    def newest(self, instance: Instance) -> Instance:
+        """A reported instance as this head knows it now: its own loads and streams are newer than any report."""
+        adopted = self._adopted.get(instance.instance_id)
+        instance = instance if adopted is None else adopted.instance
         slots = self._slots.get(instance.instance_id)
         return instance if slots is None else replace(instance, active_streams=slots.used + slots.elsewhere)
 

@@ -164,9 +164,9 @@ class Pools:
         """This pool is being stopped: never use it again. `why` when it is lost, and nothing brings it back."""
         self._index.forget(instance_id, why)
 
-    def busy(self, instance: Instance) -> Instance:
-        """The instance with the streams it has now, as far as this head knows."""
-        return self._index.busy(instance)
+    def newest(self, instance: Instance) -> Instance:
+        """A reported instance as this head knows it now: its own loads and streams are newer than any report."""
+        return self._index.newest(instance)
 
     def in_use(self, instance_id: str) -> int:
         """How many of this pool's slots this head has given out."""
@@ -178,7 +178,7 @@ class Pools:
 
     def all(self) -> tuple[Pool, ...]:
         return tuple(
-            Pool(node_id=status.report.node_id, instance=self._index.busy(instance))
+            Pool(node_id=status.report.node_id, instance=self._index.newest(instance))
             for status in self._nodes.statuses()
             for instance in status.report.instances
             if instance.kind is InstanceKind.COORDINATOR

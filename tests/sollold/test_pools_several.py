@@ -130,6 +130,20 @@ async def test_pools_are_listed_with_the_streams_they_have_now(cluster):
     assert [each.instance.active_streams for each in cluster.pools.all()] == [2]
 
 
+async def test_a_pool_that_a_load_of_ours_made_ready_is_listed_as_ready_before_its_agent_reports_it(cluster):
+    loaded = operator(cluster, 1)
+    ended = await cluster.loading()
+    cluster.report(replace(pool(0).instance, state=STARTING), node_id="n0")
+    assert [each.instance.state for each in cluster.pools.all()] == [STARTING]
+
+    ended.set_result(pool(0))
+
+    assert await loaded == (pool(0),)
+    assert [each.instance.state for each in cluster.pools.all()] == [InstanceState.READY]
+    cluster.report(replace(pool(0).instance, state=FAILED), node_id="n0")
+    assert [each.instance.state for each in cluster.pools.all()] == [FAILED], "later news count"
+
+
 async def test_a_failed_extra_load_fails_nobody_who_is_served_and_is_not_tried_again_at_once(cluster):
     cluster.report(pool(0).instance)
     (held,) = await acquired(cluster)
