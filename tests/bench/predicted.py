@@ -14,10 +14,12 @@ INTRODUCTION = """\
 # Predicted and measured speed
 
 Made by `python -m tests.bench.predictions --write docs/speed.md`: a head and three agents on one machine of two cores,
-real llama.cpp, models of two sizes. Each plan is the head's own decision for a wish. It is loaded, answers once through
-the head, and is then measured: the median of three more answers, as their reader sees them, from the first token to the
-last. Figures are tokens per second of one stream. *observed* is what placement counts with after the one answer. "own"
-is the coordinator's own process; every other part is a backend behind its forwarder, n1 on the coordinator's node.
+real llama.cpp, models of two sizes, both larger than the cache that this machine shares with others (how much of a
+smaller one is cached, and so its speed, changes by half from second to second). Each plan is the head's own decision
+for a wish. It is loaded, answers once through the head, and is then measured: the median of three more answers, as
+their reader sees them, from the first token to the last. Figures are tokens per second of one stream. *observed* is
+what placement counts with after the one answer. "own" is the coordinator's own process; every other part is a backend
+behind its forwarder, n1 on the coordinator's node.
 
 Plans with more engine threads than cores are not among them: threads that wait for each other spin, and what they wait
 for does not run. With two threads the engine shares its cores with agent, head and reader, which the prediction leaves
