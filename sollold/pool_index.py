@@ -153,8 +153,8 @@ class PoolIndex:
         self._unlist(pool.instance)
         self._list(pool.node_id, pool.instance)
 
-    def forget(self, instance_id: str, why: Refusal | None = None) -> None:
-        """This pool is gone, whatever older reports say; for good when it is known why."""
+    def forget(self, instance_id: str, why: Refusal | None = None) -> str | None:
+        """This pool is gone, whatever older reports say; for good when it is known why. Returns the model it was of."""
         self._gone[instance_id] = why or self._gone.get(instance_id)
         if len(self._gone) > GONE_REMEMBERED:
             del self._gone[next(iter(self._gone))]
@@ -164,15 +164,12 @@ class PoolIndex:
                 if instance.instance_id == instance_id:
                     instances.remove(instance)
                     self._unlist(instance)
-                    return
-
-    def loss_of(self, instance_id: str) -> Refusal | None:
-        """Why this pool is gone for good; None when it is not, as far as we know."""
-        return self._gone.get(instance_id)
+                    return instance.model
+        return None
 
     def doubt(self, instance_id: str) -> None:
         """This pool failed us, and its agent's next report decides; until then nobody uses it or loads another."""
-        if self.loss_of(instance_id) is None:
+        if self._gone.get(instance_id) is None:  # not for good
             self._gone.pop(instance_id, None)
         slots = self._slots.get(instance_id)
         if slots is None or not self._is_ready(slots.instance):

@@ -162,7 +162,9 @@ class Pools:
 
     def forget(self, instance_id: str, why: Refusal | None = None) -> None:
         """This pool is being stopped: never use it again. `why` when it is lost, and nothing brings it back."""
-        self._index.forget(instance_id, why)
+        model = self._index.forget(instance_id, why)
+        if model is not None:
+            self.pump(model)  # perhaps they all waited for just this pool
 
     def newest(self, instance: Instance) -> Instance:
         """A reported instance as this head knows it now: its own loads and streams are newer than any report."""
@@ -238,26 +240,29 @@ class Pools:
         number = self._numbers.lowest_free(queue.model)
         log.info("pool_wanted", model=queue.model, number=number, wanted_for=whose, waiting=len(queue.waiters))
         queue.load = asyncio.create_task(self._run_load(queue, wish, number), name=f"load {queue.model}")
+        # Not in the task itself: one that is cancelled before its first step runs nothing of its own.
+        queue.load.add_done_callback(lambda load: self._load_over(queue, wish, load))
 
-    async def _run_load(self, queue: ModelQueue, wish: PlacementWish, number: int) -> None:
-        """The single load of a model: its end is everybody's, unless other pools serve those who wait."""
-        # Stands when this task is cancelled: however it ends, nobody waits for a load that is over.
-        stopped = _stopped(queue.model)
-        failure: Refusal | None = stopped
+    async def _run_load(self, queue: ModelQueue, wish: PlacementWish, number: int) -> Refusal | None:
+        """The single load of a model; returns why it failed."""
         try:
             self._index.adopt(await self._load(wish, number, queue.tell))
-            failure = None
         except GaveWayError as error:
             log.info("load_gave_way", model=queue.model, why=str(error))
-            failure = None
         except SollolError as error:
-            failure = error.refusal
+            return error.refusal
         except Exception as error:
             log.exception("load_crashed", model=queue.model)
-            failure = refuse(Reason.INTERNAL, f"loading {queue.model} failed inside the head: {error!r}").refusal
-        finally:
-            queue.load = None
-            self._loaded(queue, None if failure is stopped else wish, failure)
+            return refuse(Reason.INTERNAL, f"loading {queue.model} failed inside the head: {error!r}").refusal
+        return None
+
+    def _load_over(self, queue: ModelQueue, wish: PlacementWish, load: asyncio.Task[Refusal | None]) -> None:
+        """However it ended: its end is everybody's, unless other pools serve those who wait."""
+        queue.load = None
+        if load.cancelled():
+            self._loaded(queue, None, _stopped(queue.model))
+        else:
+            self._loaded(queue, wish, load.result())
 
     def _loaded(self, queue: ModelQueue, wish: PlacementWish | None, failure: Refusal | None) -> None:
         """Tell those whom it concerns how a load of this wish ended; None: somebody stopped it."""

@@ -58,7 +58,7 @@ class ModelQueue:
     model: str
     waiters: Turns[Waiter] = field(default_factory=Turns)
     watchers: dict[Watcher, None] = field(default_factory=dict)
-    load: asyncio.Task[None] | None = None
+    load: asyncio.Task[Refusal | None] | None = None
     progress: Progress = QUEUED
     extra_failures: int = 0
     resume: asyncio.TimerHandle | None = None

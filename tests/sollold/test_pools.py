@@ -407,6 +407,35 @@ async def test_stopping_a_load_tells_those_who_wait(cluster):
     assert len(cluster.loads) == 1
 
 
+async def test_a_load_stopped_before_its_first_step_is_over_and_the_model_can_be_loaded_again(cluster):
+    request = cluster.ask()
+    await asyncio.sleep(0)  # the load is created in this turn of the event loop, and runs in the next
+    assert not cluster.loads
+
+    await cluster.pools.stop_loading(M)
+    await asyncio.wait({request}, timeout=5)
+    again = cluster.ask()
+    ended = await cluster.loading()
+    ended.set_result(Pool(node_id="n0", instance=instance()))
+
+    assert reason_of(request) is Reason.STOPPED
+    assert (await asyncio.wait_for(again, 5)).instance_id == "p0"
+
+
+@pytest.mark.parametrize("why", [None, refuse(Reason.ENGINE_DIED, "its node is lost").refusal])
+async def test_who_waits_for_a_pool_that_another_head_loads_gets_another_when_that_one_is_stopped(cluster, why):
+    cluster.report(instance(state=STARTING))
+    request = cluster.ask()
+    await settle()
+    assert not cluster.loads, "the other head's is waited for"
+
+    cluster.pools.forget("p0", why)
+    ended = await cluster.loading()
+    ended.set_result(Pool(node_id="n1", instance=instance("p1")))
+
+    assert (await asyncio.wait_for(request, 5)).instance_id == "p1"
+
+
 async def test_closing_refuses_those_who_wait_and_those_to_come_and_ends_loads(cluster):
     waiting = [cluster.ask() for _ in range(3)]
     await cluster.loading()
