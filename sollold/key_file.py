@@ -46,7 +46,11 @@ class KeyFile:
         """
         try:
             self._follow()
-        except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
+        except OSError as error:  # it may pass, such as too many open files: it is read again for the next request
+            if self._stamp is not None:
+                self._stamp = _GONE
+            self._fail(str(error))
+        except ValueError as error:  # msgspec's errors are ValueErrors
             self._fail(str(error))
         if self._problem is not None:
             raise SollolError(self._problem)
@@ -56,14 +60,14 @@ class KeyFile:
         try:
             found = self.path.stat()
         except FileNotFoundError:
-            if self._stamp is None:
-                return
-            self._stamp = _GONE
-            raise
+            if self._stamp is not None:
+                raise
+            self._problem = None
+            return
         stamp = (found.st_ino, found.st_ctime_ns, found.st_size)
         if stamp == self._stamp:
             return
-        self._stamp = stamp  # what cannot be read is not read again until it changes
+        self._stamp = stamp  # what cannot be understood is not read again until it changes
         self._keys = keys.parse(self.path.read_bytes())
         self._problem = None
         log.info("keys_read", path=str(self.path), count=len(self._keys))

@@ -1,3 +1,4 @@
+import errno
 import os
 import stat
 import threading
@@ -102,6 +103,39 @@ def test_a_file_that_is_garbled_from_the_start_admits_nobody(path):
 def test_a_file_that_cannot_be_opened_admits_nobody(path):
     path.mkdir(parents=True)  # root may read any file, but no directory as one
     unreadable(KeyFile(path))
+
+
+@pytest.mark.parametrize("call", ["stat", "read_bytes"])
+@pytest.mark.parametrize("known_before", [True, False])
+def test_an_error_that_passes_refuses_everybody_only_while_it_lasts(path, monkeypatch, call, known_before):
+    file = KeyFile(path)
+    add(path, ALICE)
+    if known_before:
+        file.current()
+    add(path, BOB)
+
+    def fail(_path):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(path), call, fail)
+        with capture_logs() as lines:
+            unreadable(file)
+            unreadable(file)
+    assert [line["event"] for line in lines] == ["keys_unreadable"]
+    assert file.current() == (ALICE, BOB)
+
+
+def test_an_error_that_passes_where_there_never_was_a_file_leaves_no_trace(path, monkeypatch):
+    file = KeyFile(path)
+
+    def fail(_path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(path), "stat", fail)
+        unreadable(file)
+    assert file.current() == ()
 
 
 def test_a_file_that_vanishes_does_not_open_the_head(path):
