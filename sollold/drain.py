@@ -4,9 +4,9 @@ from collections.abc import Iterable
 
 from sollol.report import Instance, InstanceKind, InstanceState, NodeStatus, Pool
 
-_RUNNING = frozenset({InstanceState.STARTING, InstanceState.READY, InstanceState.STOPPING, InstanceState.BACKOFF})
-# One that starts is left alone until it is ready: its load is somebody's, and goes elsewhere by itself afterwards.
-_STOPPABLE = frozenset({InstanceState.READY, InstanceState.BACKOFF})
+# Those with a process. One that starts is left alone until it is ready: its load is somebody's, and goes elsewhere by
+# itself afterwards. One that is lost is ended by its agent.
+_RUNNING = frozenset({InstanceState.STARTING, InstanceState.READY, InstanceState.STOPPING, InstanceState.LOST})
 
 
 def nodes_of(coordinator: str, instance: Instance) -> frozenset[str]:
@@ -37,6 +37,6 @@ def to_stop(statuses: Iterable[NodeStatus]) -> tuple[Pool, ...]:
         for instance in status.report.instances
         if status.connected
         and instance.kind is InstanceKind.COORDINATOR
-        and instance.state in _STOPPABLE
+        and instance.state is InstanceState.READY
         and not draining.isdisjoint(nodes_of(status.report.node_id, instance))
     )

@@ -31,9 +31,11 @@ def test_what_is_left_are_the_nodes_engines_and_the_pools_it_lends_to():
     assert left_on("c", statuses) == ()
 
 
-@pytest.mark.parametrize("state", [InstanceState.STOPPED, InstanceState.FAILED, InstanceState.LOST])
-def test_what_has_ended_is_not_left(state):
-    assert left_on("a", (node("a", instances=(instance("p0", state=state),)),)) == ()
+@pytest.mark.parametrize("state", InstanceState)
+def test_what_has_a_process_is_left_and_nothing_else(state):
+    without = (InstanceState.STOPPED, InstanceState.FAILED, InstanceState.BACKOFF)
+    left = left_on("a", (node("a", instances=(instance("p0", state=state),)),))
+    assert len(left) == (state not in without)
 
 
 def test_pools_with_a_part_on_a_draining_node_are_to_stop_and_no_others():
@@ -43,7 +45,7 @@ def test_pools_with_a_part_on_a_draining_node_are_to_stop_and_no_others():
     assert ids(to_stop((a, node("b", instances=(LENT,), draining=True), c))) == [("a", "p0")]
 
 
-@pytest.mark.parametrize(("state", "stops"), [("STARTING", 0), ("READY", 1), ("BACKOFF", 1), ("FAILED", 0)])
+@pytest.mark.parametrize(("state", "stops"), [("STARTING", 0), ("READY", 1), ("BACKOFF", 0), ("FAILED", 0)])
 def test_what_still_starts_is_let_become_ready_first(state, stops):
     statuses = (node("a", instances=(instance("p0", state=InstanceState(state)),), draining=True),)
     assert len(to_stop(statuses)) == stops
