@@ -100,7 +100,8 @@ def stale_report(job: Job, node: NodeStatus, _model: Model | None) -> Refusal | 
 def cordoned(_job: Job, node: NodeStatus, _model: Model | None) -> Refusal | None:
     if not node.report.cordoned:
         return None
-    return Refusal(reason=Reason.CORDONED, message="cordoned by an operator: takes no new models")
+    message = "cordoned by an operator: takes no new models"
+    return Refusal(reason=Reason.CORDONED, message=message, retry=Retry.RETRYABLE)  # until it is uncordoned
 
 
 def not_pinned(job: Job, node: NodeStatus, _model: Model | None) -> Refusal | None:
@@ -161,11 +162,13 @@ def model_unusable(_job: Job, _node: NodeStatus, model: Model | None) -> Refusal
     return None if model is None else model.problem
 
 
-def backing_off(_job: Job, node: NodeStatus, model: Model | None) -> Refusal | None:
-    """A coordinator for this model keeps failing there: its supervisor, not we, decides when to try again."""
-    instances = node.report.instances
-    for instance in instances:
-        if instance.state is InstanceState.BACKOFF and model is not None and instance.model == model.name:
+def backing_off(job: Job, node: NodeStatus, _model: Model | None) -> Refusal | None:
+    """A coordinator for this model keeps failing there: its supervisor, not we, decides when to try again.
+
+    Pools run under the name that was asked for, which on this node may be an alias.
+    """
+    for instance in node.report.instances:
+        if instance.state is InstanceState.BACKOFF and instance.model == job.model:
             return Refusal(
                 reason=Reason.BACKING_OFF,
                 message=f"{instance.instance_id} failed there and waits before its next start",

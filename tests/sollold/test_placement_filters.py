@@ -55,6 +55,21 @@ def test_another_models_trouble_does_not_keep_this_one_away():
     assert decide(PlacementWish(model=MODEL), [node("a", instances=backing_off("x"))], PlacementDefaults()).coordinator
 
 
+def test_a_pool_that_keeps_failing_under_the_name_asked_for_keeps_the_model_away_where_that_is_an_alias():
+    """A pool has the name that was asked for, whatever the node calls the file."""
+    only = node("a", models=(model("org/tiny:Q4", aliases=(MODEL,)),), instances=backing_off(MODEL))
+
+    decision = decide(PlacementWish(model=MODEL), [only], PlacementDefaults())
+
+    assert [verdict.refusal.reason for verdict in decision.nodes] == [Reason.BACKING_OFF]
+
+
+def test_a_cordon_may_end_so_asking_again_later_makes_sense():
+    decision = decide(PlacementWish(model=MODEL), [node("a", cordoned=True)], PlacementDefaults())
+
+    assert decision.refusal.retry is decision.nodes[0].refusal.retry is Retry.RETRYABLE
+
+
 def test_an_alias_finds_the_model_and_the_plan_carries_its_name():
     nodes = [node("a", models=(model("org/tiny:Q4", aliases=("tiny",)),))]
 
