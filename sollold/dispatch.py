@@ -147,7 +147,7 @@ class Dispatch:
         stream: RelayedStream | None = None
         try:
             relay = self._nodes.link(lease.node_id).relay
-            relayed = await relay.open(
+            relayed = relay.open(
                 lease.instance_id, "POST", request.path, {"content-type": "application/json"}, request.body
             )
             stream = RelayedStream(

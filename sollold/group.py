@@ -141,7 +141,7 @@ async def start(
 
 
 async def start_backends(
-    parts: Sequence[Part], pool_id: str, coordinator_host: str, link: Callable[[str], Agent], secret: bytes = b""
+    parts: Sequence[Part], pool_id: str, coordinator_host: str, link: Callable[[str], Agent], secret: bytes
 ) -> tuple[BackendEndpoint, ...]:
     """Start a backend on every node that lends; each admits the coordinator's node and nobody else.
 

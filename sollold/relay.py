@@ -13,7 +13,7 @@ import msgspec
 import structlog
 from sollol import wire
 from sollol.channels import refusal_of, unreachable
-from sollol.errors import Reason, Refusal
+from sollol.errors import Reason, Refusal, refuse
 from sollol.v1 import agent_pb2
 
 from sollold.relay_stream import WINDOW_BYTES, RelayStream
@@ -45,9 +45,7 @@ class AgentRelay:
     def streams(self) -> int:
         return len(self._call.streams) if self._call is not None else 0
 
-    async def open(
-        self, instance_id: str, method: str, path: str, headers: Mapping[str, str], body: bytes
-    ) -> RelayStream:
+    def open(self, instance_id: str, method: str, path: str, headers: Mapping[str, str], body: bytes) -> RelayStream:
         """Send one HTTP request to an instance's engine; what became of it, the stream says."""
         if self._call is None or self._call.broken is not None:
             self._call = _Call(self._stub, self._address)
@@ -106,7 +104,7 @@ class _Call:
             self._wake.set()
 
     async def close(self) -> None:
-        self._break(Refusal(reason=Reason.SHUTTING_DOWN, message="this head is shutting down"))
+        self._break(refuse(Reason.SHUTTING_DOWN, "this head is shutting down", retryable=True).refusal)
         self._task.cancel()
         await asyncio.wait({self._task})
 

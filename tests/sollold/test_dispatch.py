@@ -81,7 +81,7 @@ class Head:
             raise refuse(Reason.AGENT_UNREACHABLE, "not known")
         return self
 
-    async def open(self, instance_id, method, path, headers, body):
+    def open(self, instance_id, method, path, headers, body):
         stream = RelayStream(self.uplink, len(self.opened))
         self.opened.append((instance_id, stream))
         return stream

@@ -155,7 +155,7 @@ class TestReserveAndStart:
     async def test_only_lenders_start_a_backend_and_each_admits_the_coordinators_host_alone(self):
         agents = {name: Scripted() for name in "abc"}
 
-        endpoints = await group.start_backends(self.PARTS, POOL, "10.0.0.1", agents.__getitem__)
+        endpoints = await group.start_backends(self.PARTS, POOL, "10.0.0.1", agents.__getitem__, b"")
 
         assert [endpoint.node_id for endpoint in endpoints] == ["b", "c"]
         assert not agents["a"].lent
@@ -166,7 +166,7 @@ class TestReserveAndStart:
         agents = {"a": Scripted(), "b": Scripted(), "c": Scripted(refuse(Reason.PORT_TAKEN, "all taken").refusal)}
 
         with pytest.raises(NodeRefusedError) as caught:
-            await group.start_backends(self.PARTS, POOL, "10.0.0.1", agents.__getitem__)
+            await group.start_backends(self.PARTS, POOL, "10.0.0.1", agents.__getitem__, b"")
 
         assert (caught.value.node_id, caught.value.refusal.reason) == ("c", Reason.PORT_TAKEN)
 

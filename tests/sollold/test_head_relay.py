@@ -2,7 +2,7 @@ import asyncio
 from contextlib import AsyncExitStack
 
 import pytest
-from sollol.errors import Reason, Refusal, SollolError
+from sollol.errors import Reason, Refusal, Retry, SollolError
 from sollol.v1 import agent_pb2
 
 from sollold.relay import WINDOW_BYTES, AgentRelay
@@ -40,8 +40,8 @@ async def engine_for(stack, node, tmp_path):
     return start
 
 
-async def post(relay, body=b"{}"):
-    return await relay.open("pool-0", "POST", "/completion", {"content-type": "application/json"}, body)
+def post(relay, body=b"{}"):
+    return relay.open("pool-0", "POST", "/completion", {"content-type": "application/json"}, body)
 
 
 async def test_a_stream_gives_status_headers_and_every_byte(engine_for, relay):
@@ -52,7 +52,7 @@ async def test_a_stream_gives_status_headers_and_every_byte(engine_for, relay):
         await conversation.finish()
 
     await engine_for(script)
-    async with await post(relay) as stream:
+    async with post(relay) as stream:
         status, headers = await stream.response()
         assert (status, headers["content-type"]) == (200, "text/event-stream")
         body = b"".join([chunk async for chunk in stream])
@@ -64,7 +64,7 @@ async def test_streams_far_larger_than_the_window_pass_whole(engine_for, relay):
     """Credit is granted as the reader takes bytes."""
     body = bytes(range(256)) * (4 * WINDOW_BYTES // 256)
     await engine_for(lambda c: c.respond(body))
-    async with await post(relay) as stream:
+    async with post(relay) as stream:
         assert b"".join([chunk async for chunk in stream]) == body
 
 
@@ -81,10 +81,10 @@ async def test_a_reader_that_stops_holds_no_more_than_its_window(engine_for, rel
         await conversation.finish()
 
     await engine_for(script)
-    async with await post(relay, b"slow") as slow:
+    async with post(relay, b"slow") as slow:
         await slow.response()
         await wait_until(lambda: slow._unread_bytes == WINDOW_BYTES, what="the window full")
-        async with await post(relay, b"fast") as fast:
+        async with post(relay, b"fast") as fast:
             assert [piece async for piece in fast] == [b"fast"]
         assert slow._unread_bytes == WINDOW_BYTES
         total = sum([len(piece) async for piece in slow])
@@ -101,7 +101,7 @@ async def test_leaving_the_block_frees_the_engine(engine_for, relay):
         closed.set()
 
     await engine_for(script)
-    async with await post(relay) as stream:
+    async with post(relay) as stream:
         assert await anext(stream) == b"x"
     await asyncio.wait_for(closed.wait(), 1)
     assert relay.streams == 0
@@ -120,7 +120,7 @@ async def test_a_cancelled_reader_task_frees_the_engine(engine_for, relay):
         closed.set()
 
     async def reader():
-        async with await post(relay) as stream:
+        async with post(relay) as stream:
             await stream.response()
             reading.set()
             await anext(stream)
@@ -137,14 +137,14 @@ async def test_a_cancelled_reader_task_frees_the_engine(engine_for, relay):
 
 async def test_a_stream_cancelled_before_it_was_sent_never_reaches_the_engine(engine_for, relay):
     engine = await engine_for(lambda c: c.respond(b"{}"))
-    (await post(relay)).cancel()
-    async with await post(relay) as stream:
+    post(relay).cancel()
+    async with post(relay) as stream:
         assert [piece async for piece in stream] == [b"{}"]
     assert len(engine.heads) == 1
 
 
 async def test_the_agents_refusal_is_raised_with_its_reason(node, relay):
-    async with await post(relay) as stream:
+    async with post(relay) as stream:
         with pytest.raises(SollolError) as raised:
             await stream.response()
     assert raised.value.refusal.reason is Reason.INSTANCE_NOT_FOUND
@@ -158,7 +158,7 @@ async def test_bytes_before_a_failure_are_read_before_it_is_raised(engine_for, r
         await conversation.chunk(b"half")
 
     await engine_for(script)
-    async with await post(relay) as stream:
+    async with post(relay) as stream:
         got = await anext(stream)
         with pytest.raises(SollolError) as raised:
             await anext(stream)
@@ -167,7 +167,7 @@ async def test_bytes_before_a_failure_are_read_before_it_is_raised(engine_for, r
 
 
 async def test_no_agent_is_agent_unreachable(relay):
-    async with await post(relay) as stream:
+    async with post(relay) as stream:
         with pytest.raises(SollolError) as raised:
             await stream.response()
     assert raised.value.refusal.reason is Reason.AGENT_UNREACHABLE
@@ -183,7 +183,7 @@ async def test_losing_the_agent_fails_its_streams_and_the_next_one_dials_again(t
     server = await node.serve()
     async with ScriptedEngine(tmp_path / "pool-0.sock", script).running() as engine:
         node.sockets["pool-0"] = engine.path
-        async with await post(relay) as stream:
+        async with post(relay) as stream:
             assert await anext(stream) == b"x"
             await server.stop(0)
             with pytest.raises(SollolError) as raised:
@@ -192,7 +192,7 @@ async def test_losing_the_agent_fails_its_streams_and_the_next_one_dials_again(t
         async with node.running():
 
             async def again():
-                async with await post(relay) as stream:
+                async with post(relay) as stream:
                     try:
                         return await anext(stream)
                     except SollolError:
@@ -203,16 +203,17 @@ async def test_losing_the_agent_fails_its_streams_and_the_next_one_dials_again(t
 
 async def test_closing_ends_open_streams(engine_for, relay):
     await engine_for(lambda c: c.gone())
-    stream = await post(relay)
+    stream = post(relay)
     await relay.close()
     with pytest.raises(SollolError) as raised:
         await stream.response()
     assert raised.value.refusal.reason is Reason.SHUTTING_DOWN
+    assert raised.value.refusal.retry is Retry.RETRYABLE, "another head, or the next one, can be asked"
 
 
 async def test_an_agent_that_ignores_credit_loses_the_stream(engine_for, relay):
     await engine_for(lambda c: c.gone())
-    stream = await post(relay)
+    stream = post(relay)
     stream.data(b"x" * WINDOW_BYTES)
     stream.data(b"y")
     await anext(stream)
@@ -224,7 +225,7 @@ async def test_an_agent_that_ignores_credit_loses_the_stream(engine_for, relay):
 
 async def test_grants_that_wait_to_be_sent_join_into_one(engine_for, relay):
     await engine_for(lambda c: c.gone())
-    await post(relay)
+    post(relay)
     call = relay._call
     call.grant(9, 10)
     call.grant(9, 5)
@@ -240,7 +241,7 @@ async def test_two_hundred_streams_share_one_call_without_mixing(engine_for, rel
         await conversation.finish()
 
     async def one(number):
-        async with await post(relay, b"%d" % number) as stream:
+        async with post(relay, b"%d" % number) as stream:
             return b"".join([piece async for piece in stream])
 
     await engine_for(script)
@@ -259,7 +260,7 @@ async def test_a_silent_stream_ends_stalled_and_frees_the_engine(engine_for, rel
         closed.set()
 
     await engine_for(script)
-    async with await post(relay) as stream:
+    async with post(relay) as stream:
         stream.limit_silence(0.2)
         assert await anext(stream) == b"x"
         with pytest.raises(SollolError) as raised:
@@ -279,7 +280,7 @@ async def test_a_slow_reader_is_not_taken_for_a_silent_engine(engine_for, relay)
         await conversation.finish()
 
     await engine_for(script)
-    async with await post(relay) as stream:
+    async with post(relay) as stream:
         assert await anext(stream) == b"x"
         stream.limit_silence(0.1)
         checks = asyncio.get_running_loop().time() + 0.3
