@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sollol import log
 from sollol.errors import Reason, refuse
-from sollol.identity import Role
+from sollol.identity import Role, checked
 from sollol.pki_directories import SYSTEM, user_pki
 
 from sollold.cli.output import print_table
@@ -20,21 +20,31 @@ from sollold.pki.invite import Invited, Inviter
 from sollold.pki.join import join as ask_to_join
 from sollold.pki.join import role_of
 from sollold.pki.messages import Answer
-from sollold.pki.store import Held, Store, host_id, place
+from sollold.pki.store import Held, Store, host_id, named, place
 
 _DAY_S = 86_400
 
 
 def init(options: argparse.Namespace) -> int:
     store = _store(options)
+    head = named(options.cluster, Role.HEAD, options.head_id or host_id())
+    operator = _operator(options.cluster)
     store.init(options.cluster)
-    operator = os.environ.get("SUDO_USER") or os.environ.get("USER") or "operator"
-    store.issue(Role.HEAD, options.head_id or host_id(), store.base / Role.HEAD)
+    store.issue(Role.HEAD, head.node_id, store.base / Role.HEAD)
     store.issue(Role.ADMIN, operator, store.base / Role.ADMIN)
     print(f"The authority of cluster {options.cluster} is in {store.directory}: whoever has its ca.key is everybody.")
     print(f"This head's certificate is in {store.base / Role.HEAD}, yours is in {store.base / Role.ADMIN}.")
     print("`sollol pki invite` adds a machine.")
     return 0
+
+
+def _operator(cluster: str) -> str:
+    """The user's name; `operator` for one that cannot stand in a certificate, as directories' `user@domain`."""
+    name = os.environ.get("SUDO_USER") or os.environ.get("USER") or "operator"
+    try:
+        return checked(cluster, Role.ADMIN, name).node_id
+    except ValueError:
+        return "operator"
 
 
 def issue(options: argparse.Namespace) -> int:
@@ -55,16 +65,18 @@ def rotate(options: argparse.Namespace) -> int:
             "certificate (`sollol pki invite --node ID` here, `sollol join` there), then `rotate --authority switch`."
         )
         return 0
-    if options.authority == "switch":
-        store.switch_authority()
     if options.authority == "drop":
-        store.drop_authority()
+        store.drop_authority(force=options.force)
         print("The former authority is trusted no more.")
         return 0
+    if options.authority == "switch":
+        store.switch_authority()
     directories = [Path(item).absolute() for item in options.directories] or [held.directory for held in store.held()]
     for held in store.rotate(directories, days=options.days):
         print(f"renewed {held.certificate.identity} until {_day(held.certificate.not_after_s)}: {held.directory}")
     print("Daemons take new certificates by themselves; nothing has to be restarted.")
+    if options.authority == "switch":
+        print("Have every other machine renew its certificate once more: `--authority drop` ends those of before.")
     return 0
 
 

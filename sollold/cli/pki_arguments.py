@@ -30,6 +30,7 @@ def add_pki(commands: "Subparsers") -> None:
         choices=("add", "switch", "drop"),
         help="replace the authority itself, in three steps: trust a second one, have it sign, drop the first",
     )
+    rotate.add_argument("--force", action="store_true", help="drop although somebody would be locked out")
     _add_days(rotate)
     revoke = _add(actions, "revoke", "refuse every certificate that a name has got so far")
     revoke.add_argument("id", metavar="ID")

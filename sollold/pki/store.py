@@ -35,6 +35,15 @@ class Held(Struct, frozen=True):
     certificate: Certificate
 
 
+class Issued(Struct, frozen=True):
+    """A certificate that was made here: whose, and from when until when."""
+
+    serial: str
+    identity: Identity
+    ends_s: float
+    made_s: float
+
+
 class Store:
     """All below `base`, `/etc/sollol/pki` or the user's own."""
 
@@ -88,24 +97,25 @@ class Store:
         made = certificates.read(chain)
         assert made.identity is not None
         with (self.directory / _ISSUED).open("a") as file:
-            file.write(f"{made.serial} {made.identity.uri} {made.not_after_s:.0f}\n")
+            file.write(f"{made.serial} {made.identity.uri} {made.not_after_s:.0f} {time.time():.3f}\n")
 
-    def issued(self) -> Iterator[tuple[str, Identity, float]]:
-        """Serial number, name and end of everything that was issued here."""
+    def issued(self) -> Iterator[Issued]:
+        """Everything that was issued here, the oldest first."""
         with contextlib.suppress(FileNotFoundError):
             for line in (self.directory / _ISSUED).read_text().splitlines():
-                serial, uri, not_after_s = line.split()
+                serial, uri, ends_s, made_s = line.split()
                 identity = parse(uri)
                 if identity is not None:
-                    yield serial, identity, float(not_after_s)
+                    yield Issued(serial, identity, float(ends_s), float(made_s))
+
+    def counting(self) -> list[Issued]:
+        """What was issued here and is neither over nor revoked."""
+        revoked, now_s = self.revoked(), time.time()
+        return [each for each in self.issued() if each.ends_s > now_s and f"{each.serial}\n".encode() not in revoked]
 
     def is_taken(self, identity: Identity) -> bool:
-        """Somebody has a certificate of that name that still counts."""
-        revoked, now_s = self.revoked(), time.time()
-        return any(
-            who == identity and ends_s > now_s and f"{serial}\n".encode() not in revoked
-            for serial, who, ends_s in self.issued()
-        )
+        """Somebody has a certificate that still counts, of that name or of one that TLS takes for the same."""
+        return any(each.identity.dns_name == identity.dns_name for each in self.counting())
 
     def held(self) -> list[Held]:
         """Every identity in a directory below `base`."""
@@ -146,12 +156,29 @@ class Store:
         (self.directory / _NEXT).replace(self.directory / "ca.pem")
         self._tell_all()
 
-    def drop_authority(self) -> None:
-        """The former one is trusted no more."""
-        if not (self.directory / _OLD).exists():
+    def drop_authority(self, *, force: bool = False) -> None:
+        """The former one is trusted no more.
+
+        Raises:
+            SollolError: INVALID_REQUEST; nothing is replaced, or somebody would be locked out and that is not forced.
+        """
+        old = self.directory / _OLD
+        if not old.exists():
             raise refuse(Reason.INVALID_REQUEST, "there is no former authority to drop: `--authority switch` makes one")
-        (self.directory / _OLD).unlink()
+        left = self._signed_before(old.stat().st_mtime)
+        if left and not force:
+            raise refuse(
+                Reason.INVALID_REQUEST,
+                f"the former authority signed what these still use, and would lock them out: {', '.join(left)}. Renew "
+                "them first (`sollol pki rotate`, or `invite` and `join`), revoke them, or say --force",
+            )
+        old.unlink()
         self._tell_all()
+
+    def _signed_before(self, switched_s: float) -> list[str]:
+        """Who has got nothing since then, though what he has still counts."""
+        newest = {each.identity: each.made_s for each in self.counting()}
+        return sorted(str(identity) for identity, made_s in newest.items() if made_s <= switched_s)
 
     def _tell_all(self) -> None:
         for held in self.held():
@@ -168,7 +195,7 @@ class Store:
             SollolError: INVALID_REQUEST; nobody of that name has got one.
         """
         identity = named(self.authority().cluster, role, node_id)
-        serials = [serial for serial, who, _ in self.issued() if who == identity]
+        serials = [each.serial for each in self.issued() if each.identity == identity]
         if not serials:
             raise refuse(Reason.INVALID_REQUEST, f"nobody has a certificate as {identity}: `sollol pki show` lists all")
         lines = b"".join(f"{serial}\n".encode() for serial in serials if f"{serial}\n".encode() not in self.revoked())
@@ -203,12 +230,12 @@ def write(path: Path, content: bytes, mode: int) -> None:
     draft = path.with_name(f".{path.name}.new")
     draft.unlink(missing_ok=True)
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        if os.geteuid() == 0 and path.is_file() and not path.is_symlink():
+            owner = path.stat()
+            os.fchown(file.fileno(), owner.st_uid, owner.st_gid)
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    owner = path.stat() if path.exists() else None
-    if owner is not None and os.geteuid() == 0:
-        os.chown(draft, owner.st_uid, owner.st_gid)
     draft.replace(path)
 
 
@@ -217,15 +244,19 @@ def _folder(path: Path) -> None:
 
 
 def _own(directory: Path, role: Role) -> None:
-    """Daemons run as `sollol`; what is theirs becomes so when root writes it and that user is there."""
-    if os.geteuid() != 0 or role not in _SERVED:
+    """Daemons run as `sollol`; what is theirs becomes so when root writes it and that user is there.
+
+    Theirs is `head` or `agent`, what this machine's own daemon reads; never what was issued for another machine. Links
+    that `sollol` may have put there are not followed.
+    """
+    if os.geteuid() != 0 or role not in _SERVED or directory.name != role:
         return
     try:
         user = pwd.getpwnam(SERVICE_USER)
     except KeyError:
         return  # `sollol systemd install` makes the user, and gives it these directories
     for path in (directory, *directory.iterdir()):
-        os.chown(path, user.pw_uid, user.pw_gid)
+        os.chown(path, user.pw_uid, user.pw_gid, follow_symlinks=False)
 
 
 def host_id() -> str:

@@ -1,5 +1,6 @@
 """The authority's store, and `sollol pki`: what is made, renewed, revoked, and with which permissions."""
 
+import pwd
 import stat
 import subprocess
 import time
@@ -131,11 +132,89 @@ def test_an_authority_is_replaced_in_three_steps_and_all_trust_each_other_on_the
     store.rotate([head])
     assert trusts(head, remote)
     assert trusts(remote, head)
+    with pytest.raises(SollolError, match="would lock them out: agent n1 of lab"):
+        store.drop_authority()
     store.issue(Role.AGENT, "n1", remote)
     store.drop_authority()
     assert trusts(head, remote)
     assert trusts(remote, head)
     assert (store.directory / "ca.pem").read_bytes() == (head / "ca.pem").read_bytes()
+
+
+async def test_an_authority_is_not_dropped_while_that_would_lock_somebody_out(tmp_path):
+    base = tmp_path / "pki"
+    at = ("--dir", str(base))
+    assert (await sollol("pki", "init", *at))[0] == 0
+    store = Store(base)
+    remote = tmp_path / "remote"
+    store.issue(Role.AGENT, "n1", remote)
+    store.issue(Role.AGENT, "stolen", tmp_path / "stolen")
+    store.revoke(Role.AGENT, "stolen")
+    assert (await sollol("pki", "rotate", "--authority", "add", *at))[0] == 0
+    store.issue(Role.AGENT, "n1", remote)  # as `add` says; still signed by the former authority
+    status, out, _ = await sollol("pki", "rotate", "--authority", "switch", *at)
+    assert status == 0
+    assert "once more" in out
+
+    status, _, err = await sollol("pki", "rotate", "--authority", "drop", *at)
+    assert status == 2
+    assert "would lock them out: agent n1 of home." in err
+    assert trusts(base / "head", remote)
+    store.issue(Role.AGENT, "n1", remote)
+    assert (await sollol("pki", "rotate", "--authority", "drop", *at))[0] == 0
+    assert trusts(base / "head", remote)
+
+
+async def test_an_authority_is_dropped_by_force_whoever_is_locked_out(store, tmp_path):
+    at = ("--dir", str(store.base))
+    store.issue(Role.HEAD, "h", store.base / "head")
+    store.issue(Role.AGENT, "n1", tmp_path / "remote")
+    store.add_authority()
+    assert (await sollol("pki", "rotate", "--authority", "switch", *at))[0] == 0
+
+    assert (await sollol("pki", "rotate", "--authority", "drop", "--force", *at))[0] == 0
+
+    assert not trusts(store.base / "head", tmp_path / "remote")
+
+
+async def test_a_user_whose_name_cannot_stand_in_a_certificate_is_the_operator(tmp_path, monkeypatch):
+    monkeypatch.setenv("SUDO_USER", "CORP\\alice")
+
+    assert (await sollol("pki", "init", "--dir", str(tmp_path / "pki")))[0] == 0
+
+    assert TlsFiles(tmp_path / "pki" / "admin").identity == checked("home", "admin", "operator")
+
+
+async def test_an_authority_is_only_made_when_its_first_names_can_be(tmp_path):
+    status, _, err = await sollol("pki", "init", "--head-id", "a/b", "--dir", str(tmp_path / "pki"))
+
+    assert (status, "cannot stand in a certificate" in err) == (2, True)
+    assert not (tmp_path / "pki").exists()
+
+
+def test_a_name_that_differs_in_case_only_is_taken(store, tmp_path):
+    store.issue(Role.AGENT, "bigbox", tmp_path / "n")
+
+    assert store.is_taken(checked("lab", "agent", "BigBox"))
+    assert not store.is_taken(checked("lab", "agent", "big-box"))
+    assert not store.is_taken(checked("lab", "head", "bigbox"))
+
+
+@pytest.mark.skipif("os.geteuid() != 0", reason="only root gives files away")
+def test_daemons_get_their_own_files_and_nobody_elses_and_links_are_not_followed(store, tmp_path, monkeypatch):
+    monkeypatch.setattr("sollold.pki.store.SERVICE_USER", "nobody")
+    nobody = pwd.getpwnam("nobody").pw_uid
+    victim = tmp_path / "victim"
+    victim.write_text("root's")
+    store.issue(Role.AGENT, "n1", store.base / "agent")
+    (store.base / "agent" / "link").symlink_to(victim)
+
+    store.rotate([store.base / "agent"])
+    store.issue(Role.AGENT, "n2", store.base / "issued" / "agent-n2")
+
+    assert (store.base / "agent" / "node.key").stat().st_uid == nobody
+    assert victim.stat().st_uid == 0
+    assert {path.stat().st_uid for path in (store.base / "issued").rglob("*")} == {0}
 
 
 def test_a_half_replaced_authority_is_not_replaced_again(store):

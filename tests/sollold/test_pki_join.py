@@ -104,7 +104,7 @@ async def test_a_token_counts_once_and_is_logged_when_it_comes_again(inviting, s
     assert [(entry["event"], entry["reason"], entry["peer"]) for entry in logs] == [
         ("join_refused", "INVITATION_USED", "127.0.0.1")
     ]
-    assert [who.node_id for _, who, _ in store.issued()] == ["n1"]
+    assert [each.identity.node_id for each in store.issued()] == ["n1"]
 
 
 async def test_of_two_machines_with_one_token_one_joins(inviting):
