@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 LAYERS, EMBEDDING, HEADS, KV_HEADS, FEED_FORWARD, VOCABULARY = 8, 128, 4, 2, 256, 768
+NORMS = ("attn_norm", "ffn_norm")
 CONTEXT = 8192
 UNKNOWN, BOS, EOS, START = 0, 1, 2, 3
 SPECIALS = ("<unk>", "<s>", "<|im_end|>", "<|im_start|>")
@@ -126,6 +127,11 @@ def write_reciting_model(path: Path) -> None:
     token that s follows, scaled: only the successor's logit is large, with a margin that no rounding reaches, whatever
     the split, thread count, batch or KV type. Continuing works from text, when it is cut between two pieces.
     """
+    _write(path, "SOLLOL recital", *reciting_matrices(), seed=0, gain=0.02)
+
+
+def reciting_matrices() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return the embeddings and the output matrix of the successor table."""
     embeddings = np.repeat(_signs("embedding/other", (1, EMBEDDING)), VOCABULARY, axis=0)
     first = len(SPECIALS) + 256
     embeddings[first : first + len(PIECES)] = _signs("embedding/pieces", (len(PIECES), EMBEDDING))
@@ -134,7 +140,7 @@ def write_reciting_model(path: Path) -> None:
         output[following] = embeddings[token] * (TOP_LOGIT / EMBEDDING)
     last = first + len(PIECES) - 1
     output[first] = (embeddings[UNKNOWN] + START_OVER_SHARE * embeddings[last]) * (TOP_LOGIT / EMBEDDING)
-    _write(path, "SOLLOL recital", embeddings, output, seed=0, gain=0.02)
+    return embeddings, output
 
 
 def write_random_model(path: Path, seed: int = 0) -> None:
@@ -152,7 +158,7 @@ def write_random_model(path: Path, seed: int = 0) -> None:
 
 def _write(path: Path, name: str, embeddings: NDArray, output: NDArray, *, seed: int, gain: float) -> None:
     writer = gguf.GGUFWriter(path, "llama")
-    _add_metadata(writer, name)
+    add_metadata(writer, name, FEED_FORWARD)
     writer.add_tensor("token_embd.weight", embeddings.astype(np.float16))
     for layer in range(LAYERS):
         _add_layer(writer, f"blk.{layer}", seed, gain)
@@ -164,13 +170,13 @@ def _write(path: Path, name: str, embeddings: NDArray, output: NDArray, *, seed:
     writer.close()
 
 
-def _add_metadata(writer: gguf.GGUFWriter, name: str) -> None:
+def add_metadata(writer: gguf.GGUFWriter, name: str, feed_forward: int) -> None:
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     writer.add_block_count(LAYERS)
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(EMBEDDING)
-    writer.add_feed_forward_length(FEED_FORWARD)
+    writer.add_feed_forward_length(feed_forward)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
@@ -192,24 +198,28 @@ def _add_metadata(writer: gguf.GGUFWriter, name: str) -> None:
 
 
 def _add_layer(writer: gguf.GGUFWriter, prefix: str, seed: int, gain: float) -> None:
-    kv = EMBEDDING // HEADS * KV_HEADS
-    for norm in ("attn_norm", "ffn_norm"):
+    for norm in NORMS:
         writer.add_tensor(f"{prefix}.{norm}.weight", np.ones(EMBEDDING, dtype=np.float32))
-    shapes = {
-        "attn_q": (EMBEDDING, EMBEDDING),
-        "attn_k": (kv, EMBEDDING),
-        "attn_v": (kv, EMBEDDING),
-        "attn_output": (EMBEDDING, EMBEDDING),
-        "ffn_gate": (FEED_FORWARD, EMBEDDING),
-        "ffn_up": (FEED_FORWARD, EMBEDDING),
-        "ffn_down": (EMBEDDING, FEED_FORWARD),
-    }
-    for kind, shape in shapes.items():
+    for kind, shape in layer_shapes(FEED_FORWARD).items():
         scale = (3.0 / shape[1]) ** 0.5  # keeps the variance of what it is applied to
         if kind in ("attn_output", "ffn_down"):  # the only two that add to the residual
             scale *= gain
         name = f"{prefix}.{kind}.weight"
         writer.add_tensor(name, _noise(f"{seed}/{name}", shape, scale).astype(np.float16))
+
+
+def layer_shapes(feed_forward: int) -> dict[str, tuple[int, int]]:
+    """The matrices of one layer, beside its `NORMS`."""
+    kv = EMBEDDING // HEADS * KV_HEADS
+    return {
+        "attn_q": (EMBEDDING, EMBEDDING),
+        "attn_k": (kv, EMBEDDING),
+        "attn_v": (kv, EMBEDDING),
+        "attn_output": (EMBEDDING, EMBEDDING),
+        "ffn_gate": (feed_forward, EMBEDDING),
+        "ffn_up": (feed_forward, EMBEDDING),
+        "ffn_down": (EMBEDDING, feed_forward),
+    }
 
 
 def _noise(name: str, shape: tuple[int, int], scale: float) -> NDArray[np.float32]:
