@@ -124,6 +124,7 @@ def reach(address: tuple[str, int], files: TlsFiles, pool: Pool, lender: str) ->
     tls = _wrapped(plain.connection, files, server=False, lender=lender)
     with closed_unless_open(tls):
         yield from _shake_hands(tls)
+        _peer(tls, files)  # its name fits, that is checked by TLS; it may be revoked
         stream = Tls(tls)
         yield from write_all(stream, pool.preamble)
     return stream
@@ -165,11 +166,15 @@ def _shake_hands(tls: ssl.SSLSocket) -> Opening[None]:
             return
 
 
-def _coordinator(tls: ssl.SSLSocket, files: TlsFiles, node_id: str) -> Identity:
+def _peer(tls: ssl.SSLSocket, files: TlsFiles) -> Identity:
     try:
-        who = files.peer(tls)
+        return files.peer(tls)
     except SollolError as error:
         raise RefusedError(error.refusal.reason.lower(), error.refusal.message) from error
+
+
+def _coordinator(tls: ssl.SSLSocket, files: TlsFiles, node_id: str) -> Identity:
+    who = _peer(tls, files)
     if who.role is not Role.AGENT:
         raise RefusedError(WRONG_ROLE, str(who))
     if who.node_id != node_id:

@@ -58,8 +58,17 @@ class EventResponse:
             raise ClientGoneError from error
 
     async def finish(self) -> web.StreamResponse:
+        """End the response, once everything has left for the user.
+
+        Raises:
+            ClientGoneError: as `send`; a reader may stall with an answer that is all written as well.
+        """
+        transport = self._request.transport
         try:
-            await self.response.write_eof()
-        except ConnectionError as error:
+            async with asyncio.timeout(WRITE_STALL_S):
+                await self.response.write_eof()
+        except (ConnectionError, TimeoutError) as error:
+            if transport is not None:
+                transport.abort()
             raise ClientGoneError from error
         return self.response

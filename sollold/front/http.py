@@ -33,6 +33,8 @@ log = structlog.get_logger(__name__)
 WORD_EVERY_S = 1.0
 # After the grace period: for the last events to leave.
 LAST_WORDS_S = 1
+# For the next request of a connection to arrive whole, the first one too; aiohttp's own is an hour.
+KEEPALIVE_S = 75
 # For the whole body of a request to arrive.
 BODY_WITHIN_S = 60
 
@@ -73,6 +75,7 @@ async def serve(app: web.Application, host: str, port: int, tls: ssl.SSLContext 
         access_log=None,
         handler_cancellation=True,  # a user who leaves while the engine is silent is noticed at once
         shutdown_timeout=LAST_WORDS_S,
+        keepalive_timeout=KEEPALIVE_S,
     )
     await runner.setup()
     try:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from sollol import certificates
 from sollol.identity import Identity, Role
-from sollol.tls import TlsFiles
+from sollol.tls import CERTIFICATE, REVOKED, TlsFiles
 
 from agent.forwarder.status import NO_FREE_PORT, NO_TLS_FILES
 from agent.forwarder.tls import Pool
@@ -264,6 +265,17 @@ async def test_the_secret_is_told_to_nobody_but_the_lender(nodes: Nodes, tmp_pat
         failed = await wait_until(lambda: tunnel.route.failed, what="it says why")
         assert "foreign_certificate" in failed
         assert "mismatch" in failed
+        assert forwarder.status.connections == 0
+
+
+async def test_the_secret_is_not_told_to_a_lender_whose_certificate_is_revoked(nodes, tmp_path: Path, ports) -> None:
+    serial = certificates.read((nodes.lender / CERTIFICATE).read_bytes()).serial
+    wary = nodes.of("agent", COORDINATOR)
+    (wary / REVOKED).write_text(f"{serial}\n")
+    async with both(nodes, tmp_path, ports(), tls=wary) as (tunnel, forwarder):
+        assert await is_cut(await tunnel.connect())
+        failed = await wait_until(lambda: tunnel.route.failed, what="it says why")
+        assert "certificate_revoked" in failed
         assert forwarder.status.connections == 0
 
 

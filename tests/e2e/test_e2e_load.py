@@ -94,7 +94,9 @@ async def test_a_client_that_leaves_in_the_middle_frees_its_slot_within_a_second
     pool = await warm(cluster)
     body = json.dumps(chat_body(RANDOM, max_tokens=LONG, stream=stream)).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", cluster.http_port)
-    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    writer.write(
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    )
     if stream:
         for _ in range(30):
             assert await asyncio.wait_for(reader.readline(), 5)

@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 import json
+import socket
 import time
 
 import aiohttp
@@ -260,11 +261,55 @@ async def test_a_reader_that_takes_nothing_is_given_up(serving, monkeypatch):
     port = session._base_url.port
     _reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
     body = json.dumps({**ASK, "stream": True}).encode()
-    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    writer.write(
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    )
     await wait_until(lambda: endless.closed, within_s=5, what="the stalled reader was given up")
     writer.close()
     with contextlib.suppress(ConnectionError):
         await writer.wait_closed()
+
+
+async def test_a_reader_that_stalls_with_an_answer_that_is_all_written_is_given_up_too(serving, monkeypatch):
+    """How much the kernel takes is its own affair: some of these lengths end just when nothing more can leave."""
+    monkeypatch.setattr("sollold.front.events.WRITE_STALL_S", 0.2)
+    streams = [FakeStream(chunks=(chat_frame({"content": "x" * 60_000}),) * length) for length in range(1, 90, 2)]
+    waiting = iter(streams)
+
+    async def next_one(request, on_progress):
+        return next(waiting)
+
+    _, session = await serving(next_one)
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in streams:
+            writer = await _asking_and_reading_nothing(session._base_url.port)
+            stack.callback(writer.close)
+
+        await wait_until(lambda: all(stream.closed for stream in streams), within_s=10, what="all streams are closed")
+
+
+async def _asking_and_reading_nothing(port):
+    narrow = socket.socket()
+    narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    narrow.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(narrow, ("127.0.0.1", port))
+    _, writer = await asyncio.open_connection(sock=narrow, limit=1024)
+    body = json.dumps({**ASK, "stream": True}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+    writer.write(head % len(body) + body)
+    return writer
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /v1/models HTTP/1.1\r\nHost: loc"])
+async def test_a_connection_that_sends_no_whole_request_is_ended(serving, monkeypatch, sent):
+    monkeypatch.setattr(http, "KEEPALIVE_S", 0.2)
+    _, session = await serving()
+    reader, writer = await asyncio.open_connection("127.0.0.1", session._base_url.port)
+    writer.write(sent)
+
+    assert await asyncio.wait_for(reader.read(), 5) == b""
+
+    writer.close()
 
 
 async def test_at_shutdown_a_running_stream_gets_a_last_word(ports):

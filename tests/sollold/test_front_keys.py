@@ -83,6 +83,35 @@ async def test_without_keys_the_head_is_open_and_with_one_it_is_not(head):
 
 
 @pytest.mark.parametrize(
+    ("headers", "said"),
+    [
+        ({"Origin": "https://evil.example"}, "a page of 'evil.example'"),
+        ({"Origin": "null"}, "came without an API key"),
+        ({"Host": "rebound.example:7460"}, "a request to 'rebound.example'"),
+        ({"Host": "10.0.0.1"}, "a request to '10.0.0.1'"),
+        ({"Host": ""}, "came without an API key"),
+        ({"Host": "[::2]:80"}, "a request to '::2'"),
+    ],
+)
+async def test_without_keys_no_page_of_the_web_asks_and_none_reads_what_there_is(head, headers, said):
+    for status, body, _ in (await head.post(**headers), await head.get("/v1/models", **headers)):
+        assert (status, body["error"]["code"]) == (401, "KEY_MISSING")
+        assert said in body["error"]["message"]
+    assert head.dispatcher.requests == []
+    assert (await head.get("/healthz", **headers))[0] == 200
+    head.keys(key_of("alice"))
+    assert (await head.post(**bearer("alice"), **headers))[0] == 200, "a key says who may"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"Origin": "http://localhost:3000"}, {"Host": "localhost"}, {"Host": "[::1]:7460"}, {"Host": "127.8.9.1"}],
+)
+async def test_without_keys_pages_and_programs_of_this_machine_may_ask(head, headers):
+    assert (await head.post(**headers))[0] == 200
+
+
+@pytest.mark.parametrize(
     "headers",
     [
         bearer("alice"),
@@ -123,7 +152,7 @@ async def test_an_unknown_and_a_revoked_key_get_the_very_same_answer(head):
 async def test_whoever_has_no_key_is_refused_before_the_body_is_read(head):
     head.keys(key_of("alice"))
     reader, writer = await asyncio.open_connection("127.0.0.1", int(head.url.rpartition(":")[2]))
-    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n")
+    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900\r\n\r\n")
     status = await asyncio.wait_for(reader.readline(), 5)
     writer.close()
     assert b" 401 " in status
