@@ -8,12 +8,12 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import grpc.aio
 import structlog
 from msgspec.structs import replace
+from sollol.broker import broker_of
 from sollol.certified import certified
 from sollol.config import is_loopback
 from sollol.directories import Directories, cache_directory, directories
@@ -22,6 +22,7 @@ from sollol.lifecycle import Closing, Stop
 from sollol.live import Live
 from sollol.registry import Registry
 from sollol.tls import TlsFiles
+from sollol.topics import Topics
 
 from agent import link_probe
 from agent.bandwidth import usable_cores
@@ -36,8 +37,9 @@ from agent.lending_site import lending_site
 from agent.links import Links
 from agent.listening import listening
 from agent.memory_account import MemoryAccount
-from agent.models import Inventory, ModelRoots, default_huggingface_dir, default_ollama_dir
-from agent.presence.start import start_presence
+from agent.models import Inventory, ModelRoots, model_roots
+from agent.presence.home_assistant import Discovery
+from agent.presence.presence import Presence, expiry_s
 from agent.probe import Probe
 from agent.relay import Relay
 from agent.reporter import Reporter
@@ -64,7 +66,8 @@ async def serve(live: Live[AgentConfig], environ: Mapping[str, str], stop: Stop)
 
     Raises:
         SollolError: PORT_TAKEN, NODE_ID_IN_USE, ENGINE_MISSING for a configured engine that is not there, another agent
-            uses the state directory, or the certificate is not this node's.
+            uses the state directory, the certificate is not this node's, or the broker's password is not where it
+            should be.
     """
     config = live.now
     places = directories(environ, state=config.state_dir, log=config.log_dir, run=config.run_dir)
@@ -109,7 +112,7 @@ async def serve(live: Live[AgentConfig], environ: Mapping[str, str], stop: Stop)
                 cordon=cordon, active_streams=streams.active,
             )  # fmt: skip
             await _open(server, service, closing, relay if config.leave_engines else None)
-            start_presence(config, reporter.watch, closing, stop)
+            _tell_broker(config, reporter, closing, stop)
             _announce(config, reporter, stop)
             await stop.wait()
 
@@ -168,6 +171,31 @@ def _registry(config: AgentConfig, closing: Closing) -> Registry | None:
     return registry
 
 
+def _tell_broker(config: AgentConfig, reporter: Reporter, closing: Closing, stop: Stop) -> None:
+    """That this node is online, and what its reports say, to an MQTT broker where one is configured."""
+    if not config.mqtt_url:
+        return
+    from sollol.mqtt import Connection  # noqa: PLC0415 - it loads the client library
+
+    node_id, topics = config.node_id, Topics(config.mqtt_cluster)
+    connection = Connection(
+        broker_of(config.mqtt_url, password_file=config.mqtt_password_file, ca_file=config.mqtt_ca_file),
+        client_id=f"sollol-agent/{config.mqtt_cluster}/{node_id}",
+        status_topic=topics.node_status(node_id),
+    )
+    interval_s = max(config.mqtt_interval_s, config.heartbeat_s)
+    discovery = Discovery(
+        topics, cluster=config.mqtt_cluster, node_id=node_id, prefix=config.mqtt_discovery_prefix,
+        expire_after_s=expiry_s(interval_s),
+    )  # fmt: skip
+    presence = Presence(
+        connection, topics=topics, watch=reporter.watch, interval_s=interval_s, discovery=discovery,
+        discoverable=config.mqtt_discovery, leave=config.leave_engines,
+    )  # fmt: skip
+    closing.run("MQTT", connection.run(), stop, within_s=STEP_WITHIN_S)
+    closing.run("presence", presence.run(), stop, within_s=STEP_WITHIN_S)  # ends first: MQTT tells its last words
+
+
 async def _found_engine(config: AgentConfig, environ: Mapping[str, str]) -> FoundEngine | None:
     found = await find_engine(
         config.engine_path(), search_path=environ.get("PATH", ""), cache_dir=cache_directory(environ), environ=environ
@@ -186,15 +214,8 @@ def _threads(config: AgentConfig) -> int:
 
 
 def _model_roots(config: AgentConfig, environ: Mapping[str, str]) -> ModelRoots:
-    def place(setting: str, default: Path | None) -> Path | None:
-        if setting == "auto":
-            return default
-        return Path(setting).expanduser() if setting else None
-
-    return ModelRoots(
-        directories=config.expanded_model_dirs(),
-        ollama=place(config.ollama_dir, default_ollama_dir(environ)),
-        huggingface=place(config.huggingface_dir, default_huggingface_dir(environ)),
+    return model_roots(
+        config.expanded_model_dirs(), ollama=config.ollama_dir, huggingface=config.huggingface_dir, environ=environ
     )
 
 

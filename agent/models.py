@@ -206,6 +206,23 @@ def _add_aliases(listed: list[tuple[Model, Path]], taken: dict[str, int], index:
     listed[index] = (replace(model, aliases=model.aliases + new), path)
 
 
+def model_roots(
+    directories: tuple[Path, ...], *, ollama: str, huggingface: str, environ: Mapping[str, str]
+) -> ModelRoots:
+    """`ollama`, `huggingface`: a directory, "auto" for where these programs keep their models, empty for none."""
+
+    def place(setting: str, default: Path | None) -> Path | None:
+        if setting == "auto":
+            return default
+        return Path(setting).expanduser() if setting else None
+
+    return ModelRoots(
+        directories=directories,
+        ollama=place(ollama, default_ollama_dir(environ)),
+        huggingface=place(huggingface, default_huggingface_dir(environ)),
+    )
+
+
 def default_ollama_dir(environ: Mapping[str, str]) -> Path | None:
     """`$OLLAMA_MODELS`, else the system service's store, else the user's; None when there is none."""
     if given := environ.get("OLLAMA_MODELS"):

@@ -5,11 +5,13 @@ front. Around it, nodes follows the registry and the agents, reaping ends what l
 measured, and history writes decisions down.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 
 import structlog
+from sollol.broker import broker_of
 from sollol.certified import certified
 from sollol.errors import Reason, refuse
 from sollol.identity import Role
@@ -18,21 +20,24 @@ from sollol.live import Live
 from sollol.registry import Registry
 from sollol.report import Decision, NodeStatus, PlacementWish
 from sollol.tls import TlsFiles
+from sollol.topics import Topics
 
 from sollold.admission import Admission
 from sollold.catalogue import Catalogue
 from sollold.config import HeadConfig
+from sollold.decision_event import publication_of
 from sollold.dispatch import Dispatch
 from sollold.draining import Drainer
 from sollold.front.grpc import InferenceService
 from sollold.front.http import build_app
 from sollold.front.http import serve as serve_http
 from sollold.front.https import https_context
+from sollold.front.mqtt import MqttFront
+from sollold.front.mqtt_messages import PACKET_BYTES, packet_bytes
 from sollold.history import History
 from sollold.key_file import KeyFile, keys_path
 from sollold.key_policy import check_keys, key_mode
 from sollold.loading import RELEASE_WITHIN_S, Loader
-from sollold.mqtt import start_mqtt
 from sollold.nodes import Nodes
 from sollold.numbers import PoolNumbers
 from sollold.operators import ClusterService
@@ -56,7 +61,7 @@ async def serve(live: Live[HeadConfig], environ: Mapping[str, str], stop: Stop) 
 
     Raises:
         SollolError: PORT_TAKEN; INVALID_REQUEST when requests need keys and the file of keys is not there; or the
-            certificate cannot be used.
+            certificate cannot be used; or there is no password in the file that is said to hold the broker's.
     """
     config, keys = live.now, keys_path(live.now.keys_file, live.now.state_dir, environ)
     check_keys(config, keys)
@@ -104,7 +109,7 @@ async def serve(live: Live[HeadConfig], environ: Mapping[str, str], stop: Stop) 
         nodes.subscribe(lambda _: server.on_nodes_changed())
         await _serve_grpc(config, closing, server)
         await _serve_http(config, closing, dispatch, catalogue, admission)
-        start_mqtt(config, closing, stop, history=history, dispatcher=dispatch, admission=admission)
+        _serve_mqtt(config, closing, stop, history=history, dispatch=dispatch, admission=admission)
         stop.announce_ready(nodes.summary)
         log.info("head_ready", http=f"{config.listen}:{config.http_port}", grpc=f"{config.listen}:{config.grpc_port}")
         await stop.wait()
@@ -201,6 +206,37 @@ async def _serve_http(
     except OSError as error:
         raise _port_taken("http_port", _address(config.listen, config.http_port)) from error
     closing.add("HTTP", runner.cleanup, within_s=grace_s + STEP_WITHIN_S)
+
+
+def _serve_mqtt(
+    config: HeadConfig, closing: Closing, stop: Stop, *, history: History, dispatch: Dispatch, admission: Admission
+) -> None:
+    """Tell the broker that this head is online and what it decides, and answer requests if enabled."""
+    if not config.mqtt_url:
+        return
+    from sollol.mqtt import Connection  # noqa: PLC0415 - it loads the client library
+
+    head_id, topics = config.head_id(), Topics(config.mqtt_cluster)
+    connection = Connection(
+        broker_of(config.mqtt_url, password_file=config.mqtt_password_file, ca_file=config.mqtt_ca_file),
+        client_id=f"sollold/{config.mqtt_cluster}/{head_id}",
+        status_topic=topics.head_status(head_id),
+        packet_bytes=packet_bytes(config.max_body_bytes) if config.mqtt_inference else PACKET_BYTES,
+    )
+    history.subscribe(lambda made: connection.publish(publication_of(made, head_id, time.time(), topic=topics.event())))
+    closing.run("MQTT", connection.run(), stop, within_s=STEP_WITHIN_S)
+    if config.mqtt_inference:
+        front = MqttFront(
+            connection,
+            dispatch,
+            admission,
+            topics=topics,
+            most_running=config.mqtt_requests,
+            max_bytes=config.max_body_bytes,
+            discovery_prefix=config.mqtt_discovery_prefix,
+            grace_s=config.shutdown_grace_s,
+        )
+        closing.add("MQTT requests", front.close, within_s=config.shutdown_grace_s + STEP_WITHIN_S)
 
 
 def _address(host: str, port: int) -> str:

@@ -1,6 +1,8 @@
 """What others are told of a decision. Pure."""
 
+import msgspec
 from msgspec import Struct
+from sollol.mqtt_outbox import Publication
 from sollol.report import Decision
 
 
@@ -15,6 +17,10 @@ class Event(Struct, frozen=True, kw_only=True):
     nodes: tuple[str, ...] = ()
     reason: str = ""
     message: str = ""
+
+
+def publication_of(decision: Decision, head_id: str, unix_s: float, *, topic: str) -> Publication:
+    return Publication(topic=topic, payload=msgspec.json.encode(event_of(decision, head_id, round(unix_s, 3))))
 
 
 def event_of(decision: Decision, head_id: str, unix_s: float) -> Event:

@@ -47,6 +47,8 @@ def test_the_rules_name_only_modules_that_exist(path):
         ("sollold/placement/fit.py", "def late():\n    from asyncio import sleep"),
         ("agent/supervisor/state.py", "import structlog"),
         ("proto/sollol/memory.py", "import redis.asyncio"),
+        ("sollold/front/mqtt.py", "from sollol.lifecycle import Closing, Stop"),
+        ("agent/presence/presence.py", "def late():\n    from sollol.mqtt import Connection"),
         ("sollold/dispatch.py", "from sollol.v1 import agent_pb2"),
         ("sollold/dispatch.py", "from sollol.v1.agent_pb2 import Report"),
     ],

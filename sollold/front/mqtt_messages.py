@@ -12,6 +12,8 @@ from sollold.front import requests
 from sollold.front.checks import BadParameterError, expected
 
 API_KEY = "api_key"
+PACKET_BYTES = 65_536  # of a message that is no request, or what a request carries beside its body
+MOST_PACKET_BYTES = 268_435_455  # MQTT's own
 # How the answer travels is not the asker's to say: always in pieces, always with usage.
 _IGNORED = ("stream", "stream_options")
 
@@ -22,6 +24,11 @@ class Wanted:
 
     asked: requests.Asked
     token: str | None
+
+
+def packet_bytes(max_body_bytes: int) -> int:
+    """Room for a request of the largest size and more, so that it is refused with a word, and not by the broker."""
+    return min(max_body_bytes + PACKET_BYTES, MOST_PACKET_BYTES)
 
 
 def read_request(payload: bytes, user: Mapping[str, str], *, max_bytes: int) -> Wanted:

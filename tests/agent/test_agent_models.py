@@ -4,12 +4,13 @@ import hashlib
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from sollol.errors import Reason, SollolError
 from sollol.names import check_model_name
 
-from agent.models import Inventory, ModelRoots, default_huggingface_dir, default_ollama_dir
+from agent.models import Inventory, ModelRoots, default_huggingface_dir, default_ollama_dir, model_roots
 from tests.gguf_bytes import gguf, llama_metadata, llama_tensors
 
 GOOD = gguf(llama_metadata(), llama_tensors())
@@ -433,6 +434,13 @@ def test_ollamas_directory_is_its_variable_or_the_users(tmp_path, monkeypatch):
     (tmp_path / "system" / "manifests").mkdir(parents=True)
     assert default_ollama_dir(environ) == tmp_path / "system"
     assert default_ollama_dir({**environ, "OLLAMA_MODELS": "/big/ollama"}).as_posix() == "/big/ollama"
+
+
+def test_either_programs_directory_can_be_named_found_or_left_out(tmp_path):
+    environ = {"HOME": str(tmp_path), "OLLAMA_MODELS": "/big/ollama"}
+    found = model_roots((tmp_path,), ollama="auto", huggingface="/big/hub", environ=environ)
+    assert found == ModelRoots((tmp_path,), Path("/big/ollama"), Path("/big/hub"))
+    assert model_roots((), ollama="", huggingface="", environ=environ) == ModelRoots()
 
 
 def test_hugging_faces_directory_follows_its_variables(tmp_path):

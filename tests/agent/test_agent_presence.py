@@ -123,6 +123,25 @@ async def test_a_pool_appears_with_its_state_and_its_events_and_is_removed_with_
     assert after.on(POOL) == []
 
 
+async def test_a_pool_that_outlives_its_agent_keeps_its_state_and_the_next_agent_goes_on_with_it(home, flags, broker):
+    heard = await broker.listen("sollol/#")
+    async with daemon("agent", home, *flags, *mqtt(broker), "--leave-engines") as agent:
+        await heard.says(STATUS, "online", within_s=20)
+        await start_engine(port_of(flags))
+        await pool_is(heard, "READY")
+        assert await agent.end() == 0, agent.log
+    assert heard.last(STATUS) == "offline"
+    assert said(heard, POOL)["state"] == "READY"
+
+    before, told = len(heard.on(POOL)), len(heard.on(EVENT))
+    async with daemon("agent", home, *flags, *mqtt(broker)) as agent:
+        await wait_until(lambda: len(heard.on(POOL)) > before, within_s=20, what="its state is renewed")
+        assert (heard.last(STATUS), said(heard, POOL)["state"]) == ("online", "READY")
+        assert "lost" not in events(heard)[told:]
+        assert await agent.end() == 0, agent.log
+    assert heard.last(POOL) == "", "this one took the pool with it"
+
+
 async def test_an_engine_that_dies_is_told_as_lost_with_its_reason(home, flags, broker):
     heard = await broker.listen("sollol/#")
     async with daemon("agent", home, *flags, *mqtt(broker)) as agent:
