@@ -99,7 +99,8 @@ class Admission:
     Args:
         keys: The keys as they are now.
         mode: "always" needs a key for everything, "never" asks for none, "auto" asks once there is one.
-        known: The model's own name for a name or alias; None for one that nobody has.
+        known: The model's own name for a name or alias; None for one that nobody has. It may raise NO_NODES, while that
+            cannot be told: whose key is for a name is not refused under an alias of it.
         clock: Seconds that only grow, for limits.
         wall: Unix time, for keys that expire.
     """
@@ -152,7 +153,7 @@ class Admission:
         """Let the caller ask for a model, by a name or alias, once.
 
         Raises:
-            SollolError: KEY_SCOPE, KEY_CONCURRENCY or KEY_TOKENS.
+            SollolError: KEY_SCOPE, KEY_CONCURRENCY, KEY_TOKENS, or what `known` raises.
         """
         key = caller.key
         if key is None:

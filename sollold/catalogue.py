@@ -6,7 +6,7 @@ from typing import Protocol
 from msgspec.structs import replace
 from sollol.errors import Reason, refuse
 from sollol.inference import AvailableModel
-from sollol.names import check_model_name, closest
+from sollol.names import check_model_name, closest, quoted
 from sollol.report import InstanceState, Model, NodeStatus
 
 NO_NODES_RETRY_AFTER_S = 2.0  # what an agent takes to start and be seen
@@ -19,6 +19,8 @@ class ClusterView(Protocol):
 
     def statuses(self) -> tuple[NodeStatus, ...]: ...
     def any_live(self, stale_after_s: float) -> bool: ...
+    def all_heard(self) -> bool:
+        """False for a moment after the head's start, while an agent that it dials may have what nobody else has."""
 
 
 class Catalogue:
@@ -50,30 +52,45 @@ class Catalogue:
         return tuple(replace(model, warm=True) if model.name in warm else model for model in self._merged)
 
     def known(self, name: str) -> str | None:
-        """The model's own name for a name or alias; None when no node has it."""
+        """The model's own name for a name or alias; None when no node has it.
+
+        What a pool serves keeps its names when its file is gone, or not found yet by an agent that has just started.
+        """
         if self._names_version != self._nodes.models_version:
-            self._names = _names(self._nodes.statuses())
+            statuses = self._nodes.statuses()
+            warm = _warm(statuses)
+            served = {known_as: own for known_as, own in self._names.items() if own in warm}
+            self._names = served | _names(statuses)
             self._names_version = self._nodes.models_version
         return self._names.get(name)
+
+    def sought(self, name: str) -> str | None:
+        """Like `known`, for who asks for it now: also a model that is only known by a pool that serves it.
+
+        Raises:
+            SollolError: NO_NODES while somebody may have it who has not been heard.
+        """
+        found = self.known(name)
+        if found is not None or name in _warm(self._nodes.statuses()):
+            return found or name
+        if not self.ready():
+            why = f"no live node, so nobody knows {quoted(name)}: start `sollol-agent` on one"
+        elif not self._nodes.all_heard():
+            why = f"this head has just started, and a node that it has not heard yet may have {quoted(name)}: ask again"
+        else:
+            return None
+        raise refuse(Reason.NO_NODES, why, retryable=True, retry_after_s=NO_NODES_RETRY_AFTER_S)
 
     def canonical(self, name: str) -> str:
         """The model's own name for a name or alias.
 
         Raises:
-            SollolError: INVALID_MODEL_NAME; NO_NODES while no node is live; else MODEL_NOT_FOUND
-                naming the closest names.
+            SollolError: INVALID_MODEL_NAME; NO_NODES, as `sought`; else MODEL_NOT_FOUND naming the closest names.
         """
         check_model_name(name)
-        found = self.known(name)
+        found = self.sought(name)
         if found is not None:
             return found
-        if not self.ready():
-            raise refuse(
-                Reason.NO_NODES,
-                f"no live node, so nobody knows {name}: start `sollol-agent` on one",
-                retryable=True,
-                retry_after_s=NO_NODES_RETRY_AFTER_S,
-            )
         near = closest(name, self._names)
         hint = f"; did you mean {', '.join(near)}?" if near else "; `sollol models` lists what there is"
         raise refuse(Reason.MODEL_NOT_FOUND, f"no node has a model named {name}{hint}")

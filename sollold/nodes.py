@@ -24,6 +24,7 @@ from sollold.away import is_away
 log = structlog.get_logger(__name__)
 
 REGISTRY_POLL_S = 1.0
+HEARD_WITHIN_S = 5.0
 RECONNECT_MIN_S = 0.2
 RECONNECT_MAX_S = 2.0
 SHAPES_KEPT = 4096
@@ -69,6 +70,10 @@ class Nodes:
         self._remembered, self._remembered_until_s = tuple(remembered), clock() + forget_after_s
         self._tls = tls
         self._clock = clock
+        self._began_s = clock()
+        self._listed: tuple[str, ...] | None = (
+            None if registry is not None else ()
+        )  # None: the registry has not answered
         self._nodes: dict[str, _Node] = {}  # ordered by node id
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._ending: set[asyncio.Task[None]] = set()
@@ -108,6 +113,12 @@ class Nodes:
         limit = self._clock() - stale_after_s
         return any(node.connected or node.received_s >= limit for node in self._nodes.values())
 
+    def all_heard(self) -> bool:
+        """Whether every agent that is dialled has reported, or would have done so since the start."""
+        if self._clock() - self._began_s >= HEARD_WITHIN_S:
+            return True
+        return self._listed is not None and self._watches.keys() <= {node.link.address for node in self._nodes.values()}
+
     def link(self, node_id: str) -> AgentLink:
         """Raises AGENT_UNREACHABLE when the node is not known any more."""
         node = self._nodes.get(node_id)
@@ -122,45 +133,45 @@ class Nodes:
     async def run(self) -> None:
         """Follow registry and agents until cancelled; closes every channel on the way out."""
         try:
-            while True:
-                addresses = await self._addresses()
-                self._watch_all(addresses)
-                self._forget_silent()
-                self._tell_lost()
-                if self._registry_up:
-                    self._unwatch_withdrawn(addresses)
-                await asyncio.sleep(REGISTRY_POLL_S)
+            async with asyncio.TaskGroup() as following:
+                if self._registry is not None:  # beside the rest, which waits for no registry
+                    following.create_task(self._follow(self._registry), name="follow the registry")
+                while True:
+                    self._watch_wanted()
+                    self._forget_silent()
+                    self._tell_lost()
+                    await asyncio.sleep(REGISTRY_POLL_S)
         finally:
             for task in self._watches.values():
                 task.cancel()
             await asyncio.gather(*self._watches.values(), *self._ending, return_exceptions=True)
 
-    async def _addresses(self) -> set[str]:
-        found = set(self._static)
+    async def _follow(self, registry: AddressSource) -> None:
+        while True:
+            try:
+                self._listed = await registry.addresses()
+            except RegistryUnavailable as error:
+                if self._registry_up:
+                    log.warning("registry_lost", error=str(error), known_nodes=len(self._nodes))
+                self._registry_up = False
+            else:
+                if not self._registry_up:
+                    log.info("registry_regained")
+                self._registry_up = True
+                self._watch_wanted()
+            await asyncio.sleep(REGISTRY_POLL_S)
+
+    def _watch_wanted(self) -> None:
+        """Dial every wanted address, and those no more that nobody wants and no known node has."""
+        wanted = {*self._static, *(self._listed or ())}
         if self._clock() < self._remembered_until_s:
-            found.update(self._remembered)
-        if self._registry is None:
-            return found
-        try:
-            found.update(await self._registry.addresses())
-        except RegistryUnavailable as error:
-            if self._registry_up:
-                log.warning("registry_lost", error=str(error), known_nodes=len(self._nodes))
-            self._registry_up = False
-        else:
-            if not self._registry_up:
-                log.info("registry_regained")
-            self._registry_up = True
-        return found
-
-    def _watch_all(self, addresses: set[str]) -> None:
-        for address in addresses - set(self._watches):
+            wanted.update(self._remembered)
+        for address in wanted - set(self._watches):
             self._watches[address] = asyncio.create_task(self._watch(address), name=f"watch {address}")
-
-    def _unwatch_withdrawn(self, addresses: set[str]) -> None:
-        """Stop dialling addresses that the registry dropped and no known node has."""
+        if not self._registry_up:
+            return
         known = {node.link.address for node in self._nodes.values()}
-        for address in set(self._watches) - addresses - known:
+        for address in set(self._watches) - wanted - known:
             task = self._watches.pop(address)
             self._ending.add(task)
             task.add_done_callback(self._ending.discard)

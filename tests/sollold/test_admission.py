@@ -1,5 +1,5 @@
 import pytest
-from sollol.errors import Reason, Refusal, SollolError
+from sollol.errors import Reason, Refusal, Retry, SollolError
 from sollol.inference import AvailableModel
 from structlog.testing import capture_logs
 
@@ -8,6 +8,8 @@ from tests.fakes.fake_keys import FakeKeys, admission_of, key_of, token_of
 
 MODEL = "llama3.1:8b"
 UNREADABLE = SollolError(Refusal(reason=Reason.KEYS_UNREADABLE, message="cannot read"))
+
+UNHEARD = SollolError(Refusal(reason=Reason.NO_NODES, message="not heard yet", retry=Retry.RETRYABLE))
 
 
 class Clock:
@@ -37,6 +39,15 @@ def refusal_of(admission, token, model=MODEL) -> Refusal:
 def test_without_keys_everybody_is_admitted():
     assert admission_of().admit(None, MODEL).asker == ""
     assert admission_of().admit("unused", MODEL).asker == ""
+
+
+def test_a_key_is_not_refused_for_its_scope_while_nobody_can_tell_what_an_alias_means():
+    def unknown_yet(_name):
+        raise UNHEARD
+
+    admission = Admission(FakeKeys(key_of("alice", models=(MODEL,))), mode="auto", known=unknown_yet)
+
+    assert refusal_of(admission, token_of("alice"), "alias") == UNHEARD.refusal
 
 
 def test_once_there_is_a_key_every_request_needs_one():

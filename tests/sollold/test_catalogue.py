@@ -16,10 +16,14 @@ BROKEN = refuse(Reason.MODEL_CORRUPT, "truncated").refusal
 class View:
     def __init__(self, *statuses):
         self.nodes, self.models_version, self.asked = statuses, 0, 0
+        self.complete = True
 
     def statuses(self):
         self.asked += 1
         return self.nodes
+
+    def all_heard(self):
+        return self.complete
 
     def any_live(self, stale_after_s):
         return any(status.connected or status.report_age_s <= stale_after_s for status in self.nodes)
@@ -106,6 +110,40 @@ def test_a_change_of_models_is_seen_at_once():
     assert [each.name for each in it.models()] == ["new"]
     with pytest.raises(SollolError):
         it.canonical("tiny:8b")
+
+
+def test_what_a_pool_serves_is_known_by_all_its_names_when_no_node_lists_its_file_any_more():
+    pool = Instance(instance_id="p", model="tiny:8b", state=InstanceState.READY)
+    view = View(node("a", models=(model(aliases=("tiny",)), model("other")), instances=(pool,)))
+    it = Catalogue(view, stale_after_s=8.0)
+    assert it.canonical("tiny") == "tiny:8b"
+
+    view.nodes, view.models_version = (node("a", models=(), instances=(pool,)),), 1
+    assert it.canonical("tiny") == it.canonical("tiny:8b") == "tiny:8b"
+    assert it.sought("other") is None
+
+    view.nodes, view.models_version = (node("a", models=()),), 2
+    assert it.sought("tiny") is it.sought("tiny:8b") is None
+
+
+def test_a_new_head_knows_a_model_by_the_pool_that_serves_it():
+    pool = Instance(instance_id="p", model="tiny:8b", state=InstanceState.READY)
+
+    assert catalogue(node("a", models=(), instances=(pool,))).canonical("tiny:8b") == "tiny:8b"
+
+
+def test_while_a_node_has_not_been_heard_an_unknown_name_is_worth_asking_for_again():
+    it = catalogue(node("a", models=()))
+    it._nodes.complete = False
+
+    for ask in (it.canonical, it.sought):
+        with pytest.raises(SollolError) as caught:
+            ask("tiny:8b")
+        assert caught.value.refusal.reason is Reason.NO_NODES
+        assert caught.value.refusal.retry is Retry.RETRYABLE
+        assert caught.value.refusal.retry_after_s == 2.0
+    it._nodes.complete = True
+    assert it.sought("tiny:8b") is None
 
 
 def test_a_lookup_costs_the_same_in_a_cluster_of_a_thousand_nodes():

@@ -27,9 +27,12 @@ class Board:
         self.agents = []
         self.up = True
         self.asked = 0
+        self.answers = asyncio.Event()
+        self.answers.set()
 
     async def addresses(self):
         self.asked += 1
+        await self.answers.wait()
         if not self.up:
             raise RegistryUnavailable("down")
         return tuple(agent.report.address for agent in self.agents)
@@ -224,6 +227,52 @@ async def test_losing_the_registry_hides_no_node_and_its_return_goes_on(watching
         board.agents, board.up = [a, b], True
 
         await view.sees("a", "b")
+
+
+async def test_a_registry_that_does_not_answer_keeps_nobody_from_the_agents_that_are_known(watching, ports):
+    board = Board()
+    board.answers.clear()
+    async with FakeAgent("a", ports()).running() as a, FakeAgent("b", ports()).running() as b:
+        board.agents = [b]
+        view = await watching(a.address, registry=board)
+
+        await view.sees("a")
+        assert board.asked == 1
+        await a.stop()
+        await view.sees()
+        view.clock[0] = 61.0
+        await wait_until(lambda: not view.known(), what="the lost one is forgotten meanwhile")
+
+        board.answers.set()
+        await view.sees("b")
+
+
+async def test_a_new_head_knows_whether_it_has_heard_everybody(watching, ports):
+    board = Board()
+    board.answers.clear()
+    async with FakeAgent("a", ports()).running() as a:
+        late = FakeAgent("late", ports())
+        board.agents = [late]
+        view = await watching(a.address, registry=board)
+        await view.sees("a")
+        assert not view.nodes.all_heard(), "the registry may know more"
+
+        board.answers.set()
+        await wait_until(lambda: len(view.nodes._watches) == 2, what="it does")
+        assert not view.nodes.all_heard()
+        async with late.running():
+            await view.sees("a", "late")
+            assert view.nodes.all_heard()
+
+
+async def test_an_agent_that_does_not_answer_is_soon_waited_for_no_more(watching, ports):
+    view = await watching(FakeAgent("gone", ports()).address)
+    await wait_until(lambda: view.nodes._watches, what="it is dialled")
+    assert not view.nodes.all_heard()
+
+    view.clock[0] = module.HEARD_WITHIN_S
+
+    assert view.nodes.all_heard()
 
 
 async def test_a_registry_that_comes_back_empty_hides_no_node(watching, ports):
