@@ -42,6 +42,7 @@ class _Node:
     link: AgentLink
     connected: bool = True
     away: bool = False
+    restarting: bool = False
 
 
 class Nodes:
@@ -99,7 +100,8 @@ class Nodes:
 
     @staticmethod
     def _status(node: _Node, now: float) -> NodeStatus:
-        return NodeStatus(report=node.report, report_age_s=now - node.received_s, connected=node.connected)
+        age_s = now - node.received_s
+        return NodeStatus(report=node.report, report_age_s=age_s, connected=node.connected, restarting=node.restarting)
 
     def summary(self) -> str:
         """Who is there and what runs, in a few words."""
@@ -267,7 +269,7 @@ class Nodes:
     def _lost(self, link: AgentLink, *, restarting: bool) -> None:
         for node_id, node in tuple(self._nodes.items()):
             if node.link is link and node.connected:
-                node.connected, node.away = False, True
+                node.connected, node.away, node.restarting = False, True, restarting
                 if restarting:  # this word is the newest that it said
                     node.received_s = self._clock()
                 log.warning("node_disconnected", node=node_id, address=link.address)

@@ -11,7 +11,7 @@ from sollol.errors import SUSPECTED_BACKENDS, Refusal, SollolError
 from sollol.report import NodeStatus
 
 from sollold import group
-from sollold.away import LOST_AFTER_S
+from sollold.away import is_away
 
 log = structlog.get_logger(__name__)
 
@@ -123,7 +123,7 @@ class Reaper:
             self._blind_until_s = now + BACK_WITHIN_S
         if now < self._blind_until_s:
             return frozenset(), bool(absent)
-        lost = frozenset(status.report.node_id for status in absent if status.report_age_s >= LOST_AFTER_S)
+        lost = frozenset(status.report.node_id for status in absent if not is_away(status))
         return lost, len(lost) < len(absent)
 
     def _lose(self, pool_id: str, why: Refusal) -> None:

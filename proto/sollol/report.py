@@ -286,11 +286,12 @@ class Decision(Struct, frozen=True, kw_only=True):
 
 
 class NodeStatus(Struct, frozen=True, kw_only=True):
-    """A node as one head sees it; `report_age_s` is by the head's own monotonic clock."""
+    """A node as one head sees it, by its own monotonic clock; `restarting`: its agent's last word before it went."""
 
     report: Report
     report_age_s: float
     connected: bool
+    restarting: bool = False
 
 
 class Pool(Struct, frozen=True, kw_only=True):

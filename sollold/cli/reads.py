@@ -108,7 +108,7 @@ def _node_state(status: NodeStatus) -> str:
         state = "draining" if status.report.instances else "drained"
     else:
         state = "cordoned" if status.report.cordoned else ""
-    reached = "" if status.connected else "not connected"
+    reached = "" if status.connected else "restarting" if status.restarting else "not connected"
     return ", ".join(filter(None, (state, reached))) or "ok"
 
 

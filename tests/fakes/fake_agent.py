@@ -87,6 +87,8 @@ class FakeAgent(agent_pb2_grpc.AgentServiceServicer):
         try:
             await self._called("WatchReport", "", context)
             while True:
+                if "WatchReport" in self.refusals:
+                    await refusal_abort(context, self.refusals["WatchReport"])
                 news, report = self._news, self.report
                 unchanged = sent == report.models
                 sent = report.models

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from sollold import nodes as module
 from sollold.agent_link import AgentLink
-from sollold.away import LOST_AFTER_S
+from sollold.away import LOST_AFTER_RESTART_S, LOST_AFTER_S, is_away
 from sollold.nodes import Nodes
 from tests.fakes.fake_agent import FakeAgent
 from tests.placement_cases import model
@@ -326,6 +326,29 @@ async def test_a_node_that_is_not_back_in_time_is_told_of_again(watching, ports)
 
         await wait_until(lambda: heard == ["a"], what="it is lost")
         await wait_until(lambda: not view.nodes._nodes["a"].away, what="once")
+
+
+async def test_an_agent_that_says_it_is_restarted_is_waited_for_longer_than_one_that_says_nothing(watching, ports):
+    async with FakeAgent("a", ports()).running() as a:
+        view = await watching(a.address)
+        await view.sees("a")
+        a.refusals["WatchReport"] = refuse(Reason.AGENT_RESTARTING, "ask again", retryable=True).refusal
+
+        a.tell()
+        await view.sees()
+        view.clock[0] = LOST_AFTER_RESTART_S - 1
+        assert view.nodes.status("a").restarting
+        assert is_away(view.nodes.status("a"))
+        view.clock[0] = LOST_AFTER_RESTART_S
+        assert not is_away(view.nodes.status("a"))
+
+        a.refusals.clear()
+        await view.sees("a")
+        assert not view.nodes.status("a").restarting
+        await a.stop()
+        await view.sees()
+        view.clock[0] += LOST_AFTER_S
+        assert not is_away(view.nodes.status("a"))
 
 
 async def test_models_change_their_version_only_when_they_change(watching, ports):

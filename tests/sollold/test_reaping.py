@@ -9,7 +9,8 @@ from sollol.errors import SUSPECTED_BACKENDS, Reason, SollolError, refuse
 from sollol.report import DeviceShare, Instance, InstanceKind, InstanceState
 
 from sollold import reaping
-from sollold.reaping import LOST_AFTER_S, Reaper
+from sollold.away import LOST_AFTER_RESTART_S, LOST_AFTER_S
+from sollold.reaping import Reaper
 from tests.placement_cases import node
 from tests.waiting import wait_until
 
@@ -77,9 +78,10 @@ class Cluster:
         dead = replace(SERVES, state=InstanceState.FAILED, refusal=why)
         self.changed("a", node("a", instances=(dead,)))
 
-    def goes(self, *names, silent_s=LOST_AFTER_S):
+    def goes(self, *names, silent_s=LOST_AFTER_S, restarting=False):
         for name in names:
-            self.changed(name, replace(self.nodes[name], connected=False, report_age_s=silent_s))
+            gone = replace(self.nodes[name], connected=False, report_age_s=silent_s, restarting=restarting)
+            self.changed(name, gone)
 
 
 @pytest.fixture
@@ -153,6 +155,16 @@ async def test_a_lender_that_is_back_soon_has_lost_nothing(cluster):
     cluster.reaper._look()
 
     assert not cluster.lost
+
+
+async def test_a_lender_whose_agent_said_that_it_is_restarted_has_longer_to_be_back(cluster):
+    cluster.goes("b", silent_s=LOST_AFTER_S, restarting=True)
+    cluster.reaper._look()
+    assert not cluster.lost
+
+    cluster.goes("b", silent_s=LOST_AFTER_RESTART_S, restarting=True)
+
+    await ended(cluster, ("a", POOL), ("c", POOL))
 
 
 async def test_one_that_stays_away_is_lost_without_any_further_news(cluster, monkeypatch):

@@ -26,7 +26,7 @@ from sollol.v1 import common_pb2 as sollol_dot_v1_dot_common__pb2
 from sollol.v1 import inference_pb2 as sollol_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17sollol/v1/cluster.proto\x12\tsollol.v1\x1a\x16sollol/v1/common.proto\x1a\x19sollol/v1/inference.proto\"\x12\n\x10ListNodesRequest\"9\n\x11ListNodesResponse\x12$\n\x05nodes\x18\x01 \x03(\x0b\x32\x15.sollol.v1.NodeStatus\"X\n\nNodeStatus\x12!\n\x06report\x18\x01 \x01(\x0b\x32\x11.sollol.v1.Report\x12\x14\n\x0creport_age_s\x18\x02 \x01(\x01\x12\x11\n\tconnected\x18\x03 \x01(\x08\"\x12\n\x10ListPoolsRequest\"3\n\x11ListPoolsResponse\x12\x1e\n\x05pools\x18\x01 \x03(\x0b\x32\x0f.sollol.v1.Pool\">\n\x04Pool\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12%\n\x08instance\x18\x02 \x01(\x0b\x32\x13.sollol.v1.Instance\"\xa8\x04\n\rPlacementWish\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x06policy\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x1d\n\x10\x63ontext_per_slot\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x15\n\x08parallel\x18\x04 \x01(\rH\x02\x88\x01\x01\x12\x14\n\x07kv_type\x18\x05 \x01(\tH\x03\x88\x01\x01\x12\x0f\n\x07require\x18\x06 \x03(\t\x12\x0e\n\x06prefer\x18\x07 \x03(\t\x12\x15\n\x08min_cpus\x18\x08 \x01(\rH\x04\x88\x01\x01\x12\x1d\n\x10min_memory_bytes\x18\t \x01(\x04H\x05\x88\x01\x01\x12\x18\n\x0bpinned_node\x18\n \x01(\tH\x06\x88\x01\x01\x12\r\n\x05local\x18\x0b \x01(\x08\x12\x15\n\x08strategy\x18\x0c \x01(\tH\x07\x88\x01\x01\x12\x16\n\tmax_nodes\x18\r \x01(\rH\x08\x88\x01\x01\x12\x1e\n\x11\x62\x61\x63kends_per_pool\x18\x0e \x01(\rH\t\x88\x01\x01\x12\"\n\x15\x61llow_reduced_context\x18\x0f \x01(\x08H\n\x88\x01\x01\x42\t\n\x07_policyB\x13\n\x11_context_per_slotB\x0b\n\t_parallelB\n\n\x08_kv_typeB\x0b\n\t_min_cpusB\x13\n\x11_min_memory_bytesB\x0e\n\x0c_pinned_nodeB\x0b\n\t_strategyB\x0c\n\n_max_nodesB\x14\n\x12_backends_per_poolB\x18\n\x16_allow_reduced_context\"(\n\tScorePart\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"\x85\x02\n\x0bNodeVerdict\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\x12\n\x05score\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12#\n\x05parts\x18\x04 \x03(\x0b\x32\x14.sollol.v1.ScorePart\x12(\n\x07refusal\x18\x05 \x01(\x0b\x32\x12.sollol.v1.RefusalH\x01\x88\x01\x01\x12\x14\n\x0cneeded_bytes\x18\x06 \x01(\x04\x12\x12\n\nfree_bytes\x18\x07 \x01(\x04\x12\x0c\n\x04\x62\x65st\x18\x08 \x01(\x08\x12&\n\x06shares\x18\t \x03(\x0b\x32\x16.sollol.v1.DeviceShareB\x08\n\x06_scoreB\n\n\x08_refusal\"\xa9\x04\n\x08\x44\x65\x63ision\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x0c\n\x04unit\x18\x03 \x01(\t\x12\x16\n\x0e\x65stimate_bytes\x18\x04 \x01(\x04\x12\x18\n\x0b\x65stimate_mb\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12%\n\x05nodes\x18\x06 \x03(\x0b\x32\x16.sollol.v1.NodeVerdict\x12\x13\n\x0b\x63oordinator\x18\x07 \x01(\t\x12\x18\n\x10\x63oordinator_host\x18\x08 \x01(\t\x12-\n\x04plan\x18\t \x01(\x0b\x32\x1a.sollol.v1.CoordinatorPlanH\x01\x88\x01\x01\x12(\n\x07refusal\x18\n \x01(\x0b\x32\x12.sollol.v1.RefusalH\x02\x88\x01\x01\x12!\n\x14reduced_context_from\x18\x0b \x01(\rH\x03\x88\x01\x01\x12.\n\ncorrection\x18\x12 \x01(\x0b\x32\x15.sollol.v1.CorrectionH\x04\x88\x01\x01\x12\x14\n\x07ready_s\x18\x0c \x01(\x01H\x05\x88\x01\x01\x12)\n\x0bready_parts\x18\r \x03(\x0b\x32\x14.sollol.v1.ScorePart\x12\"\n\x05links\x18\x0e \x03(\x0b\x32\x13.sollol.v1.PlanLinkB\x0e\n\x0c_estimate_mbB\x07\n\x05_planB\n\n\x08_refusalB\x17\n\x15_reduced_context_fromB\r\n\x0b_correctionB\n\n\x08_ready_s\"]\n\x08PlanLink\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\r\n\x05rtt_s\x18\x02 \x01(\x01\x12\x13\n\x0b\x62ytes_per_s\x18\x03 \x01(\x01\x12\x12\n\x05\x61ge_s\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x08\n\x06_age_s\"6\n\x0cPlaceRequest\x12&\n\x04wish\x18\x01 \x01(\x0b\x32\x18.sollol.v1.PlacementWish\"6\n\rPlaceResponse\x12%\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x13.sollol.v1.Decision\"S\n\x0bLoadRequest\x12&\n\x04wish\x18\x01 \x01(\x0b\x32\x18.sollol.v1.PlacementWish\x12\x12\n\x05pools\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_pools\"b\n\x0cLoadResponse\x12%\n\x08progress\x18\x01 \x01(\x0b\x32\x13.sollol.v1.Progress\x12\"\n\x04pool\x18\x02 \x01(\x0b\x32\x0f.sollol.v1.PoolH\x00\x88\x01\x01\x42\x07\n\x05_pool\"\x1e\n\rUnloadRequest\x12\r\n\x05model\x18\x01 \x01(\t\"&\n\x0eUnloadResponse\x12\x14\n\x0cinstance_ids\x18\x01 \x03(\t\" \n\rCordonRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\"\x10\n\x0e\x43ordonResponse\"\"\n\x0fUncordonRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\"\x12\n\x10UncordonResponse\"\x1f\n\x0c\x44rainRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\".\n\rDrainResponse\x12\x1d\n\x04left\x18\x01 \x03(\x0b\x32\x0f.sollol.v1.Pool\"A\n\x12TailPoolLogRequest\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\r\n\x05lines\x18\x02 \x01(\r\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"$\n\x13TailPoolLogResponse\x12\r\n\x05lines\x18\x01 \x03(\t2\xe8\x04\n\x0e\x43lusterService\x12\x46\n\tListNodes\x12\x1b.sollol.v1.ListNodesRequest\x1a\x1c.sollol.v1.ListNodesResponse\x12\x46\n\tListPools\x12\x1b.sollol.v1.ListPoolsRequest\x1a\x1c.sollol.v1.ListPoolsResponse\x12:\n\x05Place\x12\x17.sollol.v1.PlaceRequest\x1a\x18.sollol.v1.PlaceResponse\x12\x39\n\x04Load\x12\x16.sollol.v1.LoadRequest\x1a\x17.sollol.v1.LoadResponse0\x01\x12=\n\x06Unload\x12\x18.sollol.v1.UnloadRequest\x1a\x19.sollol.v1.UnloadResponse\x12=\n\x06\x43ordon\x12\x18.sollol.v1.CordonRequest\x1a\x19.sollol.v1.CordonResponse\x12\x43\n\x08Uncordon\x12\x1a.sollol.v1.UncordonRequest\x1a\x1b.sollol.v1.UncordonResponse\x12<\n\x05\x44rain\x12\x17.sollol.v1.DrainRequest\x1a\x18.sollol.v1.DrainResponse0\x01\x12N\n\x0bTailPoolLog\x12\x1d.sollol.v1.TailPoolLogRequest\x1a\x1e.sollol.v1.TailPoolLogResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17sollol/v1/cluster.proto\x12\tsollol.v1\x1a\x16sollol/v1/common.proto\x1a\x19sollol/v1/inference.proto\"\x12\n\x10ListNodesRequest\"9\n\x11ListNodesResponse\x12$\n\x05nodes\x18\x01 \x03(\x0b\x32\x15.sollol.v1.NodeStatus\"l\n\nNodeStatus\x12!\n\x06report\x18\x01 \x01(\x0b\x32\x11.sollol.v1.Report\x12\x14\n\x0creport_age_s\x18\x02 \x01(\x01\x12\x11\n\tconnected\x18\x03 \x01(\x08\x12\x12\n\nrestarting\x18\x04 \x01(\x08\"\x12\n\x10ListPoolsRequest\"3\n\x11ListPoolsResponse\x12\x1e\n\x05pools\x18\x01 \x03(\x0b\x32\x0f.sollol.v1.Pool\">\n\x04Pool\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12%\n\x08instance\x18\x02 \x01(\x0b\x32\x13.sollol.v1.Instance\"\xa8\x04\n\rPlacementWish\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x06policy\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x1d\n\x10\x63ontext_per_slot\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x15\n\x08parallel\x18\x04 \x01(\rH\x02\x88\x01\x01\x12\x14\n\x07kv_type\x18\x05 \x01(\tH\x03\x88\x01\x01\x12\x0f\n\x07require\x18\x06 \x03(\t\x12\x0e\n\x06prefer\x18\x07 \x03(\t\x12\x15\n\x08min_cpus\x18\x08 \x01(\rH\x04\x88\x01\x01\x12\x1d\n\x10min_memory_bytes\x18\t \x01(\x04H\x05\x88\x01\x01\x12\x18\n\x0bpinned_node\x18\n \x01(\tH\x06\x88\x01\x01\x12\r\n\x05local\x18\x0b \x01(\x08\x12\x15\n\x08strategy\x18\x0c \x01(\tH\x07\x88\x01\x01\x12\x16\n\tmax_nodes\x18\r \x01(\rH\x08\x88\x01\x01\x12\x1e\n\x11\x62\x61\x63kends_per_pool\x18\x0e \x01(\rH\t\x88\x01\x01\x12\"\n\x15\x61llow_reduced_context\x18\x0f \x01(\x08H\n\x88\x01\x01\x42\t\n\x07_policyB\x13\n\x11_context_per_slotB\x0b\n\t_parallelB\n\n\x08_kv_typeB\x0b\n\t_min_cpusB\x13\n\x11_min_memory_bytesB\x0e\n\x0c_pinned_nodeB\x0b\n\t_strategyB\x0c\n\n_max_nodesB\x14\n\x12_backends_per_poolB\x18\n\x16_allow_reduced_context\"(\n\tScorePart\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"\x85\x02\n\x0bNodeVerdict\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\x12\n\x05score\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12#\n\x05parts\x18\x04 \x03(\x0b\x32\x14.sollol.v1.ScorePart\x12(\n\x07refusal\x18\x05 \x01(\x0b\x32\x12.sollol.v1.RefusalH\x01\x88\x01\x01\x12\x14\n\x0cneeded_bytes\x18\x06 \x01(\x04\x12\x12\n\nfree_bytes\x18\x07 \x01(\x04\x12\x0c\n\x04\x62\x65st\x18\x08 \x01(\x08\x12&\n\x06shares\x18\t \x03(\x0b\x32\x16.sollol.v1.DeviceShareB\x08\n\x06_scoreB\n\n\x08_refusal\"\xa9\x04\n\x08\x44\x65\x63ision\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x0c\n\x04unit\x18\x03 \x01(\t\x12\x16\n\x0e\x65stimate_bytes\x18\x04 \x01(\x04\x12\x18\n\x0b\x65stimate_mb\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12%\n\x05nodes\x18\x06 \x03(\x0b\x32\x16.sollol.v1.NodeVerdict\x12\x13\n\x0b\x63oordinator\x18\x07 \x01(\t\x12\x18\n\x10\x63oordinator_host\x18\x08 \x01(\t\x12-\n\x04plan\x18\t \x01(\x0b\x32\x1a.sollol.v1.CoordinatorPlanH\x01\x88\x01\x01\x12(\n\x07refusal\x18\n \x01(\x0b\x32\x12.sollol.v1.RefusalH\x02\x88\x01\x01\x12!\n\x14reduced_context_from\x18\x0b \x01(\rH\x03\x88\x01\x01\x12.\n\ncorrection\x18\x12 \x01(\x0b\x32\x15.sollol.v1.CorrectionH\x04\x88\x01\x01\x12\x14\n\x07ready_s\x18\x0c \x01(\x01H\x05\x88\x01\x01\x12)\n\x0bready_parts\x18\r \x03(\x0b\x32\x14.sollol.v1.ScorePart\x12\"\n\x05links\x18\x0e \x03(\x0b\x32\x13.sollol.v1.PlanLinkB\x0e\n\x0c_estimate_mbB\x07\n\x05_planB\n\n\x08_refusalB\x17\n\x15_reduced_context_fromB\r\n\x0b_correctionB\n\n\x08_ready_s\"]\n\x08PlanLink\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\r\n\x05rtt_s\x18\x02 \x01(\x01\x12\x13\n\x0b\x62ytes_per_s\x18\x03 \x01(\x01\x12\x12\n\x05\x61ge_s\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x08\n\x06_age_s\"6\n\x0cPlaceRequest\x12&\n\x04wish\x18\x01 \x01(\x0b\x32\x18.sollol.v1.PlacementWish\"6\n\rPlaceResponse\x12%\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x13.sollol.v1.Decision\"S\n\x0bLoadRequest\x12&\n\x04wish\x18\x01 \x01(\x0b\x32\x18.sollol.v1.PlacementWish\x12\x12\n\x05pools\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_pools\"b\n\x0cLoadResponse\x12%\n\x08progress\x18\x01 \x01(\x0b\x32\x13.sollol.v1.Progress\x12\"\n\x04pool\x18\x02 \x01(\x0b\x32\x0f.sollol.v1.PoolH\x00\x88\x01\x01\x42\x07\n\x05_pool\"\x1e\n\rUnloadRequest\x12\r\n\x05model\x18\x01 \x01(\t\"&\n\x0eUnloadResponse\x12\x14\n\x0cinstance_ids\x18\x01 \x03(\t\" \n\rCordonRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\"\x10\n\x0e\x43ordonResponse\"\"\n\x0fUncordonRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\"\x12\n\x10UncordonResponse\"\x1f\n\x0c\x44rainRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\".\n\rDrainResponse\x12\x1d\n\x04left\x18\x01 \x03(\x0b\x32\x0f.sollol.v1.Pool\"A\n\x12TailPoolLogRequest\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\r\n\x05lines\x18\x02 \x01(\r\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"$\n\x13TailPoolLogResponse\x12\r\n\x05lines\x18\x01 \x03(\t2\xe8\x04\n\x0e\x43lusterService\x12\x46\n\tListNodes\x12\x1b.sollol.v1.ListNodesRequest\x1a\x1c.sollol.v1.ListNodesResponse\x12\x46\n\tListPools\x12\x1b.sollol.v1.ListPoolsRequest\x1a\x1c.sollol.v1.ListPoolsResponse\x12:\n\x05Place\x12\x17.sollol.v1.PlaceRequest\x1a\x18.sollol.v1.PlaceResponse\x12\x39\n\x04Load\x12\x16.sollol.v1.LoadRequest\x1a\x17.sollol.v1.LoadResponse0\x01\x12=\n\x06Unload\x12\x18.sollol.v1.UnloadRequest\x1a\x19.sollol.v1.UnloadResponse\x12=\n\x06\x43ordon\x12\x18.sollol.v1.CordonRequest\x1a\x19.sollol.v1.CordonResponse\x12\x43\n\x08Uncordon\x12\x1a.sollol.v1.UncordonRequest\x1a\x1b.sollol.v1.UncordonResponse\x12<\n\x05\x44rain\x12\x17.sollol.v1.DrainRequest\x1a\x18.sollol.v1.DrainResponse0\x01\x12N\n\x0bTailPoolLog\x12\x1d.sollol.v1.TailPoolLogRequest\x1a\x1e.sollol.v1.TailPoolLogResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,51 +38,51 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTNODESRESPONSE']._serialized_start=109
   _globals['_LISTNODESRESPONSE']._serialized_end=166
   _globals['_NODESTATUS']._serialized_start=168
-  _globals['_NODESTATUS']._serialized_end=256
-  _globals['_LISTPOOLSREQUEST']._serialized_start=258
-  _globals['_LISTPOOLSREQUEST']._serialized_end=276
-  _globals['_LISTPOOLSRESPONSE']._serialized_start=278
-  _globals['_LISTPOOLSRESPONSE']._serialized_end=329
-  _globals['_POOL']._serialized_start=331
-  _globals['_POOL']._serialized_end=393
-  _globals['_PLACEMENTWISH']._serialized_start=396
-  _globals['_PLACEMENTWISH']._serialized_end=948
-  _globals['_SCOREPART']._serialized_start=950
-  _globals['_SCOREPART']._serialized_end=990
-  _globals['_NODEVERDICT']._serialized_start=993
-  _globals['_NODEVERDICT']._serialized_end=1254
-  _globals['_DECISION']._serialized_start=1257
-  _globals['_DECISION']._serialized_end=1810
-  _globals['_PLANLINK']._serialized_start=1812
-  _globals['_PLANLINK']._serialized_end=1905
-  _globals['_PLACEREQUEST']._serialized_start=1907
-  _globals['_PLACEREQUEST']._serialized_end=1961
-  _globals['_PLACERESPONSE']._serialized_start=1963
-  _globals['_PLACERESPONSE']._serialized_end=2017
-  _globals['_LOADREQUEST']._serialized_start=2019
-  _globals['_LOADREQUEST']._serialized_end=2102
-  _globals['_LOADRESPONSE']._serialized_start=2104
-  _globals['_LOADRESPONSE']._serialized_end=2202
-  _globals['_UNLOADREQUEST']._serialized_start=2204
-  _globals['_UNLOADREQUEST']._serialized_end=2234
-  _globals['_UNLOADRESPONSE']._serialized_start=2236
-  _globals['_UNLOADRESPONSE']._serialized_end=2274
-  _globals['_CORDONREQUEST']._serialized_start=2276
-  _globals['_CORDONREQUEST']._serialized_end=2308
-  _globals['_CORDONRESPONSE']._serialized_start=2310
-  _globals['_CORDONRESPONSE']._serialized_end=2326
-  _globals['_UNCORDONREQUEST']._serialized_start=2328
-  _globals['_UNCORDONREQUEST']._serialized_end=2362
-  _globals['_UNCORDONRESPONSE']._serialized_start=2364
-  _globals['_UNCORDONRESPONSE']._serialized_end=2382
-  _globals['_DRAINREQUEST']._serialized_start=2384
-  _globals['_DRAINREQUEST']._serialized_end=2415
-  _globals['_DRAINRESPONSE']._serialized_start=2417
-  _globals['_DRAINRESPONSE']._serialized_end=2463
-  _globals['_TAILPOOLLOGREQUEST']._serialized_start=2465
-  _globals['_TAILPOOLLOGREQUEST']._serialized_end=2530
-  _globals['_TAILPOOLLOGRESPONSE']._serialized_start=2532
-  _globals['_TAILPOOLLOGRESPONSE']._serialized_end=2568
-  _globals['_CLUSTERSERVICE']._serialized_start=2571
-  _globals['_CLUSTERSERVICE']._serialized_end=3187
+  _globals['_NODESTATUS']._serialized_end=276
+  _globals['_LISTPOOLSREQUEST']._serialized_start=278
+  _globals['_LISTPOOLSREQUEST']._serialized_end=296
+  _globals['_LISTPOOLSRESPONSE']._serialized_start=298
+  _globals['_LISTPOOLSRESPONSE']._serialized_end=349
+  _globals['_POOL']._serialized_start=351
+  _globals['_POOL']._serialized_end=413
+  _globals['_PLACEMENTWISH']._serialized_start=416
+  _globals['_PLACEMENTWISH']._serialized_end=968
+  _globals['_SCOREPART']._serialized_start=970
+  _globals['_SCOREPART']._serialized_end=1010
+  _globals['_NODEVERDICT']._serialized_start=1013
+  _globals['_NODEVERDICT']._serialized_end=1274
+  _globals['_DECISION']._serialized_start=1277
+  _globals['_DECISION']._serialized_end=1830
+  _globals['_PLANLINK']._serialized_start=1832
+  _globals['_PLANLINK']._serialized_end=1925
+  _globals['_PLACEREQUEST']._serialized_start=1927
+  _globals['_PLACEREQUEST']._serialized_end=1981
+  _globals['_PLACERESPONSE']._serialized_start=1983
+  _globals['_PLACERESPONSE']._serialized_end=2037
+  _globals['_LOADREQUEST']._serialized_start=2039
+  _globals['_LOADREQUEST']._serialized_end=2122
+  _globals['_LOADRESPONSE']._serialized_start=2124
+  _globals['_LOADRESPONSE']._serialized_end=2222
+  _globals['_UNLOADREQUEST']._serialized_start=2224
+  _globals['_UNLOADREQUEST']._serialized_end=2254
+  _globals['_UNLOADRESPONSE']._serialized_start=2256
+  _globals['_UNLOADRESPONSE']._serialized_end=2294
+  _globals['_CORDONREQUEST']._serialized_start=2296
+  _globals['_CORDONREQUEST']._serialized_end=2328
+  _globals['_CORDONRESPONSE']._serialized_start=2330
+  _globals['_CORDONRESPONSE']._serialized_end=2346
+  _globals['_UNCORDONREQUEST']._serialized_start=2348
+  _globals['_UNCORDONREQUEST']._serialized_end=2382
+  _globals['_UNCORDONRESPONSE']._serialized_start=2384
+  _globals['_UNCORDONRESPONSE']._serialized_end=2402
+  _globals['_DRAINREQUEST']._serialized_start=2404
+  _globals['_DRAINREQUEST']._serialized_end=2435
+  _globals['_DRAINRESPONSE']._serialized_start=2437
+  _globals['_DRAINRESPONSE']._serialized_end=2483
+  _globals['_TAILPOOLLOGREQUEST']._serialized_start=2485
+  _globals['_TAILPOOLLOGREQUEST']._serialized_end=2550
+  _globals['_TAILPOOLLOGRESPONSE']._serialized_start=2552
+  _globals['_TAILPOOLLOGRESPONSE']._serialized_end=2588
+  _globals['_CLUSTERSERVICE']._serialized_start=2591
+  _globals['_CLUSTERSERVICE']._serialized_end=3207
 # @@protoc_insertion_point(module_scope)

@@ -54,10 +54,13 @@ class NodeStatus(google.protobuf.message.Message):
     REPORT_FIELD_NUMBER: builtins.int
     REPORT_AGE_S_FIELD_NUMBER: builtins.int
     CONNECTED_FIELD_NUMBER: builtins.int
+    RESTARTING_FIELD_NUMBER: builtins.int
     report_age_s: builtins.float
     """Seconds since the head received it, by the head's own clock."""
     connected: builtins.bool
     """The head's direct gRPC watch of the agent is up."""
+    restarting: builtins.bool
+    """Not connected, and the last thing that its agent said is that it is being restarted."""
     @property
     def report(self) -> sollol.v1.common_pb2.Report: ...
     def __init__(
@@ -66,10 +69,11 @@ class NodeStatus(google.protobuf.message.Message):
         report: sollol.v1.common_pb2.Report | None = ...,
         report_age_s: builtins.float = ...,
         connected: builtins.bool = ...,
+        restarting: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["report", b"report"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["connected", b"connected", "report", b"report", "report_age_s", b"report_age_s"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["connected", b"connected", "report", b"report", "report_age_s", b"report_age_s", "restarting", b"restarting"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___NodeStatus: typing_extensions.TypeAlias = NodeStatus
