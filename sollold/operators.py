@@ -119,6 +119,7 @@ class ClusterService(rpc.ClusterServiceServicer):
             await self._set_cordoned(request.node_id, cordoned=True, draining=True)
             told: tuple[Pool, ...] | None = None
             while told != ():
+                self._nodes.link(request.node_id)  # of a node that is lost for good nobody knows what it runs
                 left = tuple(
                     replace(pool, instance=self._pools.newest(pool.instance))
                     for pool in drain.left_on(request.node_id, self._nodes.statuses())

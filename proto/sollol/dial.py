@@ -15,13 +15,14 @@ async def who_listens(address: str, tls: TlsFiles, role: Role) -> Identity:
     """The identity of the gRPC server at `address` (`host:port`), when it is of that role and admits us.
 
     Raises:
-        SollolError: AGENT_UNREACHABLE when nobody answers; else the reason why one of the two refuses the other.
+        SollolError: AGENT_UNREACHABLE when nobody answers, INVALID_REQUEST for what is no address; else the reason why
+            one of the two refuses the other.
     """
-    host, _, port = address.rpartition(":")
+    host, port = _host_and_port(address)
     try:
         async with asyncio.timeout(WITHIN_S):
             reader, writer = await asyncio.open_connection(
-                host.strip("[]"), int(port), ssl=tls.client_context(http2=True), server_hostname=role_name(role)
+                host, port, ssl=tls.client_context(http2=True), server_hostname=role_name(role)
             )
             try:
                 identity = tls.peer(writer.get_extra_info("ssl_object"))
@@ -43,18 +44,29 @@ async def who_listens(address: str, tls: TlsFiles, role: Role) -> Identity:
 
 
 async def speaks_tls(address: str) -> bool:
-    """Whether whoever listens at `address` answers a TLS greeting. Nobody is trusted for it, and nothing is said."""
+    """Whether whoever listens at `address` answers a TLS greeting. Nobody is trusted for it, and nothing is said.
+
+    Raises:
+        SollolError: INVALID_REQUEST; it is no address.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])
-    host, _, port = address.rpartition(":")
+    host, port = _host_and_port(address)
     try:
         async with asyncio.timeout(WITHIN_S):
-            _, writer = await asyncio.open_connection(host.strip("[]"), int(port), ssl=context)
+            _, writer = await asyncio.open_connection(host, port, ssl=context)
     except (OSError, TimeoutError):  # ssl.SSLError is an OSError
         return False
     writer.transport.abort()
     return True
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise refuse(Reason.INVALID_REQUEST, f"{address[:100]!r} is not HOST:PORT, such as 192.168.1.10:7461")
+    return host.strip("[]"), int(port)
 
 
 def _not_trusted(address: str, role: Role, error: ssl.SSLCertVerificationError) -> SollolError:

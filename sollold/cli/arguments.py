@@ -23,7 +23,7 @@ def run(argv: Sequence[str]) -> int:
     """Parse, run one command, and return the exit status."""
     options = parser().parse_args(argv)
     try:
-        return _command(options.command)(options)
+        return _run(options)
     except BrokenPipeError:
         # Whoever read our output (`| head`) has gone: point stdout at nothing so that the exit does not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -36,6 +36,12 @@ def run(argv: Sequence[str]) -> int:
         from sollold.cli.failure import report_failure
 
         return report_failure(error)
+
+
+def _run(options: argparse.Namespace) -> int:
+    status = _command(options.command)(options)
+    sys.stdout.flush()  # here, where it may break, and not at exit
+    return status
 
 
 def _command(path: str) -> Callable[[argparse.Namespace], int]:

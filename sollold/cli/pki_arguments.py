@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 _ROLES = ("agent", "head", "client", "admin")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _MOST_DAYS = 3650
+_LAST_PORT = 65_535
 
 
 def add_pki(commands: "Subparsers") -> None:
@@ -44,7 +45,7 @@ def _add_invite(actions: "Subparsers") -> None:
     invite.add_argument("--node", metavar="ID", help="the name it gets (default: it names itself, after its host)")
     invite.add_argument("--role", choices=_ROLES, default="agent", help="default: %(default)s")
     invite.add_argument("--address", metavar="HOST", help="where it reaches this machine (default: the main address)")
-    invite.add_argument("--port", metavar="PORT", type=int, choices=range(1, 65536), default=7463, help="default: 7463")
+    invite.add_argument("--port", metavar="PORT", type=_port, default=7463, help="default: 7463")
     invite.add_argument("--ttl", metavar="TIME", type=_seconds, default=900.0, help="such as 90s or 2h (default: 15m)")
     invite.add_argument("--redis-url", metavar="URL", help="the registry (default: Redis on this machine)")
     _add_days(invite)
@@ -66,6 +67,12 @@ def _add(actions: "Subparsers", name: str, text: str) -> argparse.ArgumentParser
     added.set_defaults(command=f"sollold.cli.pki:{name}")
     _add_place(added)
     return added
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= _LAST_PORT:
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a port, 1 to {_LAST_PORT}")
+    return int(text)
 
 
 def _add_place(parser: argparse.ArgumentParser) -> None:

@@ -27,6 +27,8 @@ POLL_S = 0.1
 HOST = "127.0.0.1"
 HEAD_MODULE = "sollold"
 AGENT_MODULE = "agent"
+# The files in /etc/sollol are the services', and not for every user to read.
+_OWN_SETTINGS = ("--config", os.devnull)
 
 
 def up(options: argparse.Namespace) -> int:
@@ -96,6 +98,7 @@ class _Up:
 
     def _head_flags(self, redis_url: str) -> list[str]:
         return [
+            *_OWN_SETTINGS,
             *("--listen", HOST, "--http-port", str(self._options.http_port)),
             *("--grpc-port", str(self._options.grpc_port), "--redis-url", redis_url),
             *("--log-format", "json", "--exit-with-parent", "--tls-dir", "", "--state-dir", str(self._state / "head")),
@@ -105,6 +108,7 @@ class _Up:
 
     def _agent_flags(self, name: str, port: int, redis_url: str, cap_bytes: int | None) -> list[str]:
         flags = [
+            *_OWN_SETTINGS,
             *("--node-id", name, "--host", HOST, "--listen", HOST, "--port", str(port), "--redis-url", redis_url),
             *("--state-dir", str(self._state / name), "--log-dir", str(self._logs / f"{name}-engines")),
             *("--run-dir", str(private(self._run / name)), "--log-format", "json", "--exit-with-parent"),

@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+import os
 import sys
 
 import pytest
 from sollol.report import PlacementWish
 
+from tests.certificates import authority, write_identity
 from tests.fakes.fake_head import NODES, fake_head
 from tests.placement_cases import MODEL
 from tests.sollol_command import sollol
@@ -16,6 +18,31 @@ from tests.sollol_command import sollol
 async def head():
     async with fake_head() as running:
         yield running
+
+
+@pytest.mark.parametrize("address", ["bighost", "bighost:", ":7461", "bighost:grpc"])
+async def test_an_address_that_is_none_is_said_to_be_none(tmp_path, address):
+    tls = write_identity(tmp_path, authority(), "admin", "me")
+
+    status, _, err = await sollol("--head", address, "--tls-dir", str(tls), "nodes")
+
+    assert (status, f"'{address}' is not HOST:PORT" in err) == (2, True), err
+
+
+async def test_a_reader_of_the_output_who_leaves_is_no_error(head):
+    _, address = head
+    reads, writes = os.pipe()
+    os.close(reads)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "sollold.cli", "--head", address, "pools"),
+        stdout=writes,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    os.close(writes)
+
+    _, err = await asyncio.wait_for(process.communicate(), 20)
+
+    assert (process.returncode, err) == (0, b"")
 
 
 async def test_nodes_links_models_and_pools_are_tables_for_people(head):

@@ -94,6 +94,15 @@ async def test_the_broker_is_passed_to_every_daemon_and_not_on_its_command_line(
         assert f"{name} | started caps= mqtt=mqtt://u:p@127.0.0.1:1" in errors
 
 
+async def test_the_services_settings_in_etc_are_not_ours(start):
+    up = await start()
+    await up.ready()
+    lines = [child.cmdline() for child in psutil.Process(up.process.pid).children()]
+    await up.end(signal.SIGTERM)
+
+    assert [line[line.index("--config") + 1] for line in lines] == [os.devnull] * 2
+
+
 async def test_children_end_when_up_is_killed(start):
     up = await start()
     await up.ready()

@@ -69,7 +69,12 @@ class Head:
         return await ended
 
     def link(self, node_id):
+        if node_id not in self.nodes:
+            raise refuse(Reason.AGENT_UNREACHABLE, f"node {node_id} is not known")
         return self
+
+    async def set_cordoned(self, *, cordoned, draining):
+        pass
 
     async def stop(self, instance_id, *, at_once=False):
         self.stopped.append(instance_id)
@@ -299,3 +304,15 @@ async def test_a_number_of_pools_that_makes_no_sense_is_refused(served, count):
     assert refusal.reason is Reason.INVALID_REQUEST
     assert "use 1 to 64" in refusal.message
     assert not head.loads
+
+
+async def test_a_node_that_is_lost_while_it_drains_is_not_said_to_be_empty(served):
+    head, client, _ = served
+    head.report(instance())
+    left = client.drain("a")
+    assert [pool.instance.instance_id for pool in await anext(left)] == ["p"]
+
+    del head.nodes["a"]  # as when it was silent for a minute
+
+    refusal = await refused(anext(left))
+    assert (refusal.reason, refusal.message) == (Reason.AGENT_UNREACHABLE, "node a is not known")

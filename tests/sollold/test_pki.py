@@ -102,6 +102,8 @@ async def test_what_is_issued_is_shown_renewed_with_a_new_key_and_revoked(tmp_pa
         (("rotate", "--authority", "drop"), 2, "no former authority"),
         (("rotate", "--authority", "switch"), 2, "begin with"),
         (("invite", "--ttl", "soon"), 2, "not a time such as"),
+        (("invite", "--port", "70000"), 2, "argument --port: '70000' is not a port, 1 to 65535"),
+        (("invite", "--port", "x"), 2, "'x' is not a port"),
     ],
 )
 async def test_what_cannot_be_done_is_said_and_changes_nothing(tmp_path, store, words, status, said):
