@@ -76,6 +76,7 @@ def coordinator_argv(
         *("-ctk", plan.kv_type),
         *("-ctv", plan.kv_type),
         *("--cache-ram", "0"),  # the engine's default would take 8 GiB that nobody reserved
+        *("--ctx-checkpoints", "0"),  # and 32 per slot, of a state each, for sliding windows and recurrent layers
         "--jinja",
         "--metrics",
         "--slots",

@@ -58,6 +58,13 @@ async def test_each_slot_has_the_context_that_was_planned(supervisor: Supervisor
     assert models["data"][0]["id"] == "tiny"
 
 
+async def test_it_keeps_no_copies_of_conversations_that_nobody_reserved_memory_for(supervisor: Supervisor) -> None:
+    await started(supervisor, "p", plan_of("tiny"))
+    log = supervisor.log_path("p").read_text()
+    assert "context checkpoints disabled" in log
+    assert "prompt cache is disabled" in log
+
+
 async def test_a_killed_engine_has_died(supervisor: Supervisor) -> None:
     pid = (await started(supervisor, "p", plan_of("tiny"))).pid
     os.kill(pid, signal.SIGKILL)

@@ -72,6 +72,7 @@ def _add_plain(parser: argparse.ArgumentParser) -> None:
         (("-b", "--batch-size"), "n_batch"),
         (("-ub", "--ubatch-size"), "n_ubatch"),
         (("-cram", "--cache-ram"), "cache_ram_mib"),
+        (("-ctxcp", "--ctx-checkpoints", "--swa-checkpoints"), "n_ctx_checkpoints"),
         (("-lv", "--verbosity"), "verbosity"),
         (("--threads-http",), "n_threads_http"),
         (("--sse-ping-interval",), "sse_ping_interval"),
