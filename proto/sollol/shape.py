@@ -26,6 +26,7 @@ from sollol.names import quoted
 from sollol.report import ModelShape
 
 MOST_LAYERS = 512  # the engine's own limit
+MOST_EXPERTS = 1024  # twice the engine's own limit; what one token uses of them is a loop's length in `compute`
 LARGEST_FIGURE = 1 << 31
 WIDEST = 1 << 20  # of one layer: the widest models today have 1 << 16; more would overflow every sum made of it
 F32 = 4
@@ -111,7 +112,7 @@ def shape_of(headers: Sequence[Header]) -> ModelShape:
     embedding, output = _bytes_outside_layers(tensors)
     window, sliding = _sliding(metadata, layers)
     recurrent = _recurrent_layers(metadata, layers)
-    experts = metadata.figure("expert_count")
+    experts = _experts(metadata)
     heads = metadata.figure("attention.head_count")
     head_size = metadata.figure("embedding_length") // heads if heads else 0
     is_mla = metadata.has("attention.key_length_mla")  # the engine then keeps compressed keys only
@@ -144,6 +145,13 @@ def shape_of(headers: Sequence[Header]) -> ModelShape:
     )
     _check_widths(metadata, shape)
     return shape
+
+
+def _experts(metadata: _Metadata) -> int:
+    for name in ("expert_count", "expert_used_count"):
+        if (claimed := metadata.figure(name)) > MOST_EXPERTS:
+            raise metadata.corrupt(f"{name} is {claimed}, must be at most {MOST_EXPERTS}")
+    return metadata.figure("expert_count")
 
 
 def is_addition(header: Header) -> bool:

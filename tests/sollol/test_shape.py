@@ -1,9 +1,13 @@
 """Shapes of headers in the manner of real architectures; the engine's rules are quoted where a test needs them."""
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sollol.errors import Reason, SollolError
 from sollol.gguf import has_chat_template, quantization_of
 from sollol.gguf_split import read_model
+from sollol.memory import device_shares
+from sollol.report import DeviceKind
 from sollol.shape import shape_of
 
 from tests.gguf_bytes import gguf, llama_metadata, llama_tensors
@@ -173,6 +177,8 @@ def test_layers_that_share_a_cache_have_none_of_their_own(shape):
         ({"attention__key_length": 0xFFFFFFFF}, "no sensible number"),
         ({"attention__key_length": 1 << 30}, "is absurd"),
         ({"embedding_length": 0}, "embedding length"),
+        ({"expert_count": 2048}, "expert_count is 2048, must be at most 1024"),
+        ({"expert_count": 8, "expert_used_count": 1 << 31}, "expert_used_count is 2147483648, must be at most 1024"),
         ({"without": ("llama.embedding_length",)}, "embedding length"),
     ],
 )
@@ -181,6 +187,35 @@ def test_figures_that_cannot_be_are_refused(shape, arguments, why):
     assert refusal.reason is Reason.MODEL_CORRUPT
     assert why in refusal.message
     assert "'model.gguf'" in refusal.message
+
+
+EXTREMES = st.sampled_from([0, 1, 2, 3, 64, 1024, 1025, 65_536, (1 << 31) - 1, 1 << 31, (1 << 32) - 1])
+FIGURES = (
+    "embedding_length", "feed_forward_length", "context_length", "vocab_size", "expert_count", "expert_used_count",
+    "expert_feed_forward_length", "attention__head_count", "attention__head_count_kv", "attention__key_length",
+    "attention__value_length", "attention__sliding_window", "attention__sliding_window_pattern",
+    "attention__shared_kv_layers", "attention__indexer__key_length", "full_attention_interval", "nextn_predict_layers",
+    "token_shift_count", "wkv__head_size", "ssm__inner_size", "ssm__state_size", "ssm__group_count",
+    "ssm__time_step_rank", "ssm__conv_kernel", "shortconv__l_cache", "kda__head_dim",
+)  # fmt: skip
+
+
+@given(
+    architecture=st.sampled_from(["llama", "qwen3moe", "gemma3", "mamba", "mamba2", "rwkv7", "qwen3next", "falcon-h1"]),
+    figures=st.dictionaries(st.sampled_from(FIGURES), EXTREMES, max_size=6),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_whatever_a_header_claims_is_refused_or_computed_at_once(shape, architecture, figures):
+    """No figure decides how long a head computes: a loop of 2**31 turns would never end here."""
+    experts = {f"blk.{layer}.ffn_up_exps.weight": (8, 4, 4) for layer in range(2)}
+    try:
+        found = shape(architecture, tensors=llama_tensors() | experts, **figures)
+    except SollolError as error:
+        assert error.refusal.reason is Reason.MODEL_CORRUPT
+        return
+    split = (("CPU", DeviceKind.CPU, 1), ("GPU", DeviceKind.GPU, 2))
+    shares = device_shares(found, split, context_per_slot=512, parallel=2, kv_type="q8_0", ubatch=512)
+    assert sum(share.total_bytes for share in shares) < 1 << 63
 
 
 def test_a_vocabulary_without_weights_is_no_model(tmp_path):

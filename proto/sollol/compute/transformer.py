@@ -11,6 +11,8 @@ from sollol.compute.scene import F16, Scene, Tail
 # The engine turns queries, keys and values by a Hadamard matrix when the cache is quantized and heads are a multiple
 # of this.
 ROTATION = 64
+# Answers of experts are added up one by one, in place: more of them need no more room. The figure may come from afar.
+MOST_ADDED = 8
 
 
 def transformer_layer(scene: Scene, at: int, norm: Result, x: Result | None) -> Tail:
@@ -38,7 +40,7 @@ def finish(scene: Scene, tail: Tail) -> Result:
     answers = room.over(tail.output, tail.weights)
     used = scene.shape.experts_used
     total = room.node(scene.width, *(answers,) * min(2, used))
-    for _ in range(used - 2):
+    for _ in range(min(used, MOST_ADDED) - 2):
         total = room.over(total, answers)
     return room.over(total, tail.residual)
 
