@@ -86,6 +86,8 @@ NOTES = """\
   can be dropped, so the model counts them once. The weights of those rows are left out of the errors.
 - **Other recurrences** (Mamba hybrids, gated delta nets, linear attention, RWKV 6) and layers with both attention and a
   state are counted with the operations of their relatives, and MLA with its compressed heads: not measured.
+- **Sparse attention.** The keys of an indexer (DeepSeek 3.2, GLM DSA) are counted for every layer with a cache, in the
+  cache's type. That the engine keeps just these, and what computing with them takes, is unverified.
 - **Memory that the engine does not log**: the process itself, the vocabulary, work buffers of its threads, what a
   backend needs to receive a tensor. That is what the margin is for.
 """

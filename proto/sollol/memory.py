@@ -149,8 +149,10 @@ def kv_bytes(shape: ModelShape, layer: int, *, context_per_slot: int, parallel: 
         cells = _sliding_cells(shape, cells, ubatch)
     size, block = KV_TYPES[kv_type]
     heads = shape.kv_heads[layer]
-    # One row holds the keys, another the values, of all heads; quantized rows are made of whole blocks.
-    row = sum(-(-heads * length // block) * size for length in (shape.key_length, shape.value_length))
+    # One row holds the keys, another the values, of all heads; quantized rows are made of whole blocks. An indexer's
+    # row has one head of keys.
+    widths = (heads * shape.key_length, heads * shape.value_length, shape.indexer_length if heads else 0)
+    row = sum(-(-width // block) * size for width in widths)
     recurrent = shape.recurrent_bytes[layer] if shape.recurrent_bytes else 0
     return parallel * (cells * row + recurrent)
 

@@ -88,6 +88,7 @@ class ModelShape(Struct, frozen=True, kw_only=True):
     state_length: int = 0
     group_count: int = 0
     step_rank: int = 0
+    indexer_length: int = 0
 
 
 class Model(Struct, frozen=True, kw_only=True):

@@ -142,6 +142,7 @@ def shape_of(headers: Sequence[Header]) -> ModelShape:
         state_length=metadata.figure("ssm.state_size"),
         group_count=metadata.figure("ssm.group_count"),
         step_rank=metadata.figure("ssm.time_step_rank", metadata.figure("attention.decay_lora_rank")),
+        indexer_length=metadata.figure("attention.indexer.key_length"),
     )
     _check_widths(metadata, shape)
     return shape
@@ -169,6 +170,7 @@ def _check_widths(metadata: _Metadata, shape: ModelShape) -> None:
         "feed-forward": shape.feed_forward_length,
         "attention": max(shape.heads, *shape.kv_heads) * longest,
         "vocabulary": shape.vocabulary // 16,
+        "indexer": shape.indexer_length,
         "recurrent state": max(shape.recurrent_bytes, default=0) // 1024,
     }
     for name, width in widths.items():

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from sollol.errors import Reason, SollolError
 from sollol.gguf import has_chat_template, quantization_of
 from sollol.gguf_split import read_model
-from sollol.memory import device_shares
+from sollol.memory import device_shares, kv_bytes
 from sollol.report import DeviceKind
 from sollol.shape import shape_of
 
@@ -92,6 +92,14 @@ def test_head_sizes_that_are_given_count(shape):
 def test_mla_keeps_only_compressed_keys(shape):
     found = shape("deepseek2", attention__key_length=576, attention__value_length=512, attention__key_length_mla=192)
     assert (found.key_length, found.value_length) == (576, 0)
+
+
+def test_the_keys_of_an_indexer_are_cached_beside_the_others(shape):
+    plain = {"attention__key_length": 576, "attention__value_length": 512, "attention__key_length_mla": 192}
+    load = {"context_per_slot": 512, "parallel": 2, "kv_type": "f16", "ubatch": 512}
+    with_indexer = shape("deepseek32", **plain, attention__indexer__key_length=128)
+    more = kv_bytes(with_indexer, 0, **load) - kv_bytes(shape("deepseek32", **plain), 0, **load)
+    assert more == 2 * 512 * 128 * 2
 
 
 def test_experts_are_counted_apart_and_together(shape):

@@ -499,6 +499,7 @@ class ModelShape(google.protobuf.message.Message):
     STATE_LENGTH_FIELD_NUMBER: builtins.int
     GROUP_COUNT_FIELD_NUMBER: builtins.int
     STEP_RANK_FIELD_NUMBER: builtins.int
+    INDEXER_LENGTH_FIELD_NUMBER: builtins.int
     architecture: builtins.str
     layers: builtins.int
     embedding_length: builtins.int
@@ -528,6 +529,8 @@ class ModelShape(google.protobuf.message.Message):
     state_length: builtins.int
     group_count: builtins.int
     step_rank: builtins.int
+    indexer_length: builtins.int
+    """Of the keys that a sparse attention's indexer caches in every layer, beside the others; 0 without one."""
     @property
     def kv_heads(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """One entry per layer, 0 for a layer without attention."""
@@ -576,8 +579,9 @@ class ModelShape(google.protobuf.message.Message):
         state_length: builtins.int = ...,
         group_count: builtins.int = ...,
         step_rank: builtins.int = ...,
+        indexer_length: builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["architecture", b"architecture", "context_length", b"context_length", "embedding_bytes", b"embedding_bytes", "embedding_length", b"embedding_length", "expert_bytes", b"expert_bytes", "expert_feed_forward_length", b"expert_feed_forward_length", "experts", b"experts", "experts_used", b"experts_used", "feed_forward_length", b"feed_forward_length", "group_count", b"group_count", "heads", b"heads", "inner_length", b"inner_length", "key_length", b"key_length", "kv_heads", b"kv_heads", "layer_bytes", b"layer_bytes", "layers", b"layers", "output_bytes", b"output_bytes", "recurrent_bytes", b"recurrent_bytes", "sliding_layers", b"sliding_layers", "sliding_window", b"sliding_window", "state_length", b"state_length", "step_rank", b"step_rank", "tied_bytes", b"tied_bytes", "value_length", b"value_length", "vocabulary", b"vocabulary"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["architecture", b"architecture", "context_length", b"context_length", "embedding_bytes", b"embedding_bytes", "embedding_length", b"embedding_length", "expert_bytes", b"expert_bytes", "expert_feed_forward_length", b"expert_feed_forward_length", "experts", b"experts", "experts_used", b"experts_used", "feed_forward_length", b"feed_forward_length", "group_count", b"group_count", "heads", b"heads", "indexer_length", b"indexer_length", "inner_length", b"inner_length", "key_length", b"key_length", "kv_heads", b"kv_heads", "layer_bytes", b"layer_bytes", "layers", b"layers", "output_bytes", b"output_bytes", "recurrent_bytes", b"recurrent_bytes", "sliding_layers", b"sliding_layers", "sliding_window", b"sliding_window", "state_length", b"state_length", "step_rank", b"step_rank", "tied_bytes", b"tied_bytes", "value_length", b"value_length", "vocabulary", b"vocabulary"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ModelShape: typing_extensions.TypeAlias = ModelShape
