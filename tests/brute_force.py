@@ -11,7 +11,7 @@ from math import inf
 from typing import NamedTuple
 
 from sollol.correction import UNCORRECTED, Correction, scaled
-from sollol.memory import CPU_MARGIN_BYTES, bytes_read_per_token, device_shares
+from sollol.memory import CPU_MARGIN_BYTES, bytes_read_per_token, device_shares, largest_tensor_bytes
 from sollol.report import Device, DeviceKind, ModelShape, NodeStatus
 
 from sollold.placement.links import Links
@@ -93,8 +93,8 @@ def _cost(problem: Problem, own: int, dealt: list[tuple[tuple[int, int], int]]) 
 
 def _receiving(shape, correction):
     """What a backend with a GPU takes of its node's RAM: its process and the largest tensor, on its way to the GPU."""
-    layer, output = (scaled(size, correction.weights) for size in (max(shape.layer_bytes), shape.output_bytes))
-    return CPU_MARGIN_BYTES + max(layer // 2, output)
+    largest = max(largest_tensor_bytes(shape, at) for at in range(shape.layers))
+    return CPU_MARGIN_BYTES + scaled(max(largest, shape.output_bytes), correction.weights)
 
 
 @lru_cache(maxsize=1000)

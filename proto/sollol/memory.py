@@ -5,7 +5,6 @@ them with the sizes that the engine logs, for models of a dozen architectures; w
 other recurrences) is named there.
 """
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -99,36 +98,6 @@ def device_shares(
     )
 
 
-def layers_that_fit(
-    shape: ModelShape,
-    free_bytes: int,
-    kind: DeviceKind,
-    *,
-    with_output: bool,
-    context_per_slot: int,
-    parallel: int,
-    kv_type: str,
-    ubatch: int,
-) -> int:
-    """The most layers that one device with `free_bytes` can hold while the CPU or other devices hold the rest.
-
-    The front ones, or `with_output` the last ones; the output layer then counts as one. 0 when not one fits.
-
-    Raises:
-        SollolError: as `device_shares`.
-    """
-    every = shape.layers + 1
-    load = _checked_load(context_per_slot, parallel, kv_type, ubatch)
-    host = kind is DeviceKind.CPU
-
-    def needed(count: int) -> int:
-        first, stop = (every - count, every) if with_output else (0, count)
-        on_host = count if host else first
-        return _share(shape, load, _Place("", kind, first, stop, host, overlapped=False, on_host=on_host)).total_bytes
-
-    return bisect_right(range(1, (every if with_output else shape.layers) + 1), free_bytes, key=needed)
-
-
 def bytes_read_per_token(shape: ModelShape, share: DeviceShare) -> int:
     """Weights that one token makes this device read: its layers, of experts only those used, and the output layer.
 
@@ -155,6 +124,11 @@ def kv_bytes(shape: ModelShape, layer: int, *, context_per_slot: int, parallel: 
     row = sum(-(-width // block) * size for width in widths)
     recurrent = shape.recurrent_bytes[layer] if shape.recurrent_bytes else 0
     return parallel * (cells * row + recurrent)
+
+
+def largest_tensor_bytes(shape: ModelShape, layer: int) -> int:
+    """Of one layer; two thirds of it where a report does not say: experts' gate and up in one tensor, beside down."""
+    return shape.largest_tensor_bytes[layer] if shape.largest_tensor_bytes else shape.layer_bytes[layer] * 2 // 3
 
 
 def _checked_load(
@@ -221,12 +195,9 @@ def _kv_bytes(shape: ModelShape, load: _Load, repeating: range) -> int:
 
 
 def _arriving_bytes(shape: ModelShape, place: _Place, repeating: range) -> int:
-    """A backend receives each tensor in a buffer of its own, before there are KV cache and compute buffer.
-
-    The largest of a layer has under half of it.
-    """
+    """A backend receives each tensor in a buffer of its own, before there are KV cache and compute buffer."""
     output = shape.output_bytes if place.stop > shape.layers else 0
-    return max(output, *(shape.layer_bytes[at] // 2 for at in repeating), 0)
+    return max(output, *(largest_tensor_bytes(shape, at) for at in repeating), 0)
 
 
 def _compute_bytes(shape: ModelShape, load: _Load, place: _Place) -> int:
@@ -260,8 +231,8 @@ def _sliding_cells(shape: ModelShape, cells: int, ubatch: int) -> int:
 
 
 def _offload_bytes(shape: ModelShape, on_cpu: range) -> int:
-    """GPUs help with long prompts for layers on the CPU, and copy one weight tensor at a time: under half a layer."""
-    return max((shape.layer_bytes[at] // 2 for at in on_cpu if at < shape.layers), default=0)
+    """GPUs help with long prompts for layers on the CPU, and copy one weight tensor at a time."""
+    return max((largest_tensor_bytes(shape, at) for at in on_cpu if at < shape.layers), default=0)
 
 
 def _idle_expert_bytes(shape: ModelShape, layer: int) -> int:

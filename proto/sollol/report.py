@@ -89,6 +89,7 @@ class ModelShape(Struct, frozen=True, kw_only=True):
     group_count: int = 0
     step_rank: int = 0
     indexer_length: int = 0
+    largest_tensor_bytes: tuple[int, ...] = ()
 
 
 class Model(Struct, frozen=True, kw_only=True):

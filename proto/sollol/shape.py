@@ -108,7 +108,7 @@ def shape_of(headers: Sequence[Header]) -> ModelShape:
     if not 1 <= layers <= MOST_LAYERS:
         raise metadata.corrupt(f"it claims {layers} layers, must be 1 to {MOST_LAYERS}")
     tensors = tuple(tensor for header in headers for tensor in header.tensors)
-    layer_bytes, expert_bytes = _bytes_per_layer(metadata, tensors, layers)
+    layer_bytes, expert_bytes, largest_bytes = _bytes_per_layer(metadata, tensors, layers)
     embedding, output = _bytes_outside_layers(tensors)
     window, sliding = _sliding(metadata, layers)
     recurrent = _recurrent_layers(metadata, layers)
@@ -128,6 +128,7 @@ def shape_of(headers: Sequence[Header]) -> ModelShape:
         vocabulary=metadata.length("tokenizer.ggml.tokens") or metadata.figure("vocab_size"),
         context_length=metadata.figure("context_length"),
         layer_bytes=layer_bytes,
+        largest_tensor_bytes=largest_bytes,
         embedding_bytes=embedding,
         output_bytes=output,
         sliding_window=window,
@@ -182,9 +183,9 @@ def _check_widths(metadata: _Metadata, shape: ModelShape) -> None:
 
 def _bytes_per_layer(
     metadata: _Metadata, tensors: Iterable[TensorInfo], layers: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Bytes of all tensors, and of the experts' alone, by layer."""
-    everything, experts = [0] * layers, [0] * layers
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Bytes of all tensors, of the experts' alone, and of the largest tensor, by layer."""
+    everything, experts, largest = [0] * layers, [0] * layers, [0] * layers
     for tensor in tensors:
         found = _LAYER.match(tensor.name)
         if found is None:
@@ -193,12 +194,13 @@ def _bytes_per_layer(
         if layer >= layers:
             raise metadata.corrupt(f"tensor {quoted(tensor.name)} is beyond its {layers} layers")
         everything[layer] += tensor.size_bytes
+        largest[layer] = max(largest[layer], tensor.size_bytes)
         if _EXPERTS.search(tensor.name):
             experts[layer] += tensor.size_bytes
     needed = everything[: max(1, layers - metadata.figure("nextn_predict_layers"))]  # drafting layers may be left out
     if not all(needed):
         raise metadata.corrupt(f"layer {everything.index(0)} of {layers} has no weights")
-    return tuple(everything), tuple(experts)
+    return tuple(everything), tuple(experts), tuple(largest)
 
 
 def _bytes_outside_layers(tensors: Iterable[TensorInfo]) -> tuple[int, int]:

@@ -12,7 +12,14 @@ from itertools import accumulate
 from msgspec import Struct
 from msgspec.structs import replace
 from sollol.correction import Correction, scaled
-from sollol.memory import CPU_MARGIN_BYTES, GPU_MARGIN_BYTES, bytes_read_per_token, device_shares, kv_bytes
+from sollol.memory import (
+    CPU_MARGIN_BYTES,
+    GPU_MARGIN_BYTES,
+    bytes_read_per_token,
+    device_shares,
+    kv_bytes,
+    largest_tensor_bytes,
+)
 from sollol.report import DeviceKind, DeviceShare, ModelShape
 
 from sollold.placement.corrections import NOTHING_KNOWN, Corrections
@@ -72,9 +79,10 @@ class Needs:
         samples = {kind: at for at, kind in enumerate(self._kinds)}.values()
         self._least_between = min(self._compute_bytes(at, at + 1) for at in samples)
         self._least_last = min(self._compute_bytes(self.every - count, self.every) for count in (1, 2))
-        self._least_arriving = min(weights[:-1]) // 2
+        self._largest = [scaled(largest_tensor_bytes(shape, at), usual.weights) for at in range(shape.layers)]
+        self._least_arriving = min(self._largest)
         # What a lent GPU takes of its node's RAM: the process, and the tensor on its way to the GPU.
-        self.host_bytes = CPU_MARGIN_BYTES + max(weights[-1], max(weights[:-1]) // 2)
+        self.host_bytes = CPU_MARGIN_BYTES + max(weights[-1], *self._largest)
         self.crossing_bytes = F32 * shape.embedding_length
         self.answer_bytes = F32 * shape.vocabulary
 
@@ -128,8 +136,7 @@ class Needs:
 
     def _arriving_bytes(self, first: int, stop: int) -> int:
         output = self._output_bytes if stop == self.every else 0
-        largest = max(self.shape.layer_bytes[first:stop], default=0) // 2
-        return max(output, scaled(largest, self._usual.weights))
+        return max(output, *self._largest[first:stop], 0)
 
     def _compute_bytes(self, first: int, stop: int) -> int:
         """A buffer's size follows from the kinds of layers there are, hardly from how many: a few ranges say it."""

@@ -12,7 +12,6 @@ from sollol.memory import (
     bytes_read_per_token,
     device_shares,
     kv_bytes,
-    layers_that_fit,
 )
 from sollol.report import DeviceKind, ModelShape
 
@@ -200,10 +199,18 @@ def test_a_backend_has_room_to_receive_its_largest_tensor():
         assert (lent.kv_bytes + lent.compute_bytes + lent.margin_bytes > 10**9) is room
 
 
+def test_the_largest_tensor_is_the_files_own_where_the_report_says_it():
+    """Experts' gate and up in one tensor are 63 % of a layer: half a layer was too little room to receive them."""
+    heavy = replace(MINI, layer_bytes=(3 * 10**8,) * 8, largest_tensor_bytes=(190 * 10**6,) * 7 + (200 * 10**6,))
+    first, last = (shares_of(heavy, ("CPU", CPU, 0), ("B0", CPU, 7), ("B1", CPU, 2))[at] for at in (1, 2))
+    assert first.kv_bytes + first.compute_bytes + first.margin_bytes == CPU_MARGIN_BYTES + 190 * 10**6
+    assert last.kv_bytes + last.compute_bytes + last.margin_bytes == CPU_MARGIN_BYTES + 200 * 10**6
+
+
 def test_a_backend_does_not_help_with_the_hosts_layers_as_a_gpu_does():
     lent = shares_of(MID, ("CPU", CPU, 4), ("B0", CPU, 5))[1]
     helping = shares_of(MID, ("CPU", CPU, 4), ("G0", GPU, 5))[1]
-    assert helping.compute_bytes - lent.compute_bytes == MID.layer_bytes[0] // 2
+    assert helping.compute_bytes - lent.compute_bytes == MID.layer_bytes[0] * 2 // 3
 
 
 @given(
@@ -221,19 +228,3 @@ def test_every_split_holds_the_same_weights_and_conversations(counts, kv_type, p
     assert sum(share.kv_bytes for share in shares) == whole.kv_bytes
     assert sum(share.layers for share in shares) == 9
     assert sum(bytes_read_per_token(MID, share) for share in shares) == bytes_read_per_token(MID, whole)
-
-
-@given(free=st.integers(0, 2 * 1024 * MIB), kind=st.sampled_from(DeviceKind), with_output=st.booleans())
-def test_the_layers_that_fit_are_the_most_that_do(free, kind, with_output):
-    load = {"context_per_slot": 2048, "parallel": 2, "kv_type": "f16", "ubatch": 512}
-    count = layers_that_fit(MID, free, kind, with_output=with_output, **load)
-    fewer = layers_that_fit(MID, max(0, free - 30 * MIB), kind, with_output=with_output, **load)
-    assert 0 <= fewer <= count <= (9 if with_output else 8)
-
-
-def test_all_layers_fit_exactly_when_the_bytes_of_all_are_free():
-    needed = alone(MID).total_bytes
-    load = {"context_per_slot": 8192, "parallel": 1, "kv_type": "f16", "ubatch": 512}
-    assert layers_that_fit(MID, needed, CPU, with_output=True, **load) == 9
-    assert layers_that_fit(MID, needed - 1, CPU, with_output=True, **load) == 8
-    assert layers_that_fit(MID, 0, CPU, with_output=True, **load) == 0

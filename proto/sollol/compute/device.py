@@ -73,6 +73,7 @@ def _of_layers(shape: ModelShape, layers: list[int]) -> ModelShape:
         shape,
         layers=len(layers),
         layer_bytes=(),
+        largest_tensor_bytes=(),
         kv_heads=tuple(shape.kv_heads[at] for at in layers),
         sliding_layers=tuple(map(bool, sliding)),
         recurrent_bytes=recurrent,

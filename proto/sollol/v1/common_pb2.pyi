@@ -500,6 +500,7 @@ class ModelShape(google.protobuf.message.Message):
     GROUP_COUNT_FIELD_NUMBER: builtins.int
     STEP_RANK_FIELD_NUMBER: builtins.int
     INDEXER_LENGTH_FIELD_NUMBER: builtins.int
+    LARGEST_TENSOR_BYTES_FIELD_NUMBER: builtins.int
     architecture: builtins.str
     layers: builtins.int
     embedding_length: builtins.int
@@ -551,6 +552,10 @@ class ModelShape(google.protobuf.message.Message):
     def recurrent_bytes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Recurrent state per sequence and layer, 0 for attention layers."""
 
+    @property
+    def largest_tensor_bytes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Of the largest tensor in each layer. Empty in the reports of agents that do not know it."""
+
     def __init__(
         self,
         *,
@@ -580,8 +585,9 @@ class ModelShape(google.protobuf.message.Message):
         group_count: builtins.int = ...,
         step_rank: builtins.int = ...,
         indexer_length: builtins.int = ...,
+        largest_tensor_bytes: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["architecture", b"architecture", "context_length", b"context_length", "embedding_bytes", b"embedding_bytes", "embedding_length", b"embedding_length", "expert_bytes", b"expert_bytes", "expert_feed_forward_length", b"expert_feed_forward_length", "experts", b"experts", "experts_used", b"experts_used", "feed_forward_length", b"feed_forward_length", "group_count", b"group_count", "heads", b"heads", "indexer_length", b"indexer_length", "inner_length", b"inner_length", "key_length", b"key_length", "kv_heads", b"kv_heads", "layer_bytes", b"layer_bytes", "layers", b"layers", "output_bytes", b"output_bytes", "recurrent_bytes", b"recurrent_bytes", "sliding_layers", b"sliding_layers", "sliding_window", b"sliding_window", "state_length", b"state_length", "step_rank", b"step_rank", "tied_bytes", b"tied_bytes", "value_length", b"value_length", "vocabulary", b"vocabulary"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["architecture", b"architecture", "context_length", b"context_length", "embedding_bytes", b"embedding_bytes", "embedding_length", b"embedding_length", "expert_bytes", b"expert_bytes", "expert_feed_forward_length", b"expert_feed_forward_length", "experts", b"experts", "experts_used", b"experts_used", "feed_forward_length", b"feed_forward_length", "group_count", b"group_count", "heads", b"heads", "indexer_length", b"indexer_length", "inner_length", b"inner_length", "key_length", b"key_length", "kv_heads", b"kv_heads", "largest_tensor_bytes", b"largest_tensor_bytes", "layer_bytes", b"layer_bytes", "layers", b"layers", "output_bytes", b"output_bytes", "recurrent_bytes", b"recurrent_bytes", "sliding_layers", b"sliding_layers", "sliding_window", b"sliding_window", "state_length", b"state_length", "step_rank", b"step_rank", "tied_bytes", b"tied_bytes", "value_length", b"value_length", "vocabulary", b"vocabulary"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ModelShape: typing_extensions.TypeAlias = ModelShape
