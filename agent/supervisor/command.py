@@ -75,8 +75,7 @@ def coordinator_argv(
         *_threads(1 if plan.backends else plan.threads or threads),
         *("-ctk", plan.kv_type),
         *("-ctv", plan.kv_type),
-        *("--cache-ram", "0"),  # the engine's default would take 8 GiB that nobody reserved
-        *("--ctx-checkpoints", "0"),  # and 32 per slot, of a state each, for sliding windows and recurrent layers
+        *("--cache-ram", "0", "--ctx-checkpoints", "0"),  # the defaults take gigabytes that nobody reserved
         "--jinja",
         "--metrics",
         "--slots",

@@ -19,15 +19,15 @@ from sollol.architectures import (
     SLIDING_PERIODS,
     SLIDING_PERIODS_DENSE_FIRST,
 )
-from sollol.errors import Reason, SollolError, refuse
-from sollol.gguf import Header, Skipped, TensorInfo, Value
+from sollol.errors import Reason, refuse
+from sollol.gguf import Header, TensorInfo
+from sollol.gguf_figures import Metadata
 from sollol.gguf_tables import TENSOR_TYPES
 from sollol.names import quoted
 from sollol.report import ModelShape
 
 MOST_LAYERS = 512  # the engine's own limit
 MOST_EXPERTS = 1024  # twice the engine's own limit; what one token uses of them is a loop's length in `compute`
-LARGEST_FIGURE = 1 << 31
 WIDEST = 1 << 20  # of one layer: the widest models today have 1 << 16; more would overflow every sum made of it
 F32 = 4
 
@@ -39,61 +39,6 @@ _EXPERTS = re.compile(r"\.ffn_\w+_exps\.")
 _STAYS_ON_HOST = re.compile(r"(token_embd|per_layer_token_embd|position_embd|token_types)\b")
 
 
-class _Metadata:
-    """One model's metadata as checked figures. `figure("block_count")` reads `<architecture>.block_count`."""
-
-    def __init__(self, header: Header) -> None:
-        self._header = header
-        self.architecture = self.word("general.architecture")
-        if not self.architecture:
-            raise self.corrupt("its metadata names no architecture")
-
-    def corrupt(self, what: str) -> SollolError:
-        return refuse(Reason.MODEL_CORRUPT, f"{quoted(self._header.name)}: {what}; get another file of this model")
-
-    def word(self, key: str) -> str:
-        value = self._header.metadata.get(key, "")
-        return value if isinstance(value, str) else ""
-
-    def _value(self, name: str) -> Value | None:
-        return self._header.metadata.get(f"{self.architecture}.{name}")
-
-    def has(self, name: str) -> bool:
-        return self._value(name) is not None
-
-    def figure(self, name: str, default: int = 0) -> int:
-        """A number, or the largest of an array with one per layer."""
-        value = self._value(name)
-        if value is None:
-            return default
-        return max((self._checked(name, item) for item in (value if isinstance(value, tuple) else (value,))), default=0)
-
-    def per_layer(self, name: str, layers: int, default: int) -> tuple[int, ...]:
-        value = self._value(name)
-        if not isinstance(value, tuple):
-            return (default if value is None else self._checked(name, value),) * layers
-        if len(value) < layers:
-            raise self.corrupt(f"{name} has {len(value)} entries for {layers} layers")
-        return tuple(self._checked(name, item) for item in value[:layers])
-
-    def flags(self, name: str, layers: int) -> tuple[bool, ...] | None:
-        """One truth per layer, None when the file has no such array."""
-        if not isinstance(self._value(name), tuple):
-            return None
-        return tuple(bool(item) for item in self.per_layer(name, layers, 0))
-
-    def _checked(self, name: str, value: Value) -> int:
-        if not isinstance(value, int) or not 0 <= value <= LARGEST_FIGURE:
-            raise self.corrupt(f"{name} is {quoted(str(value))}, no sensible number")
-        return int(value)
-
-    def length(self, key: str) -> int:
-        value = self._header.metadata.get(key)
-        if isinstance(value, Skipped):
-            return value.length
-        return len(value) if isinstance(value, tuple) else 0
-
-
 def shape_of(headers: Sequence[Header]) -> ModelShape:
     """The shape of a model from the headers of all its parts, the first one first.
 
@@ -101,7 +46,7 @@ def shape_of(headers: Sequence[Header]) -> ModelShape:
         SollolError: MODEL_CORRUPT when figures are missing, absurd or contradict the tensors; MODEL_UNSUPPORTED for
             files that are no language model.
     """
-    metadata = _Metadata(headers[0])
+    metadata = Metadata(headers[0])
     if is_addition(headers[0]):
         raise refuse(Reason.MODEL_UNSUPPORTED, f"{quoted(headers[0].name)} is no language model but an addition to one")
     layers = metadata.figure("block_count")
@@ -114,8 +59,7 @@ def shape_of(headers: Sequence[Header]) -> ModelShape:
     recurrent = _recurrent_layers(metadata, layers)
     experts = _experts(metadata)
     heads = metadata.figure("attention.head_count")
-    head_size = metadata.figure("embedding_length") // heads if heads else 0
-    is_mla = metadata.has("attention.key_length_mla")  # the engine then keeps compressed keys only
+    key_length, value_length = _head_lengths(metadata, heads)
     shape = ModelShape(
         architecture=metadata.architecture,
         layers=layers,
@@ -123,8 +67,8 @@ def shape_of(headers: Sequence[Header]) -> ModelShape:
         feed_forward_length=_feed_forward_length(metadata),
         heads=heads,
         kv_heads=_kv_heads(metadata, layers, recurrent),
-        key_length=_longest(metadata, "attention.key_length", head_size),
-        value_length=0 if is_mla else _longest(metadata, "attention.value_length", head_size),
+        key_length=key_length,
+        value_length=value_length,
         vocabulary=metadata.length("tokenizer.ggml.tokens") or metadata.figure("vocab_size"),
         context_length=metadata.figure("context_length"),
         layer_bytes=layer_bytes,
@@ -149,7 +93,7 @@ def shape_of(headers: Sequence[Header]) -> ModelShape:
     return shape
 
 
-def _experts(metadata: _Metadata) -> int:
+def _experts(metadata: Metadata) -> int:
     for name in ("expert_count", "expert_used_count"):
         if (claimed := metadata.figure(name)) > MOST_EXPERTS:
             raise metadata.corrupt(f"{name} is {claimed}, must be at most {MOST_EXPERTS}")
@@ -164,7 +108,7 @@ def is_addition(header: Header) -> bool:
     )
 
 
-def _check_widths(metadata: _Metadata, shape: ModelShape) -> None:
+def _check_widths(metadata: Metadata, shape: ModelShape) -> None:
     longest = max(shape.key_length, shape.value_length)
     widths = {
         "embedding": shape.embedding_length,
@@ -182,7 +126,7 @@ def _check_widths(metadata: _Metadata, shape: ModelShape) -> None:
 
 
 def _bytes_per_layer(
-    metadata: _Metadata, tensors: Iterable[TensorInfo], layers: int
+    metadata: Metadata, tensors: Iterable[TensorInfo], layers: int
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Bytes of all tensors, of the experts' alone, and of the largest tensor, by layer."""
     everything, experts, largest = [0] * layers, [0] * layers, [0] * layers
@@ -217,24 +161,34 @@ def _tied_bytes(tensors: Iterable[TensorInfo]) -> int:
     return 0 if "output.weight" in sizes else sizes.get("token_embd.weight", 0)
 
 
-def _feed_forward_length(metadata: _Metadata) -> int:
+def _feed_forward_length(metadata: Metadata) -> int:
     """The widest that one token gets in a layer: with experts, all the chosen ones together."""
     dense = metadata.figure("feed_forward_length")
     return max(dense, metadata.figure("expert_used_count") * _expert_feed_forward_length(metadata))
 
 
-def _expert_feed_forward_length(metadata: _Metadata) -> int:
+def _expert_feed_forward_length(metadata: Metadata) -> int:
     if not metadata.figure("expert_count"):
         return 0
     return metadata.figure("expert_feed_forward_length", metadata.figure("feed_forward_length"))
 
 
-def _longest(metadata: _Metadata, name: str, head_size: int) -> int:
+def _head_lengths(metadata: Metadata, heads: int) -> tuple[int, int]:
+    """Of a head's keys and values."""
+    usual = metadata.figure("embedding_length") // heads if heads else 0
+    is_mla = metadata.has("attention.key_length_mla")  # the engine then keeps compressed keys only
+    return (
+        _longest(metadata, "attention.key_length", usual),
+        0 if is_mla else _longest(metadata, "attention.value_length", usual),
+    )
+
+
+def _longest(metadata: Metadata, name: str, head_size: int) -> int:
     """A head's length. Where sliding layers have another one, the longer of the two stands for both."""
     return max(metadata.figure(name, head_size), metadata.figure(f"{name}_swa"))
 
 
-def _kv_heads(metadata: _Metadata, layers: int, recurrent: Sequence[bool]) -> tuple[int, ...]:
+def _kv_heads(metadata: Metadata, layers: int, recurrent: Sequence[bool]) -> tuple[int, ...]:
     heads = metadata.per_layer("attention.head_count", layers, 0)
     kv_heads = metadata.per_layer("attention.head_count_kv", layers, 0)
     if not metadata.has("attention.head_count_kv"):
@@ -248,7 +202,7 @@ def _kv_heads(metadata: _Metadata, layers: int, recurrent: Sequence[bool]) -> tu
     )
 
 
-def _sliding(metadata: _Metadata, layers: int) -> tuple[int, tuple[bool, ...]]:
+def _sliding(metadata: Metadata, layers: int) -> tuple[int, tuple[bool, ...]]:
     architecture = metadata.architecture
     window = metadata.figure("attention.sliding_window", DEFAULT_WINDOWS.get(architecture, 0))
     if architecture in IGNORED_WINDOWS or not window:
@@ -265,7 +219,7 @@ def _sliding(metadata: _Metadata, layers: int) -> tuple[int, tuple[bool, ...]]:
     return window, pattern
 
 
-def _recurrent_layers(metadata: _Metadata, layers: int) -> tuple[bool, ...]:
+def _recurrent_layers(metadata: Metadata, layers: int) -> tuple[bool, ...]:
     """Which layers keep a state of fixed size in place of, or beside, keys and values."""
     if metadata.architecture in RECURRENT | BOTH_IN_EVERY_LAYER:
         return (True,) * layers
@@ -286,7 +240,7 @@ def _recurrent_layers(metadata: _Metadata, layers: int) -> tuple[bool, ...]:
     )
 
 
-def _state_elements(metadata: _Metadata) -> int:
+def _state_elements(metadata: Metadata) -> int:
     """Elements that a recurrent layer keeps per sequence: its convolution's inputs and its state."""
     embedding = metadata.figure("embedding_length")
     if wkv := metadata.figure("wkv.head_size"):
@@ -303,7 +257,7 @@ def _state_elements(metadata: _Metadata) -> int:
     return kernel * (inner + 2 * metadata.figure("ssm.group_count") * state) + state * inner
 
 
-def _recurrent_bytes(metadata: _Metadata, recurrent: Sequence[bool]) -> tuple[int, ...]:
+def _recurrent_bytes(metadata: Metadata, recurrent: Sequence[bool]) -> tuple[int, ...]:
     if not any(recurrent):
         return ()
     size = F32 * _state_elements(metadata)
