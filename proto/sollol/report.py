@@ -1,7 +1,6 @@
 """What nodes say of themselves and what heads decide: frozen values, field for field those of `sollol.v1`.
 
-Sizes are bytes, durations seconds (`_s`). `common.proto` documents each field; here stand only the rules that code
-relies on.
+Sizes are bytes, durations seconds (`_s`). `common.proto` documents each field; here are rules of code only.
 """
 
 from enum import StrEnum
