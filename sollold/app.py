@@ -54,6 +54,7 @@ from sollold.surveyor import Surveyor
 log = structlog.get_logger(__name__)
 
 STEP_WITHIN_S = 5.0
+FRONTS = "fronts"  # they close together: one grace is what everybody's streams get
 
 
 async def serve(live: Live[HeadConfig], environ: Mapping[str, str], stop: Stop) -> None:
@@ -191,8 +192,8 @@ async def _serve_grpc(config: HeadConfig, closing: Closing, server: HeadServer) 
     except RuntimeError as error:
         raise _port_taken("grpc_port", address) from error
     grace_s = config.shutdown_grace_s
-    closing.add("gRPC", lambda: server.stop(grace_s), within_s=grace_s + STEP_WITHIN_S)
-    closing.add("health", server.drain, within_s=STEP_WITHIN_S)
+    closing.add("gRPC", lambda: server.stop(grace_s), within_s=grace_s + STEP_WITHIN_S, group=FRONTS)
+    closing.add("health", server.drain, within_s=STEP_WITHIN_S, group=FRONTS)
 
 
 async def _serve_http(
@@ -205,7 +206,7 @@ async def _serve_http(
         runner = await serve_http(app, config.listen, config.http_port, tls)
     except OSError as error:
         raise _port_taken("http_port", _address(config.listen, config.http_port)) from error
-    closing.add("HTTP", runner.cleanup, within_s=grace_s + STEP_WITHIN_S)
+    closing.add("HTTP", runner.cleanup, within_s=grace_s + STEP_WITHIN_S, group=FRONTS)
 
 
 def _serve_mqtt(
@@ -236,7 +237,7 @@ def _serve_mqtt(
             discovery_prefix=config.mqtt_discovery_prefix,
             grace_s=config.shutdown_grace_s,
         )
-        closing.add("MQTT requests", front.close, within_s=config.shutdown_grace_s + STEP_WITHIN_S)
+        closing.add("MQTT requests", front.close, within_s=config.shutdown_grace_s + STEP_WITHIN_S, group=FRONTS)
 
 
 def _address(host: str, port: int) -> str:

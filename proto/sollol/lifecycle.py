@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import structlog
 
@@ -83,18 +83,26 @@ class Stop:
             self._notices.ready()
 
 
+class _Step(NamedTuple):
+    name: str
+    close: Callable[[], Awaitable[object]]
+    within_s: float
+
+
 class Closing:
     """Closing steps, run on leaving the block, last added first, each within its own bound.
 
-    A step that fails or overruns is logged and left, and the next one runs; leaving the block then raises UncleanStop
-    unless another exception is already on its way.
+    Those of one `group` run at the same time, where its newest one stands. A step that fails or overruns is logged and
+    left, and the next one runs; leaving the block then raises UncleanStop unless another exception is on its way.
     """
 
     def __init__(self) -> None:
-        self._steps: list[tuple[str, Callable[[], Awaitable[object]], float]] = []
+        # Of steps that run together; one of its own is one. The order is that of each group's newest step.
+        self._groups: dict[object, list[_Step]] = {}
 
-    def add(self, name: str, close: Callable[[], Awaitable[object]], *, within_s: float) -> None:
-        self._steps.append((name, close, within_s))
+    def add(self, name: str, close: Callable[[], Awaitable[object]], *, within_s: float, group: str = "") -> None:
+        key = group or object()
+        self._groups[key] = [*self._groups.pop(key, []), _Step(name, close, within_s)]
 
     def run(self, name: str, work: Coroutine[Any, Any, None], stop: Stop, *, within_s: float) -> None:
         """Start `work` as a task that lives until its closing step.
@@ -131,8 +139,11 @@ class Closing:
     async def __aexit__(
         self, _kind: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
     ) -> None:
-        failed = [name for name, close, within_s in reversed(self._steps) if not await _closed(name, close, within_s)]
-        self._steps.clear()
+        failed: list[str] = []
+        while self._groups:
+            _, steps = self._groups.popitem()
+            closed = await asyncio.gather(*(_closed(*step) for step in steps))
+            failed += [step.name for step, well in zip(steps, closed, strict=True) if not well]
         if failed and error is None:
             raise UncleanStop(f"not closed cleanly: {', '.join(failed)}")
 

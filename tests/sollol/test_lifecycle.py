@@ -118,6 +118,44 @@ def test_the_status_is_1_when_a_closing_step_overran():
         assert '"event":"closing_step_overran","step":"deaf"' in log_text
 
 
+async def test_steps_of_one_group_close_together_where_the_newest_of_them_stands():
+    said, both = [], asyncio.Barrier(2)
+
+    def step(name, *, meets=False):
+        async def close():
+            if meets:
+                await both.wait()
+            said.append(name)
+
+        return close
+
+    async with Closing() as closing:
+        closing.add("first", step("first"), within_s=5)
+        closing.add("one", step("one", meets=True), within_s=5, group="pair")
+        closing.add("between", step("between"), within_s=5)
+        closing.add("other", step("other", meets=True), within_s=5, group="pair")
+        closing.add("last", step("last"), within_s=5)
+
+    assert (said[0], set(said[1:3]), said[3:]) == ("last", {"one", "other"}, ["between", "first"])
+
+
+async def test_a_step_that_overruns_is_told_by_name_and_stops_none_of_its_group():
+    said = []
+
+    async def good():
+        said.append("good")
+
+    async def closed():
+        async with Closing() as closing:
+            closing.add("deaf", lambda: asyncio.sleep(60), within_s=0.1, group="pair")
+            closing.add("good", good, within_s=5, group="pair")
+
+    with pytest.raises(UncleanStop, match=r"^not closed cleanly: deaf$"):
+        await closed()
+
+    assert said == ["good"]
+
+
 def test_the_end_of_standard_input_stops_a_child_that_shall_leave_with_its_parent():
     with Daemon(GRACEFUL, options=", exit_with_parent=True", stdin=subprocess.PIPE) as daemon:
         assert daemon.hear() == "ready"
