@@ -33,7 +33,7 @@ class Discovery:
         self._expire_after_s = expire_after_s
         self._unique = f"sollol_{slug(cluster)}_{slug(node_id)}"
         self._seats: dict[str, None] = {}
-        self.topic = f"{prefix}/device/sollol_{slug(node_id)}/config"
+        self.topic = f"{prefix}/device/{self._unique}/config"
         self.birth_topic = f"{prefix}/status"
 
     def config(self, node: NodeState, pools: Iterable[PoolState]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ STATUS = "sollol/v1/home/node/a/status"
 STATE = "sollol/v1/home/node/a/state"
 POOL = "sollol/v1/home/pool/p/state"
 EVENT = "sollol/v1/home/event"
-CONFIG = "homeassistant/device/sollol_a/config"
+CONFIG = "homeassistant/device/sollol_home_a/config"
 
 
 @pytest.fixture

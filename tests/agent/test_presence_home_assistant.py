@@ -23,7 +23,7 @@ def config(made, *instances, node_id="bigbox"):
 def test_a_node_is_one_device_with_components_that_read_its_state():
     made = discovery()
     device = config(made)
-    assert made.topic == "homeassistant/device/sollol_bigbox/config"
+    assert made.topic == "homeassistant/device/sollol_home_bigbox/config"
     assert device["dev"] == {
         "ids": ["sollol_home_bigbox"],
         "name": "SOLLOL bigbox",
@@ -59,6 +59,12 @@ def test_ids_are_unique_and_of_characters_that_home_assistant_takes():
     for text in (*ids, *components):
         assert re.fullmatch(r"[A-Za-z0-9_-]+", text)
     assert slug("a.b") != slug("a_b")
+
+
+def test_nodes_of_two_clusters_that_have_one_name_are_two_devices():
+    other = Discovery(Topics("lab"), cluster="lab", node_id="bigbox", prefix="homeassistant", expire_after_s=30)
+    assert other.topic != discovery().topic
+    assert config(other)["dev"]["ids"] != config(discovery())["dev"]["ids"]
 
 
 def test_a_pool_is_a_component_by_its_model_and_number_whoever_takes_that_seat():
