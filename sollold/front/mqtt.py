@@ -161,12 +161,19 @@ class MqttFront:
                 if isinstance(event, Progress):
                     if time.monotonic() - told_s >= PROGRESS_GAP_S:
                         told_s = time.monotonic()
-                        await self._connection.send(_to(message, answer.progress(event)))
+                        await self._tell(message, answer.progress(event))
                     continue
                 if event.text or event.reasoning:
                     await self._connection.send(_to(message, answer.chunk(event.text, event.reasoning)))
                 finish_reason, usage = event.finish_reason or finish_reason, event.usage or usage
         await self._connection.send(_to(message, answer.finished(finish_reason, usage)))
+
+    async def _tell(self, message: "Received", progress: bytes) -> None:
+        """A broker that is away while a model loads misses what it would show, and the request waits on."""
+        try:
+            await self._connection.send(_to(message, progress))
+        except SollolError as error:
+            log.debug("mqtt_progress_missed", reason=error.refusal.reason)
 
 
 def _key(message: "Received") -> _Key:

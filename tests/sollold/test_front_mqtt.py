@@ -29,6 +29,10 @@ def link_to(broker, name):
     return Connection(found, client_id=name, status_topic=f"sollol/v1/home/head/{name}/status")
 
 
+def _ended(messages):
+    return messages if messages and messages[-1].get("done") else None
+
+
 class Device:
     """Hears the answers, with their correlation data."""
 
@@ -50,11 +54,7 @@ class Device:
     async def done(self, correlation=b"7"):
         """Every message up to the last one."""
 
-        def last():
-            messages = self.messages(correlation)
-            return messages if messages and messages[-1].get("done") else None
-
-        messages = await wait_until(last, within_s=10, what="a last message")
+        messages = await wait_until(lambda: _ended(self.messages(correlation)), within_s=10, what="a last message")
         assert [message["sequence"] for message in messages] == list(range(len(messages)))
         return messages
 
@@ -271,24 +271,35 @@ async def test_a_broker_that_goes_away_ends_the_stream_and_a_word_waits_for_when
     assert (waiting["done"], waiting["error"]["reason"]) == (True, "BROKER_UNREACHABLE")
 
 
-async def test_a_broker_that_restarts_while_a_model_loads_costs_no_answer(serving, broker):
+async def test_a_broker_that_restarts_while_a_model_loads_costs_no_answer(serving, broker, monkeypatch):
+    monkeypatch.setattr("sollold.front.mqtt.PROGRESS_GAP_S", 0.0)
     ready, online = asyncio.Event(), "sollol/v1/home/head/+/status"
+    told = 0
 
     async def slow(_request, on_progress):
-        on_progress(Progress(state="loading", percent=40.0))
-        await ready.wait()
+        nonlocal told
+        while not ready.is_set():
+            told += 1
+            on_progress(Progress(state="loading", percent=told / 100))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ready.wait(), 0.02)
         return FakeStream()
 
     _, device, _ = await serving(slow)
     await device.ask()
     await wait_until(device.messages, what="it waits")
     broker.stop()
+    while_away = told + 3
+    await wait_until(lambda: told > while_away, what="the load goes on")
     await broker.start()
     heard = await broker.listen(online)
     for name in ("h", "device-of-h"):
         await heard.says(online.replace("+", name), "online")
     ready.set()
-    assert (await device.done())[-1]["finish_reason"] == "stop"
+    *messages, last = await wait_until(lambda: _ended(device.messages()), within_s=10, what="a last message")
+    assert last["finish_reason"] == "stop"
+    assert "".join(message.get("text", "") for message in messages) == "Hello ✓"
+    assert last["sequence"] > len(messages), "what the broker missed is missing"
 
 
 async def test_a_broker_that_takes_nothing_stops_the_engine_and_not_the_head(serving, broker):
