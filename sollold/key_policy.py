@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import structlog
+from sollol.broker import parse_broker
 from sollol.config import ConfigError, is_loopback
 
 from sollold.config import HeadConfig
@@ -22,14 +23,29 @@ def check_keys(config: HeadConfig, path: Path) -> None:
     Raises:
         ConfigError: requests from other machines would need keys, and there is no file of them; or would need none.
     """
+    mode, exists = key_mode(config), path.exists()
+    needs_none = mode == "never" or (mode == "auto" and not exists)
+    if needs_none and config.mqtt_inference and config.mqtt_url:
+        _warn_of_broker(config.mqtt_url)
     if is_loopback(config.listen):
         return
-    mode, exists = key_mode(config), path.exists()
     if not config.insecure and (mode == "never" or not exists):
         why = 'require_keys = "never"' if mode == "never" else f"there are no API keys in {path}"
         raise ConfigError(
             f'listen = "{config.listen}" can be reached from other machines, and {why}: anyone there could use your '
             "models. Make a key with `sollol keys add NAME`, or set insecure = true if you trust that whole network"
         )
-    if mode == "never" or (mode == "auto" and not exists):
+    if needs_none:
         log.warning("http_open_to_everybody", listen=config.listen, port=config.http_port, why="insecure = true")
+
+
+def _warn_of_broker(url: str) -> None:
+    """Others reach the models through it; who, only the broker knows."""
+    broker = parse_broker(url)
+    if not is_loopback(broker.host):
+        log.warning(
+            "mqtt_open_to_whoever_may_publish",
+            broker=broker.address,
+            why="requests need no API key",
+            hint="make one with `sollol keys add NAME`",
+        )

@@ -16,6 +16,8 @@ PACKET_BYTES = 65_536  # of a message that is no request, or what a request carr
 MOST_PACKET_BYTES = 268_435_455  # MQTT's own
 # How the answer travels is not the asker's to say: always in pieces, always with usage.
 _IGNORED = ("stream", "stream_options")
+# Answers are text: what else these would bring is not left out in silence.
+_NOT_CARRIED = ("tools", "logprobs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,9 @@ def read_request(payload: bytes, user: Mapping[str, str], *, max_bytes: int) -> 
         raise expected(API_KEY, "a string", "***")
     for name in _IGNORED:
         body.pop(name, None)
+    for name in _NOT_CARRIED:
+        if not (body.get(name) in (None, []) or body[name] is False):
+            raise BadParameterError(name, "answers over MQTT carry text only; ask over HTTP")
     if ("messages" in body) == ("prompt" in body):
         raise BadParameterError("messages", "expected either `messages` or `prompt`")
     asked = requests.chat(body) if "messages" in body else requests.completion(body)

@@ -56,6 +56,28 @@ def test_what_http_would_refuse_is_refused_with_the_same_words(payload, says):
     assert says in refused.value.refusal.message
 
 
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({**CHAT, "tools": [TOOL]}, "tools"),
+        ({**CHAT, "logprobs": True}, "logprobs"),
+        ({**PROMPT, "logprobs": 0}, "logprobs"),
+    ],
+)
+def test_what_an_answer_of_text_cannot_carry_is_refused(body, param):
+    with pytest.raises(BadParameterError, match="ask over HTTP") as refused:
+        read(body)
+    assert refused.value.param == param
+
+
+@pytest.mark.parametrize("more", [{"tools": []}, {"tools": None}, {"logprobs": False}, {"logprobs": None}])
+def test_what_asks_for_nothing_but_text_is_taken(more):
+    assert read({**CHAT, **more}).asked.engine.model == "m"
+
+
 def test_a_payload_that_is_too_large_is_refused_unread():
     with pytest.raises(SollolError, match="REQUEST_TOO_LARGE"):
         read_request(b"x" * 11, {}, max_bytes=10)

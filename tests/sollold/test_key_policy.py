@@ -42,3 +42,23 @@ def test_on_loopback_or_in_a_network_that_somebody_trusts_it_does_and_says_so(pa
         assert lines == []
         check_keys(HeadConfig(listen="0.0.0.0", insecure=True), path)
     assert [(line["event"], line["log_level"]) for line in lines] == [("http_open_to_everybody", "warning")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "warned"),
+    [
+        ({"mqtt_url": "mqtt://u:secret@192.168.1.5"}, False, True),
+        ({"mqtt_url": "mqtt://192.168.1.5", "require_keys": "never"}, True, True),
+        ({"mqtt_url": "mqtt://192.168.1.5"}, True, False),
+        ({"mqtt_url": "mqtt://192.168.1.5", "require_keys": "always"}, False, False),
+        ({"mqtt_url": "mqtt://192.168.1.5", "mqtt_inference": False}, False, False),
+        ({"mqtt_url": "mqtt://127.0.0.1"}, False, False),
+    ],
+)
+def test_requests_through_another_machines_broker_that_need_no_key_are_warned_of(path, settings, key, warned):
+    if key:
+        path.touch()
+    with capture_logs() as lines:
+        check_keys(HeadConfig(**{"mqtt_inference": True, **settings}), path)
+    assert [line["event"] for line in lines] == ["mqtt_open_to_whoever_may_publish"] * warned
+    assert "secret" not in str(lines)
