@@ -5,8 +5,9 @@ loads (comments), and when a stream breaks (an error event, never a silent end).
 """
 
 import asyncio
+import contextlib
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -145,7 +146,7 @@ class HttpFront:
         client = EventResponse(request)
         try:
             try:
-                with self._departure.running():
+                with self._departure.running(), _bugs_as_refusals():
                     await _wait(client, opening, board)
                     await _pass_on(client, opening.result(), request)
             except SollolError as error:
@@ -194,21 +195,27 @@ async def _wait(client: EventResponse, opening: asyncio.Task[EngineStream], boar
         await asyncio.wait({opening}, timeout=WORD_EVERY_S)
 
 
-async def _pass_on(client: EventResponse, stream: EngineStream, request: web.Request) -> None:
-    origin = _origin(request, stream)
-    await refuse_engine_error(stream)
-    await client.start(origin)
-    passage = Passage()
+@contextlib.contextmanager
+def _bugs_as_refusals() -> Iterator[None]:
+    """Once a response has begun, an error can only be an event of it."""
     try:
-        async for chunk in stream:
-            whole = passage.feed(chunk)
-            if whole:
-                await client.send(whole)
+        yield
     except (SollolError, ClientGoneError):
         raise
     except Exception as error:
         log.exception("stream_failed_unexpectedly")
         raise refuse(Reason.INTERNAL, "the head failed in mid-stream; see its log") from error
+
+
+async def _pass_on(client: EventResponse, stream: EngineStream, request: web.Request) -> None:
+    origin = _origin(request, stream)
+    await refuse_engine_error(stream)
+    await client.start(origin)
+    passage = Passage()
+    async for chunk in stream:
+        whole = passage.feed(chunk)
+        if whole:
+            await client.send(whole)
     rest, ending = passage.finish()
     if ending is Ending.TRUNCATED:
         raise _truncated(stream)

@@ -15,7 +15,7 @@ _DEFAULT_RETRY_AFTER_S = 5
 
 
 def envelope(error: SollolError) -> dict[str, Any]:
-    """Return `{"error": {...}}`: OpenAI's four fields, and ours: retryable, details, log_lines."""
+    """Return `{"error": {...}}`: OpenAI's four fields, and ours: retry, retry_after_s, details, log_lines."""
     refusal = error.refusal
     content: dict[str, Any] = {
         "message": refusal.message,
@@ -24,6 +24,8 @@ def envelope(error: SollolError) -> dict[str, Any]:
         "param": error.param if isinstance(error, BadParameterError) else None,
         "retry": refusal.retry.value,
     }
+    if refusal.retry_after_s is not None:  # in mid-stream there are no headers to say it
+        content["retry_after_s"] = refusal.retry_after_s
     if refusal.numbers:
         content["details"] = refusal.numbers
     if refusal.log_lines:

@@ -32,6 +32,9 @@ CHAT_PATH = "/v1/chat/completions"
 COMPLETION_PATH = "/v1/completions"
 
 _INT32_MAX = 2**31 - 1
+# Each costs some 80 and 40 bytes once it is read, and time in which every stream stands still: a body of nothing else
+# would take a gigabyte. No context holds as many, not even as punctuation of a text.
+_MOST_CONTAINERS, _MOST_ITEMS = 200_000, 2_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +49,13 @@ def decode_body(raw: bytes) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        SollolError: INVALID_REQUEST. Strict: no NaN, no comments, valid UTF-8, bounded nesting.
+        SollolError: INVALID_REQUEST, REQUEST_TOO_LARGE. Strict: no NaN, no comments, valid UTF-8, bounded nesting.
     """
+    if raw.count(b"[") + raw.count(b"{") > _MOST_CONTAINERS or raw.count(b",") > _MOST_ITEMS:
+        raise refuse(
+            Reason.REQUEST_TOO_LARGE,
+            f"body: more than {_MOST_CONTAINERS} lists and objects, or more than {_MOST_ITEMS} items",
+        )
     try:
         body = msgspec.json.decode(raw)
     except RecursionError:

@@ -155,6 +155,31 @@ async def test_a_load_that_fails_after_the_headers_ends_in_an_error_event(servin
     assert event["error"]["log_lines"] == ["bad magic"]
 
 
+async def test_a_bug_after_the_headers_ends_in_an_error_event_too(serving, impatient):
+    async def broken(request, on_progress):
+        await asyncio.sleep(0.1)
+        raise ZeroDivisionError
+
+    _, session = await serving(broken)
+    async with session.post(CHAT, json={**ASK, "stream": True}) as response:
+        *_, last = (await response.read()).rstrip().rpartition(b"\n\n")
+
+    assert response.status == 200
+    assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "INTERNAL"
+
+
+async def test_an_error_in_mid_stream_says_when_to_come_back(serving, impatient):
+    async def full(request, on_progress):
+        await asyncio.sleep(0.1)
+        raise refuse(Reason.NO_FIT, "full", retryable=True, retry_after_s=2.5)
+
+    _, session = await serving(full)
+    async with session.post(CHAT, json={**ASK, "stream": True}) as response:
+        (event,) = events_of(await response.read())
+
+    assert (response.status, event["error"]["retry_after_s"]) == (200, 2.5)
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_refusal_is_an_envelope_with_its_status(serving, stream):
     refusal = refuse(

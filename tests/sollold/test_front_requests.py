@@ -116,6 +116,19 @@ def test_what_is_not_a_json_object_is_refused(raw):
     assert refusal_of(requests.decode_body, raw).reason is Reason.INVALID_REQUEST
 
 
+@pytest.mark.parametrize("evil", [b"[]", b"{}", b'{"a":[]}', b"0", b"[0]"])
+def test_a_body_of_millions_of_tiny_parts_is_refused_before_it_is_read(evil):
+    raw = b'{"x":[' + b",".join([evil] * (8_000_000 // len(evil))) + b"]}"
+
+    assert refusal_of(requests.decode_body, raw).reason is Reason.REQUEST_TOO_LARGE
+
+
+def test_a_long_text_full_of_brackets_and_commas_is_none_of_these():
+    raw = json.dumps({"model": "tiny", "prompt": "f(a, [b, {c}]), " * 40_000}).encode()
+
+    assert requests.completion(requests.decode_body(raw)).engine.model == "tiny"
+
+
 def test_the_engine_always_streams_and_counts_when_the_user_wants_no_stream():
     asked = chat(stream=False, stream_options={"include_usage": False})
     assert not asked.stream
