@@ -158,15 +158,22 @@ class Admission:
         key = caller.key
         if key is None:
             return Permit(caller, _Use(), None, self._clock)
-        if not caller.may_use(self._known(model) or model):
-            why = f"the API key {key.name} is for {', '.join(key.models)}, not for {model}"
-            _refuse(key.name, "scope", Reason.KEY_SCOPE, why)
+        if key.models:
+            self._check_scope(key, model)
         use = self._uses.setdefault(key.sha256, _Use())
         allowance = use.metered(key, self._clock())
         self._check_concurrency(key, use)
         if allowance is not None:
             self._check_tokens(key, allowance)
         return Permit(caller, use, allowance, self._clock)
+
+    def _check_scope(self, key: Key, model: str) -> None:
+        known = self._known(model)
+        if not key.covers(known or model):
+            why = f"the API key {key.name} is for {', '.join(key.models)}, not for {model}"
+            _refuse(key.name, "scope", Reason.KEY_SCOPE, why)
+        if known is None:
+            raise refuse(Reason.MODEL_NOT_FOUND, f"no node has a model named {model}; /v1/models lists this key's")
 
     def _check_concurrency(self, key: Key, use: _Use) -> None:
         if key.concurrency is not None and use.running >= key.concurrency:

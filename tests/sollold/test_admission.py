@@ -111,6 +111,14 @@ def test_a_key_is_for_the_models_that_it_names_by_whatever_name_they_are_asked()
     assert refusal_of(admission, token_of("alice"), "nobody-has-this").reason is Reason.KEY_SCOPE
 
 
+def test_a_key_of_some_models_learns_no_other_name_from_a_wrong_one():
+    admission = Admission(FakeKeys(key_of("alice", models=("llama*",))), mode="auto", known={MODEL: MODEL}.get)
+
+    refusal = refusal_of(admission, token_of("alice"), "llama3.1:80b")
+
+    assert (refusal.reason, MODEL in refusal.message) == (Reason.MODEL_NOT_FOUND, False)
+
+
 def test_only_models_in_scope_are_visible():
     models = (AvailableModel(name="a:8b"), AvailableModel(name="b:70b"))
     admission = admission_of(key_of("alice", models=("a:*",)), key_of("bob"))

@@ -189,7 +189,8 @@ async def test_a_request_that_comes_twice_while_it_runs_is_answered_once(serving
 
 
 async def test_keys_hold_as_they_do_over_http(serving):
-    admission = admission_of(key_of("tiny-only", models=("tiny",)), key_of("none", models=("x",)))
+    keys = key_of("tiny-only", models=("tiny",)), key_of("none", models=("x",))
+    admission = admission_of(*keys, known={"tiny": "tiny"})
     _, device, _ = await serving(admission=admission)
 
     def with_key(name):
