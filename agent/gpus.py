@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 NVIDIA, AMD = "NVIDIA", "AMD"
 
@@ -23,7 +24,8 @@ _GTT_OVER_VRAM = 4
 class Gpu(Struct, frozen=True, kw_only=True):
     """One GPU as its driver sees it; `index` counts within the vendor, in the driver's order.
 
-    With `unified`, total and free are the driver's own limits on its share of RAM, or None where it has none.
+    With `unified`, total and free are the driver's own limits on its share of RAM, or None where it has none. `lost`: why
+    nothing is free there any more; the rest is what its driver said last.
     """
 
     vendor: str
@@ -33,6 +35,7 @@ class Gpu(Struct, frozen=True, kw_only=True):
     free_bytes: int | None
     unified: bool = False
     bandwidth_bytes_per_s: float = 0.0
+    lost: str = ""
 
 
 class DriverLost(Exception):  # noqa: N818 - a condition that the probe lives through
@@ -61,6 +64,7 @@ class Nvidia:
         self._load = load
         self._nvml: Any = None
         self._answered = False
+        self._seen: dict[int, Gpu] = {}
 
     def read(self) -> tuple[Gpu, ...]:
         """Every GPU, in NVML's order; none without a driver. A driver that comes later is noticed."""
@@ -72,12 +76,22 @@ class Nvidia:
             if self._nvml is None:
                 nvml.nvmlInit()
                 self._nvml, self._answered = nvml, True
-            return tuple(self._gpu(nvml, index) for index in range(nvml.nvmlDeviceGetCount()))
+            gpus = [self._gpu_or_lost(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
+            return tuple(gpu for gpu in gpus if gpu is not None)
         except nvml.NVMLError as error:
             self._nvml = None  # initialised again next time: the driver may be reloaded under us
             if not self._answered:
                 return ()
             raise DriverLost(f"{NVIDIA}: {error}") from error
+
+    def _gpu_or_lost(self, nvml: Any, index: int) -> Gpu | None:
+        """One GPU that falls off the bus takes no other with it; one that was never seen cannot be named."""
+        try:
+            gpu = self._seen[index] = self._gpu(nvml, index)
+        except nvml.NVMLError as error:
+            seen = self._seen.get(index)
+            return None if seen is None else replace(seen, lost=str(error) or "lost")
+        return gpu
 
     def _gpu(self, nvml: Any, index: int) -> Gpu:
         handle = nvml.nvmlDeviceGetHandleByIndex(index)

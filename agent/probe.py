@@ -24,6 +24,7 @@ log = structlog.get_logger(__name__)
 CPU_ID = "CPU"
 DRIVER_WITHIN_S = 2.0
 UNCONFIRMED_S = 30.0  # a driver silent for longer offers no memory: its GPU hangs
+_SLICE_BELOW = 8  # an engine that sees an eighth less than the driver has a part of the GPU: MIG, or a virtual one
 _UNIFIED_BELOW = 4  # a driver that sees less than a quarter of what the engine does counts a carve-out, not the memory
 
 
@@ -115,7 +116,18 @@ class Probe:
         device = replace(device, device_id=engine.device_id, name=engine.description or device.name)
         if not device.unified and device.total_bytes * _UNIFIED_BELOW < engine.total_bytes:
             return _on_ram(device, engine.total_bytes, None, cpu)
-        return device
+        return self._slice(device, engine) if _is_slice(device, engine) else device
+
+    def _slice(self, device: Device, engine: EngineDevice) -> Device:
+        """The driver tells of the whole GPU, the engine of its part, as long ago as it was asked: the less counts."""
+        free = min(device.measured_free_bytes, engine.free_bytes)
+        return replace(
+            device,
+            total_bytes=engine.total_bytes,
+            free_bytes=free,
+            measured_free_bytes=free,
+            age_s=max(device.age_s, self._clock() - self._engine_heard_s),
+        )
 
     def _engines_own(self, engine: EngineDevice, cpu: Device) -> Device:
         """A device that only the engine knows (Vulkan, Metal): its figures are as old as its list."""
@@ -145,6 +157,7 @@ class _DriverWatch:
             driver.read, initial=(), name=f"driver {driver.vendor}", deadline_s=DRIVER_WITHIN_S, clock=clock
         )
         self._silent = False
+        self._lost: dict[int, str] = {}
 
     async def newest(self) -> Reading[tuple[Gpu, ...]]:
         problem = ""
@@ -159,7 +172,18 @@ class _DriverWatch:
         elif self._silent and not problem:
             log.info("gpu_driver_back", vendor=self._vendor)
         self._silent = bool(problem)
+        self._tell_lost(reading.value)
         return reading
+
+    def _tell_lost(self, gpus: Sequence[Gpu]) -> None:
+        lost = {gpu.index: gpu.lost for gpu in gpus if gpu.lost}
+        for index in lost.keys() - self._lost.keys():
+            log.warning("gpu_lost", vendor=self._vendor, index=index, problem=lost[index])
+        self._lost = lost
+
+
+def _is_slice(device: Device, engine: EngineDevice) -> bool:
+    return not device.unified and (device.total_bytes - engine.total_bytes) * _SLICE_BELOW > device.total_bytes
 
 
 def _from_driver(gpu: Gpu, age_s: float, cpu: Device) -> Device:
@@ -176,7 +200,7 @@ def _from_driver(gpu: Gpu, age_s: float, cpu: Device) -> Device:
     )
     if gpu.unified:
         device = _on_ram(device, gpu.total_bytes, gpu.free_bytes, cpu)
-    if age_s > UNCONFIRMED_S:
+    if gpu.lost or age_s > UNCONFIRMED_S:
         device = replace(device, free_bytes=0, measured_free_bytes=0)
     return device
 

@@ -219,6 +219,33 @@ async def test_a_lost_driver_keeps_its_last_figures_for_a_while_and_is_found_aga
     assert [entry["event"] for entry in logs] == ["gpu_driver_silent", "gpu_driver_back"]
 
 
+async def test_a_lost_gpu_takes_no_other_with_it(tmp_path: Path):
+    twins = [FakeGpu("NVIDIA Tesla P40", 24 * GIB, free * GIB) for free in (3, 4)]
+    bench = Bench(tmp_path, FakeNvml(twins))
+    bench.probe.heard_engine([listed(f"CUDA{at}", "NVIDIA Tesla P40", 24 * GIB) for at in range(2)])
+    with capture_logs() as logs:
+        await bench.gpus()
+        twins[0].lost = True
+        for _ in range(2):
+            assert [(gpu.device_id, gpu.free_bytes // GIB) for gpu in await bench.gpus()] == [
+                ("CUDA0", 0),
+                ("CUDA1", 4),
+            ]
+    assert [(entry["event"], entry["index"]) for entry in logs] == [("gpu_lost", 0)]
+
+
+async def test_of_a_part_of_a_gpu_only_what_the_engine_sees_of_it_is_there(tmp_path: Path):
+    """MIG, or a virtual GPU: NVML tells of all 80 GB."""
+    whole = FakeGpu("NVIDIA A100-SXM4-80GB", 80 * GIB, 60 * GIB)
+    bench = Bench(tmp_path, FakeNvml([whole]))
+    bench.probe.heard_engine([listed("CUDA0", "NVIDIA A100-SXM4-80GB MIG 3g.20gb", 20 * GIB, 19 * GIB)])
+    bench.now = 5
+    (gpu,) = await bench.gpus()
+    assert (gpu.total_bytes, gpu.free_bytes, gpu.measured_free_bytes, gpu.age_s) == (20 * GIB, 19 * GIB, 19 * GIB, 5)
+    whole.free = 8 * GIB
+    assert (await bench.gpus())[0].free_bytes == 8 * GIB
+
+
 async def test_a_hanging_driver_delays_one_measurement_and_then_nobody(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(probe_module, "DRIVER_WITHIN_S", 0.05)
     hang = threading.Event()

@@ -42,6 +42,8 @@ class FakeGpu:
     free: int = 0
     bus_bits: int | None = None
     clock_mhz: int = 0
+    uuid: str = ""
+    lost: bool = False
 
 
 @dataclass
@@ -67,7 +69,12 @@ class FakeNvml:
         return len(self.gpus)
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> FakeGpu:
+        if self.gpus[index].lost:
+            raise NVMLError("GPU is lost")
         return self.gpus[index]
+
+    def nvmlDeviceGetUUID(self, gpu: FakeGpu) -> str:
+        return gpu.uuid
 
     def nvmlDeviceGetName(self, gpu: FakeGpu) -> str | bytes:
         return gpu.name
