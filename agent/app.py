@@ -79,7 +79,7 @@ async def serve(live: Live[AgentConfig], environ: Mapping[str, str], stop: Stop)
             await claim(registry, config.node_id, token, config.lease_s)
             found = await _found_engine(config, environ)
             ledger = Ledger(clock=time.monotonic, journal=lambda event: _journal(event, reporter))
-            inventory, probe = Inventory(_model_roots(config, environ)), _probe(config, places, found)
+            inventory, probe = Inventory(_model_roots(config, environ)), _probe(config, environ, places, found)
             streams, learned, key = Streams(), Learned(places.state), config.coordinator_key()
             supervisor = _supervisor(
                 config, environ, places,
@@ -258,8 +258,10 @@ def _reached_at(config: AgentConfig) -> str:
     return config.listen if is_loopback(config.listen) else config.host
 
 
-def _probe(config: AgentConfig, places: Directories, found: FoundEngine | None) -> Probe:
-    probe = Probe(drivers=default_drivers(), caps=config.caps, state_dir=places.state, threads=_threads(config))
+def _probe(config: AgentConfig, environ: Mapping[str, str], places: Directories, found: FoundEngine | None) -> Probe:
+    probe = Probe(
+        drivers=default_drivers(), caps=config.caps, state_dir=places.state, threads=_threads(config), environ=environ
+    )
     probe.heard_engine(found.devices if found else ())
     return probe
 

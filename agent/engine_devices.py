@@ -5,10 +5,11 @@ devices as it likes and knows nothing of NVML's indices, so the name decides fir
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from agent.gpus import AMD, NVIDIA, Gpu
+from agent.visible_gpus import CUDA, shown_by_cuda
 
 INTEL, APPLE = "Intel", "Apple"
 
@@ -50,19 +51,23 @@ def shares_ram(device: EngineDevice) -> bool:
     return vendor == APPLE or (vendor == INTEL and not _INTEL_BOARD.search(device.description))
 
 
-def match(engine: Sequence[EngineDevice], gpus: Sequence[Gpu]) -> list[tuple[EngineDevice | None, Gpu | None]]:
-    """Pair the engine's devices with the drivers' GPUs.
+def match(
+    engine: Sequence[EngineDevice], gpus: Sequence[Gpu], environ: Mapping[str, str]
+) -> list[tuple[EngineDevice | None, Gpu | None]]:
+    """Pair the engine's devices with the drivers' GPUs; `environ` is the engine's.
 
     Engine devices come first and in order, then the GPUs that it does not list. A GPU that two of the engine's
     backends list (CUDA0 and Vulkan0) is one memory: it counts once, for the first of them.
     """
     left = list(gpus)
+    shown = shown_by_cuda(gpus, environ)
     pairs: list[tuple[EngineDevice | None, Gpu | None]] = []
     for device in engine:
         if device.total_bytes <= 0:  # BLAS and the like: a way to compute, not a memory
             continue
         vendor = vendor_of(device)
-        own = [gpu for gpu in left if gpu.vendor == vendor]
+        own = [gpu for gpu in (shown if device.device_id.startswith(CUDA) else gpus) if gpu.vendor == vendor]
+        own = [gpu for gpu in own if gpu in left]
         if own:
             chosen = min(own, key=lambda gpu: _distance(device, gpu))
             left.remove(chosen)
@@ -72,12 +77,11 @@ def match(engine: Sequence[EngineDevice], gpus: Sequence[Gpu]) -> list[tuple[Eng
     return pairs + [(None, gpu) for gpu in left]
 
 
-def _distance(device: EngineDevice, gpu: Gpu) -> tuple[bool, bool, int]:
+def _distance(device: EngineDevice, gpu: Gpu) -> tuple[bool, bool]:
     total = gpu.total_bytes
     return (
         not _same_name(device.description, gpu.name),
         total is None or abs(total - device.total_bytes) * _NEAR > total,
-        gpu.index,
     )
 
 

@@ -24,8 +24,8 @@ _GTT_OVER_VRAM = 4
 class Gpu(Struct, frozen=True, kw_only=True):
     """One GPU as its driver sees it; `index` counts within the vendor, in the driver's order.
 
-    With `unified`, total and free are the driver's own limits on its share of RAM, or None where it has none. `lost`: why
-    nothing is free there any more; the rest is what its driver said last.
+    With `unified`, total and free are the driver's own limits on its share of RAM, or None where it has none.
+    `lost`: why nothing is free there any more; the rest is what its driver said last.
     """
 
     vendor: str
@@ -36,6 +36,7 @@ class Gpu(Struct, frozen=True, kw_only=True):
     unified: bool = False
     bandwidth_bytes_per_s: float = 0.0
     lost: str = ""
+    uuid: str = ""
 
 
 class DriverLost(Exception):  # noqa: N818 - a condition that the probe lives through
@@ -95,7 +96,7 @@ class Nvidia:
 
     def _gpu(self, nvml: Any, index: int) -> Gpu:
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        name = nvml.nvmlDeviceGetName(handle)
+        name, uuid = (_decoded(ask(handle)) for ask in (nvml.nvmlDeviceGetName, nvml.nvmlDeviceGetUUID))
         total = free = 0
         with suppress(nvml.NVMLError_NotSupported):  # a GPU without memory of its own
             memory = nvml.nvmlDeviceGetMemoryInfo(handle)
@@ -104,12 +105,18 @@ class Nvidia:
         return Gpu(
             vendor=NVIDIA,
             index=index,
-            name=name.decode() if isinstance(name, bytes) else name,
+            name=name,
+            uuid=uuid,
             total_bytes=total if own else None,
             free_bytes=free if own else None,
             unified=not own,
             bandwidth_bytes_per_s=_nvml_bandwidth(nvml, handle) if own else 0.0,
         )
+
+
+def _decoded(text: str | bytes) -> str:
+    """Older versions of the library give bytes."""
+    return text.decode(errors="replace") if isinstance(text, bytes) else text
 
 
 def _nvml_bandwidth(nvml: Any, handle: Any) -> float:

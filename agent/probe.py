@@ -36,6 +36,7 @@ class Probe:
         caps: Device id to the most bytes that may be used there.
         state_dir: Where the measured bandwidth is kept.
         threads: Those of an engine: the CPU's bandwidth is theirs.
+        environ: Of engines: it says which GPUs they see.
         root: Where `proc` and `sys` are mounted.
     """
 
@@ -46,12 +47,14 @@ class Probe:
         caps: Mapping[str, int],
         state_dir: Path,
         threads: int,
+        environ: Mapping[str, str] | None = None,
         root: Path = Path("/"),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._caps = dict(caps)
         self._state_dir = state_dir
         self._threads = threads
+        self._environ = environ or {}
         self._root = root
         self._clock = clock
         self._drivers = tuple(_DriverWatch(driver, clock) for driver in drivers)
@@ -87,7 +90,7 @@ class Probe:
             )
         cpu = replace(cpu, bandwidth_bytes_per_s=self._bandwidth)
         ages = {id(gpu): reading.age_s for reading in readings for gpu in reading.value}
-        pairs = match(self._engine, [gpu for reading in readings for gpu in reading.value])
+        pairs = match(self._engine, [gpu for reading in readings for gpu in reading.value], self._environ)
         gpus = (self._gpu(engine, gpu, ages.get(id(gpu), 0.0), cpu) for engine, gpu in pairs)
         return tuple(self._capped(device) for device in (cpu, *gpus))
 

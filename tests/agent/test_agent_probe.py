@@ -32,11 +32,19 @@ def ram(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 class Bench:
-    def __init__(self, root: Path, nvml: FakeNvml | None = None, caps: dict[str, int] | None = None) -> None:
+    def __init__(
+        self, root: Path, nvml: FakeNvml | None = None, caps: dict[str, int] | None = None, **environ: str
+    ) -> None:
         self.now = 0.0
         drivers = [Amd(root)] + ([Nvidia(lambda: nvml)] if nvml else [])
         self.probe = Probe(
-            drivers=drivers, caps=caps or {}, state_dir=root / "state", root=root, threads=2, clock=lambda: self.now
+            drivers=drivers,
+            caps=caps or {},
+            state_dir=root / "state",
+            root=root,
+            threads=2,
+            environ=environ,
+            clock=lambda: self.now,
         )
 
     async def gpus(self) -> list[Device]:
@@ -103,6 +111,40 @@ async def test_name_then_size_then_order_tell_which_gpu_is_which(tmp_path: Path)
         ("CUDA2", 4, True),
         ("NVIDIA0", 5, False),
     ]
+
+
+@pytest.mark.parametrize(
+    ("visible", "free"),
+    [
+        (None, [1, 2, 3]),
+        ("1", [2]),
+        ("2,0", [3, 1]),
+        ("GPU-cc,GPU-aa", [3, 1]),
+        ("GPU-c", [3]),
+        ("1,7,0", [2]),  # CUDA stops at what names nothing
+        ("", []),
+        ("-1", []),
+    ],
+)
+async def test_of_twins_the_engine_has_those_that_cuda_shows_it(tmp_path: Path, visible: str | None, free: list[int]):
+    twins = [FakeGpu("Tesla P40", 24 * GIB, (at + 1) * GIB, uuid=f"GPU-{name * 2}") for at, name in enumerate("abc")]
+    bench = Bench(tmp_path, FakeNvml(twins), **({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}))
+    bench.probe.heard_engine([listed(f"CUDA{at}", "Tesla P40", 24 * GIB) for at in range(len(free))])
+    gpus = await bench.gpus()
+    assert [gpu.free_bytes // GIB for gpu in gpus if gpu.usable] == free
+    assert len(gpus) == 3  # the others are shown, and cannot be used
+
+
+async def test_of_gpus_of_several_kinds_names_tell_what_cudas_numbers_do_not(tmp_path: Path):
+    """CUDA puts the fastest first: its number 0 is NVML's number 1 here."""
+    bench = Bench(tmp_path, FakeNvml([FakeGpu("GTX 1060", 6 * GIB, GIB), RTX]), CUDA_VISIBLE_DEVICES="0")
+    bench.probe.heard_engine([listed("CUDA0", RTX.name, 24 * GIB)])
+    assert [(gpu.free_bytes // GIB, gpu.usable) for gpu in await bench.gpus()] == [(20, True), (1, False)]
+    bench = Bench(
+        tmp_path, FakeNvml([RTX, RTX, FakeGpu("A", GIB)]), CUDA_VISIBLE_DEVICES="1", CUDA_DEVICE_ORDER="PCI_BUS_ID"
+    )
+    bench.probe.heard_engine([listed("CUDA0", RTX.name, 24 * GIB)])
+    assert [gpu.device_id for gpu in await bench.gpus()] == ["CUDA0", "NVIDIA0", "NVIDIA2"]
 
 
 async def test_one_gpu_under_two_backends_is_one_memory(tmp_path: Path):
