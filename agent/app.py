@@ -29,7 +29,8 @@ from agent.bandwidth import usable_cores
 from agent.busy import Busy
 from agent.config import AgentConfig
 from agent.cordon import Cordon
-from agent.engine.find import FoundEngine, find_engine
+from agent.device_list import DeviceList
+from agent.engine.find import FoundEngine, find_engine, listed_devices
 from agent.gpus import default_drivers
 from agent.learned import Learned
 from agent.ledger import Ledger, LedgerEvent
@@ -99,6 +100,10 @@ async def serve(live: Live[AgentConfig], environ: Mapping[str, str], stop: Stop)
             )  # fmt: skip
             supervisor.subscribe(lambda _: reporter.changed())
             links.subscribe(reporter.changed)
+            if found is not None:
+                devices = DeviceList(partial(listed_devices, found, environ), probe, reporter.changed)
+                supervisor.subscribe(devices.instance_changed)
+                closing.run("devices", devices.run(), stop, within_s=STEP_WITHIN_S)
             live.subscribe(lambda settings: _reconfigure(settings, environ, inventory, probe, reporter))
             closing.run("speeds", speeds.run(), stop, within_s=STEP_WITHIN_S)
             supervisor.adopt()

@@ -48,12 +48,16 @@ class Driver(Protocol):
 
     @property
     def vendor(self) -> str: ...
+    @property
+    def problem(self) -> str:
+        """Why it cannot be asked at all; empty when it can."""
+        ...
 
     def read(self) -> tuple[Gpu, ...]: ...
 
 
 class Nvidia:
-    """NVIDIA's GPUs through nvidia-ml-py, when it is installed and a driver is loaded.
+    """NVIDIA's GPUs through nvidia-ml-py, when a driver is loaded.
 
     Args:
         load: Gives the NVML module, or raises ImportError.
@@ -65,23 +69,26 @@ class Nvidia:
         self._load = load
         self._nvml: Any = None
         self._answered = False
+        self.problem = ""
         self._seen: dict[int, Gpu] = {}
 
     def read(self) -> tuple[Gpu, ...]:
         """Every GPU, in NVML's order; none without a driver. A driver that comes later is noticed."""
         try:
             nvml = self._nvml or self._load()
-        except ImportError:
+        except ImportError as error:
+            self.problem = f"NVML cannot be loaded: {error}; install nvidia-ml-py"
             return ()
         try:
             if self._nvml is None:
                 nvml.nvmlInit()
-                self._nvml, self._answered = nvml, True
+                self._nvml, self._answered, self.problem = nvml, True, ""
             gpus = [self._gpu_or_lost(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
             return tuple(gpu for gpu in gpus if gpu is not None)
         except nvml.NVMLError as error:
             self._nvml = None  # initialised again next time: the driver may be reloaded under us
             if not self._answered:
+                self.problem = f"NVML cannot be loaded: {error}"
                 return ()
             raise DriverLost(f"{NVIDIA}: {error}") from error
 
@@ -137,6 +144,7 @@ class Amd:
     """
 
     vendor = AMD
+    problem = ""  # sysfs is always there
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._cards = root / "sys/class/drm"

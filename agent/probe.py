@@ -60,6 +60,8 @@ class Probe:
         self._drivers = tuple(_DriverWatch(driver, clock) for driver in drivers)
         self._engine: tuple[EngineDevice, ...] = ()
         self._engine_heard_s = clock()
+        self._pairs: list[tuple[EngineDevice | None, Gpu | None]] = []
+        self._told_alone: set[str] = set()
         self._bandwidth: float | None = None
         self._cpu_name = _cpu_name(root)
 
@@ -71,6 +73,11 @@ class Probe:
         """Take the engine's newest list of devices: these are the usable ones, under the engine's names."""
         self._engine = tuple(devices)
         self._engine_heard_s = self._clock()
+
+    @property
+    def engine_alone(self) -> bool:
+        """Whether the engine alone knows what is free on one of its devices; known after the first measurement."""
+        return any(engine is not None and _only_engine_knows(engine, gpu) for engine, gpu in self._pairs)
 
     async def measure(self) -> tuple[Device, ...]:
         """The CPU first, then GPUs in the engine's order, then those that it cannot use.
@@ -90,9 +97,21 @@ class Probe:
             )
         cpu = replace(cpu, bandwidth_bytes_per_s=self._bandwidth)
         ages = {id(gpu): reading.age_s for reading in readings for gpu in reading.value}
-        pairs = match(self._engine, [gpu for reading in readings for gpu in reading.value], self._environ)
+        pairs = self._pairs = match(self._engine, [gpu for reading in readings for gpu in reading.value], self._environ)
+        self._tell_alone()
         gpus = (self._gpu(engine, gpu, ages.get(id(gpu), 0.0), cpu) for engine, gpu in pairs)
         return tuple(self._capped(device) for device in (cpu, *gpus))
+
+    def _tell_alone(self) -> None:
+        """Once for each device of a vendor whose driver we would rather ask."""
+        why = {driver.vendor: driver.problem for driver in self._drivers}
+        for engine, gpu in self._pairs:
+            if engine is None or gpu is not None or engine.device_id in self._told_alone:
+                continue
+            if (vendor := vendor_of(engine)) in why:
+                self._told_alone.add(engine.device_id)
+                problem = why[vendor] or "its driver tells of no such GPU"
+                log.warning("gpu_known_to_engine_only", device=engine.device_id, vendor=vendor, problem=problem)
 
     def _cpu(self) -> Device:
         memory = psutil.virtual_memory()
@@ -155,12 +174,16 @@ class _DriverWatch:
     """One driver, asked in its own thread; tells once when it hangs or is lost, and once when it is back."""
 
     def __init__(self, driver: Driver, clock: Callable[[], float]) -> None:
-        self._vendor = driver.vendor
+        self._driver, self.vendor = driver, driver.vendor
         self._reading: SlowReading[tuple[Gpu, ...]] = SlowReading(
             driver.read, initial=(), name=f"driver {driver.vendor}", deadline_s=DRIVER_WITHIN_S, clock=clock
         )
         self._silent = False
         self._lost: dict[int, str] = {}
+
+    @property
+    def problem(self) -> str:
+        return self._driver.problem
 
     async def newest(self) -> Reading[tuple[Gpu, ...]]:
         problem = ""
@@ -171,9 +194,9 @@ class _DriverWatch:
         if self._reading.overdue:
             problem = f"no answer within {DRIVER_WITHIN_S} s"
         if problem and not self._silent:
-            log.warning("gpu_driver_silent", vendor=self._vendor, problem=problem, age_s=round(reading.age_s, 1))
+            log.warning("gpu_driver_silent", vendor=self.vendor, problem=problem, age_s=round(reading.age_s, 1))
         elif self._silent and not problem:
-            log.info("gpu_driver_back", vendor=self._vendor)
+            log.info("gpu_driver_back", vendor=self.vendor)
         self._silent = bool(problem)
         self._tell_lost(reading.value)
         return reading
@@ -181,12 +204,22 @@ class _DriverWatch:
     def _tell_lost(self, gpus: Sequence[Gpu]) -> None:
         lost = {gpu.index: gpu.lost for gpu in gpus if gpu.lost}
         for index in lost.keys() - self._lost.keys():
-            log.warning("gpu_lost", vendor=self._vendor, index=index, problem=lost[index])
+            log.warning("gpu_lost", vendor=self.vendor, index=index, problem=lost[index])
         self._lost = lost
 
 
+def _only_engine_knows(engine: EngineDevice, gpu: Gpu | None) -> bool:
+    if gpu is None:
+        return not shares_ram(engine)
+    return gpu.total_bytes is not None and _is_part(engine.total_bytes, gpu.total_bytes)
+
+
+def _is_part(of_engine_bytes: int, of_driver_bytes: int) -> bool:
+    return (of_driver_bytes - of_engine_bytes) * _SLICE_BELOW > of_driver_bytes
+
+
 def _is_slice(device: Device, engine: EngineDevice) -> bool:
-    return not device.unified and (device.total_bytes - engine.total_bytes) * _SLICE_BELOW > device.total_bytes
+    return not device.unified and _is_part(engine.total_bytes, device.total_bytes)
 
 
 def _from_driver(gpu: Gpu, age_s: float, cpu: Device) -> Device:

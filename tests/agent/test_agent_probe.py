@@ -243,6 +243,37 @@ async def test_without_nvml_or_driver_there_are_no_nvidia_gpus_and_no_complaints
     assert logs == []
 
 
+async def test_it_says_once_that_an_nvidia_gpu_is_known_to_the_engine_only(tmp_path: Path):
+    def not_installed():
+        raise ImportError("No module named 'pynvml'")
+
+    probe = Probe(drivers=[Nvidia(not_installed)], caps={}, state_dir=tmp_path, root=tmp_path, threads=2)
+    assert not probe.engine_alone
+    probe.heard_engine([listed("CUDA0", RTX.name, 24 * GIB, 23 * GIB)])
+    with capture_logs() as logs:
+        await probe.measure()
+        await probe.measure()
+    assert [(entry["event"], entry["device"]) for entry in logs] == [("gpu_known_to_engine_only", "CUDA0")]
+    assert "No module named 'pynvml'" in logs[0]["problem"]
+    assert probe.engine_alone
+
+
+@pytest.mark.parametrize(
+    ("device", "alone"),
+    [
+        (listed("CUDA0", RTX.name, 24 * GIB), False),
+        (listed("CUDA0", RTX.name, 10 * GIB), True),  # a part of it
+        (listed("Vulkan0", "Intel(R) Arc(tm) A770 Graphics (DG2)", 16 * GIB), True),
+        (listed("Vulkan0", "Intel(R) UHD Graphics 620 (KBL GT2)", 16 * GIB), False),  # it has what the CPU has
+    ],
+)
+async def test_the_engine_alone_knows_what_no_driver_tells(tmp_path: Path, device: SimpleNamespace, alone: bool):
+    bench = Bench(tmp_path, FakeNvml([RTX]))
+    bench.probe.heard_engine([device])
+    await bench.gpus()
+    assert bench.probe.engine_alone is alone
+
+
 async def test_a_lost_driver_keeps_its_last_figures_for_a_while_and_is_found_again(tmp_path: Path):
     nvml = FakeNvml([RTX])
     bench = Bench(tmp_path, nvml)
