@@ -7,6 +7,7 @@ then. Timing TCP's own handshake would be simpler still, but a proxy or tunnel i
 import asyncio
 import time
 
+from sollol.errors import SollolError
 from sollol.identity import Role, role_name
 from sollol.tls import TlsFiles
 
@@ -24,6 +25,7 @@ async def round_trip_s(host: str, port: int, tls: TlsFiles | None = None) -> flo
     """The shortest of a few round trips to the gRPC server there, an agent's when we have a certificate.
 
     Raises:
+        SollolError: whoever listens there has a certificate that does not count, as one that is revoked.
         OSError: nobody listens, the connection breaks, or what listens there speaks no HTTP/2.
         TimeoutError: it accepts and does not answer, or drops everything.
     """
@@ -42,7 +44,13 @@ async def _connected(host: str, port: int, tls: TlsFiles | None) -> tuple[asynci
     if tls is None:
         return await asyncio.open_connection(host, port)
     context = tls.client_context(http2=True)
-    return await asyncio.open_connection(host, port, ssl=context, server_hostname=role_name(Role.AGENT))
+    reader, writer = await asyncio.open_connection(host, port, ssl=context, server_hostname=role_name(Role.AGENT))
+    try:
+        tls.peer(writer.get_extra_info("ssl_object"))
+    except SollolError:
+        writer.transport.abort()
+        raise
+    return reader, writer
 
 
 async def _shortest(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> float:

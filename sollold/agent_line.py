@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from sollol.certificates import Certificate
 from sollol.channels import open_channel
+from sollol.errors import Refusal
 from sollol.tls import Material
 from sollol.v1 import agent_pb2_grpc as rpc
 
@@ -14,10 +16,19 @@ DRAIN_POLL_S = 0.5
 
 
 class Line:
-    """Made with our certificate as it was then, to whom `name` says (see `open_channel`); plaintext without one."""
+    """Made with our certificate as it was then, to whom showed `peer` under `name`; plaintext without certificates.
 
-    def __init__(self, address: str, material: Material | None = None, name: str = "") -> None:
-        self.material, self.name = material, name
+    Attributes:
+        cut_off: Why it must not be used any more, when it must not.
+        on_closed: Called when it is closed.
+    """
+
+    def __init__(
+        self, address: str, material: Material | None = None, name: str = "", peer: Certificate | None = None
+    ) -> None:
+        self.material, self.peer = material, peer
+        self.cut_off: Refusal | None = None
+        self.on_closed: Callable[[], None] = lambda: None
         self._channel = open_channel(address, material, name=name)
         self._stub = rpc.AgentServiceStub(self._channel)
         self._calls = 0
@@ -41,9 +52,15 @@ class Line:
         finally:
             await self.close()
 
+    async def cut(self, why: Refusal) -> None:
+        """Close, with this as what calls and streams end in."""
+        self.cut_off = why
+        await self.close()
+
     async def close(self) -> None:
         """End every call and stream on it."""
+        self.on_closed()
         try:
-            await self.relay.close()
+            await self.relay.close(self.cut_off)
         finally:
             await self._channel.close()

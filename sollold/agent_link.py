@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import AsyncGenerator, AsyncIterable, Coroutine, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Literal, Protocol
 
@@ -34,7 +35,8 @@ class AgentLink:
     """All that this head asks of one agent: calls, and the relay that all its token streams share.
 
     With `tls` the agent must show a certificate of its role, and only reports of the node that is named there count.
-    When our files change a new connection takes over; what runs on the former one goes on there.
+    When our files change a new connection takes over; what runs on the former one goes on there, unless the agent's
+    certificate counts no more: then it ends at once.
 
     Every method raises SollolError: the agent's own refusal, or AGENT_UNREACHABLE when the call does not get through.
     """
@@ -83,15 +85,25 @@ class AgentLink:
         if self._tls is None:
             return None
         material = self._tls.current()
-        who = await who_listens(self.address, self._tls, Role.AGENT)
+        who, peer = await who_listens(self.address, self._tls, Role.AGENT)
         former = self._line
-        if former is None or former.material is not material or former.name != who.dns_name:
-            self._line = Line(self.address, material, who.dns_name)
+        if former is None or former.material is not material or former.peer != peer:
+            self._line = line = Line(self.address, material, who.dns_name, peer)
+            line.on_closed = self._tls.running.add(peer, functools.partial(self._cut_off, line))
             if former is not None:
-                task = asyncio.create_task(former.drain(), name=f"drain {self.address}")
-                self._draining.add(task)
-                task.add_done_callback(self._draining.discard)
+                self._let_go(former.drain())
         return who
+
+    def _cut_off(self, line: Line, refusal: Refusal) -> None:
+        """The agent at the other end counts no more: whatever runs there ends now, and may be asked of others."""
+        if self._line is line:
+            self._line = None
+        self._let_go(line.cut(unreachable(f"agent {self.address} is cut off: {refusal.message}")))
+
+    def _let_go(self, ending: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(ending, name=f"let go of {self.address}")
+        self._draining.add(task)
+        task.add_done_callback(self._draining.discard)
 
     def _is_outdated(self) -> bool:
         return self._tls is not None and self._line is not None and self._line.material is not self._tls.current()
@@ -194,21 +206,21 @@ class AgentLink:
     @contextlib.contextmanager
     def _calling(self) -> Iterator["rpc.AgentServiceAsyncStub"]:
         """Turn whatever a call can end in into SollolError."""
-        peer = f"agent {self.address}"
+        peer, line = f"agent {self.address}", self._connected()
         try:
-            with self._connected().used() as stub:
+            with line.used() as stub:
                 yield stub
         except grpc.aio.AioRpcError as error:
-            raise SollolError(refusal_of(error, peer)) from error
+            raise SollolError(line.cut_off or refusal_of(error, peer)) from error
         except grpc.aio.UsageError as error:
-            raise SollolError(unreachable(f"the link to {peer} is closed")) from error
+            raise SollolError(line.cut_off or unreachable(f"the link to {peer} is closed")) from error
         except asyncio.CancelledError as error:
             # gRPC raises this too when the other side cancels the call or the channel is closed. Let through, it would
             # end a task that nobody cancelled, and whoever waits for that task would wait for ever.
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            raise SollolError(unreachable(f"the call to {peer} was cut off")) from error
+            raise SollolError(line.cut_off or unreachable(f"the call to {peer} was cut off")) from error
         except ValidationError as error:
             message = f"{peer} sent what this head does not understand ({error}): do both run the same version?"
             raise SollolError(Refusal(reason=Reason.INTERNAL, message=message)) from error

@@ -59,10 +59,10 @@ class AgentRelay:
         )
         return self._call.open(request)
 
-    async def close(self) -> None:
-        """End every stream with SHUTTING_DOWN and leave no task behind."""
+    async def close(self, why: Refusal | None = None) -> None:
+        """End every stream, with SHUTTING_DOWN unless told why, and leave no task behind."""
         if self._call is not None:
-            await self._call.close()
+            await self._call.close(why)
 
 
 class _Call:
@@ -103,8 +103,8 @@ class _Call:
             self._due.setdefault(frame.stream, []).append(frame)
             self._wake.set()
 
-    async def close(self) -> None:
-        self._break(refuse(Reason.SHUTTING_DOWN, "this head is shutting down", retryable=True).refusal)
+    async def close(self, why: Refusal | None) -> None:
+        self._break(why or refuse(Reason.SHUTTING_DOWN, "this head is shutting down", retryable=True).refusal)
         self._task.cancel()
         await asyncio.wait({self._task})
 

@@ -26,7 +26,8 @@ def main() -> int:
     if listener is None:
         log("no_free_port", host=host, ports=ports)
         return NO_FREE_PORT
-    admit = _admission(given)
+    loop = Loop()
+    admit = _admission(given, loop)
     if admit is None:
         return NO_TLS_FILES
     target_host, _, target_port = given.target.rpartition(":")
@@ -36,7 +37,6 @@ def main() -> int:
         attach_within_s=given.attach_within,
         gone_after_s=given.gone_after,
     )
-    loop = Loop()
     forwarder = Forwarder(rules, listener, StatusFile(given.status), loop)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.on_signal(number, lambda: forwarder.end(Ended.TERMINATED))
@@ -44,7 +44,7 @@ def main() -> int:
     return 0
 
 
-def _admission(given: argparse.Namespace) -> Callable[[socket.socket, str], Opening[Stream]] | None:
+def _admission(given: argparse.Namespace, loop: Loop) -> Callable[[socket.socket, str], Opening[Stream]] | None:
     if given.own_user:
         return lambda connection, _: admit_own_user(connection)
     if not given.tls:
@@ -56,6 +56,7 @@ def _admission(given: argparse.Namespace) -> Callable[[socket.socket, str], Open
     if credentials is None:
         return None
     files, pool = credentials
+    tls.follow(files, loop)
     return lambda connection, _: tls.admit(connection, files, pool, given.coordinator)
 
 

@@ -251,7 +251,7 @@ class Link:
         stream, side.stream, side.left = side.stream, None, memoryview(b"")
         if stream is not None:
             self._loop.forget(stream.connection.fileno())
-            stream.connection.close()
+            stream.close()
 
     def _finish(self) -> None:
         if self._ended or self._opening is not None or any(each.stream for each in (self._near, self._far)):

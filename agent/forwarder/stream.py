@@ -37,6 +37,8 @@ class Stream(Protocol):
     def send(self, view: memoryview) -> int:
         """Return how much was taken, or BLOCKED."""
 
+    def close(self) -> None: ...
+
     def end(self) -> None:
         """Tell the peer that nothing more will come; it may go on speaking."""
 
@@ -60,6 +62,9 @@ class Plain:
         except BlockingIOError:
             return BLOCKED
 
+    def close(self) -> None:
+        self.connection.close()
+
     def end(self) -> None:
         self.connection.shutdown(socket.SHUT_WR)
 
@@ -74,7 +79,7 @@ def accepted(connection: socket.socket) -> Opening[Stream]:
 
 
 @contextmanager
-def closed_unless_open(connection: socket.socket) -> Iterator[None]:
+def closed_unless_open(connection: socket.socket | Stream) -> Iterator[None]:
     """Close it when an opening fails, or is given up."""
     try:
         yield

@@ -5,6 +5,8 @@ only with the secret that the head has told the agents of this pool; the coordin
 node that lends and to nobody else. Imported only where there is TLS: it costs memory.
 """
 
+import contextlib
+import errno
 import hashlib
 import hmac
 import socket
@@ -12,11 +14,11 @@ import ssl
 import sys
 from pathlib import Path
 
-from sollol.errors import SollolError
+from sollol.errors import Refusal, SollolError
 from sollol.identity import Identity, Role
-from sollol.tls import TlsFiles
+from sollol.tls import TlsFiles, shown
 
-from agent.forwarder.loop import READ, WRITE
+from agent.forwarder.loop import READ, WRITE, Loop
 from agent.forwarder.refused import NO_TLS, WRONG_NODE, WRONG_POOL, WRONG_ROLE, WRONG_SECRET, RefusedError
 from agent.forwarder.status import log
 from agent.forwarder.stream import (
@@ -31,6 +33,7 @@ from agent.forwarder.stream import (
 )
 
 SECRET_BYTES = 32
+FOLLOWED_EVERY_S = 0.5
 _MAGIC = b"SOLLOL1\n"
 _NO_CERTIFICATE = "PEER_DID_NOT_RETURN_A_CERTIFICATE"
 _EXPIRED = 10  # X509_V_ERR_CERT_HAS_EXPIRED
@@ -45,13 +48,26 @@ class Tls:
     that TLS has would not let the other side go on speaking: OpenSSL takes what comes then for an error.
     """
 
-    def __init__(self, connection: ssl.SSLSocket) -> None:
+    def __init__(self, connection: ssl.SSLSocket, files: TlsFiles) -> None:
         self.connection: socket.socket = connection
         self._tls = connection
+        self._cut: Refusal | None = None
+        self._forget = files.running.add(shown(connection), self._cut_off)
+
+    def _cut_off(self, why: Refusal) -> None:
+        """The peer's certificate counts no more: from now on not a byte to or from it. Its link sees a broken end."""
+        self._cut = why
+        with contextlib.suppress(OSError):  # it has broken already
+            socket.socket.shutdown(self._tls, socket.SHUT_RDWR)
+
+    def _check(self) -> None:
+        if self._cut is not None:
+            raise ConnectionResetError(errno.ECONNRESET, f"{self._cut.reason.lower()} ({self._cut.message})")
 
     def recv_into(self, view: memoryview) -> int:
         """As much as there is and `view` takes, of any number of records."""
         got = 0
+        self._check()
         try:
             while got < len(view):
                 size = self._tls.recv_into(view[got:])
@@ -66,10 +82,15 @@ class Tls:
         return got
 
     def send(self, view: memoryview) -> int:
+        self._check()
         try:
             return self._tls.send(view)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return BLOCKED
+
+    def close(self) -> None:
+        self._forget()
+        self._tls.close()
 
     def end(self) -> None:
         socket.socket.shutdown(self._tls, socket.SHUT_WR)  # SSLSocket's own would end TLS both ways
@@ -108,7 +129,8 @@ def admit(connection: socket.socket, files: TlsFiles, pool: Pool, coordinator: s
     with closed_unless_open(tls):
         yield from _shake_hands(tls)
         who = _coordinator(tls, files, coordinator)
-        stream = Tls(tls)
+        stream = Tls(tls, files)
+    with closed_unless_open(stream):
         pool.check((yield from read_exactly(stream, len(pool.preamble))), str(who))
     return stream
 
@@ -125,7 +147,8 @@ def reach(address: tuple[str, int], files: TlsFiles, pool: Pool, lender: str) ->
     with closed_unless_open(tls):
         yield from _shake_hands(tls)
         _peer(tls, files)  # its name fits, that is checked by TLS; it may be revoked
-        stream = Tls(tls)
+        stream = Tls(tls, files)
+    with closed_unless_open(stream):
         yield from write_all(stream, pool.preamble)
     return stream
 
@@ -138,6 +161,12 @@ def credentials(directory: Path, pool_id: str) -> tuple[TlsFiles, Pool] | None:
     except (SollolError, OSError, ValueError) as error:
         log("no_tls", error=str(error))
         return None
+
+
+def follow(files: TlsFiles, loop: Loop) -> None:
+    """From now on have a change of the files cut at once who counts no more."""
+    files.look()
+    loop.later(FOLLOWED_EVERY_S, lambda: follow(files, loop))
 
 
 def _wrapped(connection: socket.socket, files: TlsFiles, *, server: bool, lender: str = "") -> ssl.SSLSocket:

@@ -47,6 +47,7 @@ def main() -> int:
             return NO_FREE_PORT
         routes.append(_route(listener, at, node_id, *credentials))
     loop = Loop()
+    tls.follow(credentials[0], loop)
     patience = Patience(attach_within_s=given.attach_within, gone_after_s=given.gone_after)
     tunnel = Tunnel(tuple(routes), patience, StatusFile(given.status), loop)
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -19,6 +19,7 @@ log = structlog.get_logger(__name__)
 WARNED_FROM = 0.2  # of a certificate's life
 WARNED_EVERY_S = 86_400.0
 LOOKED_EVERY_S = 60.0
+FOLLOWED_EVERY_S = 0.25
 
 
 class Config(Protocol):
@@ -44,6 +45,7 @@ def certified(config: Config, role: Role, environ: Mapping[str, str], closing: C
         material = tls.current()
         log.info("certificate_in_use", identity=material.identity.uri, directory=str(directory))
         closing.run("certificate", watch_expiry(tls), stop, within_s=1.0)
+        closing.run("revocations", follow(tls), stop, within_s=1.0)
     elif not is_loopback(config.listen):
         log.warning(
             "INSECURE",
@@ -70,6 +72,13 @@ def expires_in_s(tls: TlsFiles, now_s: float | None = None) -> float:
 def is_ending(certificate: Certificate, now_s: float) -> bool:
     life_s = certificate.not_after_s - certificate.not_before_s
     return certificate.not_after_s - now_s < WARNED_FROM * life_s
+
+
+async def follow(tls: TlsFiles, *, every_s: float = FOLLOWED_EVERY_S) -> None:
+    """Have a change of the files end at once what may not go on; until cancelled."""
+    while True:
+        tls.look()
+        await asyncio.sleep(every_s)
 
 
 async def watch_expiry(

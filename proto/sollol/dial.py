@@ -3,16 +3,17 @@
 import asyncio
 import ssl
 
+from sollol.certificates import Certificate
 from sollol.errors import Reason, SollolError, refuse
 from sollol.identity import Identity, Role, role_name
-from sollol.tls import TlsFiles
+from sollol.tls import TlsFiles, shown
 
 WITHIN_S = 3.0
 _EXPIRED, _NOT_YET_VALID, _OTHER_NAME = 10, 9, 62  # OpenSSL's X509_V_ERR_…
 
 
-async def who_listens(address: str, tls: TlsFiles, role: Role) -> Identity:
-    """The identity of the gRPC server at `address` (`host:port`), when it is of that role and admits us.
+async def who_listens(address: str, tls: TlsFiles, role: Role) -> tuple[Identity, Certificate]:
+    """Who the gRPC server at `address` (`host:port`) is, and what says so, when it is of that role and admits us.
 
     Raises:
         SollolError: AGENT_UNREACHABLE when nobody answers, INVALID_REQUEST for what is no address; else the reason why
@@ -25,11 +26,12 @@ async def who_listens(address: str, tls: TlsFiles, role: Role) -> Identity:
                 host, port, ssl=tls.client_context(http2=True), server_hostname=role_name(role)
             )
             try:
-                identity = tls.peer(writer.get_extra_info("ssl_object"))
+                connection = writer.get_extra_info("ssl_object")
+                identity = tls.peer(connection)
                 # In TLS 1.3 a server that refuses us says so after the handshake; one that does not sends its settings.
                 if not await reader.read(1):
                     raise _refused_us(address, identity, tls)
-                return identity
+                return identity, shown(connection)
             finally:
                 writer.transport.abort()
     except ssl.SSLCertVerificationError as error:

@@ -1,12 +1,15 @@
 """Lets a call through when the certificate of its caller may make it, and says why not otherwise.
 
 TLS has then proven that the certificate is one of our CA; who that is, and whether it still counts, is decided here at
-each call. Handshakes that fail before are known to gRPC's C core only, which tells standard error.
+each call, and again for those that run when our files change. Handshakes that fail before are known to gRPC's C core
+only, which tells standard error.
 """
 
+import asyncio
 import functools
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from typing import Any
 
 import grpc
@@ -15,9 +18,10 @@ import structlog
 
 from sollol import certificates
 from sollol.access import ACCESS
+from sollol.certificates import Certificate
 from sollol.channels import refusal_abort
-from sollol.errors import Reason, SollolError, refuse
-from sollol.identity import Identity, Role
+from sollol.errors import Reason, Refusal, SollolError, refuse
+from sollol.identity import Role
 from sollol.tls import TlsFiles, admitted
 
 log = structlog.get_logger(__name__)
@@ -41,13 +45,35 @@ class Guard(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        method = handler_call_details.method
-        return _wrapped(handler, functools.partial(self._admit, method))
+        return _wrapped(handler, functools.partial(self._admitted, handler_call_details.method))
 
-    async def _admit(self, method: str, context: Any) -> None:
-        """Return, or end the call with the reason."""
+    @asynccontextmanager
+    async def _admitted(self, method: str, context: Any) -> AsyncIterator[None]:
+        """Run the call inside, or end it with the reason; at once when its caller counts no more."""
+        peer = await self._admit(method, context)
+        task, why = asyncio.current_task(), []
+        assert task is not None
+
+        def end(refusal: Refusal) -> None:
+            why.append(refusal)
+            task.cancel()
+
+        forget = self._tls.running.add(peer, end)
         try:
-            identity = caller(context, self._tls)
+            yield
+        except asyncio.CancelledError:
+            if not why:
+                raise
+            task.uncancel()
+            await refusal_abort(context, why[0])
+        finally:
+            forget()
+
+    async def _admit(self, method: str, context: Any) -> Certificate:
+        """Return who calls, or end the call with the reason."""
+        try:
+            peer = caller(context)
+            identity = admitted(peer, self._tls.current(), now_s=time.time())
             if identity.role not in self._access.get(method, _NOBODY):
                 raise refuse(Reason.WRONG_ROLE, f"{method} is not for {identity}")
         except SollolError as error:
@@ -56,36 +82,34 @@ class Guard(grpc.aio.ServerInterceptor):
                 "peer_refused", reason=refusal.reason, message=refusal.message, method=method, peer=context.peer()
             )
             await refusal_abort(context, refusal)
+        return peer
 
 
-def caller(context: Any, tls: TlsFiles) -> Identity:
-    """Who makes a call.
-
-    Raises:
-        SollolError: as `admitted`, or NO_CERTIFICATE.
-    """
+def caller(context: Any) -> Certificate:
+    """What the caller shows; whether it counts is another question. Raises NO_CERTIFICATE."""
     shown = context.auth_context().get(_PEM)
     if not shown:
         raise refuse(Reason.NO_CERTIFICATE, "the caller has shown no certificate")
-    return admitted(certificates.read(shown[0]), tls.current(), now_s=time.time())
+    return certificates.read(shown[0])
 
 
-def _wrapped(handler: Any, admit: Callable[[Any], Awaitable[None]]) -> Any:
-    """The same handler of the same kind, behind `admit`."""
+def _wrapped(handler: Any, admitted_to: Callable[[Any], AbstractAsyncContextManager[None]]) -> Any:
+    """The same handler of the same kind, within `admitted_to` its context."""
     behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
 
     async def answer(request: Any, context: Any) -> Any:
-        await admit(context)
-        return await behaviour(request, context)
+        async with admitted_to(context):
+            return await behaviour(request, context)
 
     async def stream(request: Any, context: Any) -> None:
-        await admit(context)
-        given = behaviour(request, context)
-        if hasattr(given, "__aiter__"):
-            async for response in given:
-                await context.write(response)
-        else:
-            await given
+        async with admitted_to(context):
+            given = behaviour(request, context)
+            if hasattr(given, "__aiter__"):
+                async with aclosing(given):
+                    async for response in given:
+                        await context.write(response)
+            else:
+                await given
 
     kinds: dict[tuple[bool, bool], tuple[Any, Any]] = {
         (False, False): (grpc.unary_unary_rpc_method_handler, answer),

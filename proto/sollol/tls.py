@@ -18,8 +18,10 @@ from sollol import certificates
 from sollol.certificates import Certificate
 from sollol.errors import Reason, SollolError, refuse
 from sollol.identity import Identity, Role, role_name
+from sollol.material import Material, admitted
+from sollol.running import Running
 
-__all__ = ["Identity", "Material", "Role", "TlsFiles", "admitted", "load_chain", "own_files", "role_name"]
+__all__ = ["Identity", "Material", "Role", "TlsFiles", "admitted", "load_chain", "own_files", "role_name", "shown"]
 
 CA, CERTIFICATE, KEY, REVOKED = "ca.pem", "node.pem", "node.key", "revoked"
 _NAMES = (CA, CERTIFICATE, KEY, REVOKED)
@@ -29,27 +31,11 @@ _SETTLED_WITHIN_S = 1.0
 Stamp = tuple[tuple[int, int, int] | None, ...]
 
 
-class Material(Struct, frozen=True, kw_only=True):
-    """What the files held at one moment, checked to belong together.
-
-    Attributes:
-        chain: The certificate, PEM.
-        revoked: Serial numbers, and ids such as `agent/node-21`, that are refused whatever their certificate says.
-    """
-
-    ca: bytes
-    chain: bytes
-    key: bytes
-    revoked: frozenset[str]
-    certificate: Certificate
-    identity: Identity
-
-
 class TlsFiles:
-    """`ca.pem`, `node.pem`, `node.key` and perhaps `revoked` in one directory. May be used from any thread.
+    """`ca.pem`, `node.pem`, `node.key` and perhaps `revoked` in one directory. May be used from any thread but `look`.
 
     Files that change are read again when somebody asks next; a change that cannot be used is logged, and the former
-    content stays in use.
+    content stays in use. Its owner calls `look` often.
 
     Args:
         tell: Called with a level, an event and its fields when the files have changed.
@@ -64,6 +50,7 @@ class TlsFiles:
         self._lock = threading.Lock()
         self._stamp, self._material = self._first()
         self._contexts: dict[_Kind, tuple[Material, ssl.SSLContext]] = {}
+        self.running = Running(self._material)
 
     @property
     def identity(self) -> Identity:
@@ -76,6 +63,12 @@ class TlsFiles:
             if stamp != self._stamp:
                 self._follow(stamp)
             return self._material
+
+    def look(self) -> None:
+        """Follow the files now, and end what is `running` for peers that count no more. Always from one thread."""
+        for peer, refusal, end in self.running.take(self.current()):
+            self._tell("warning", "peer_cut", peer=str(peer), reason=refusal.reason, message=refusal.message)
+            end(refusal)
 
     def server_context(self) -> ssl.SSLContext:
         """TLS 1.3; peers show a certificate of our CA. A listener made with it follows the files by itself."""
@@ -96,10 +89,7 @@ class TlsFiles:
 
     def peer(self, connection: ssl.SSLObject | ssl.SSLSocket) -> Identity:
         """Who is at the other end of a verified connection. Raises SollolError as `admitted`, or NO_CERTIFICATE."""
-        der = connection.getpeercert(binary_form=True)
-        if not der:
-            raise refuse(Reason.NO_CERTIFICATE, "the peer has shown no certificate")
-        return admitted(certificates.read_der(der), self.current(), now_s=time.time())
+        return admitted(shown(connection), self.current(), now_s=time.time())
 
     def _context(self, kind: "_Kind") -> ssl.SSLContext:
         material = self.current()
@@ -195,25 +185,12 @@ def own_files(directory: Path | None, role: Role, node_id: str = "") -> TlsFiles
     return files
 
 
-def admitted(peer: Certificate, own: Material, *, now_s: float) -> Identity:
-    """Who a peer is whose certificate TLS has verified, perhaps long ago on a connection that still lives.
-
-    Raises:
-        SollolError: FOREIGN_CERTIFICATE, CERTIFICATE_EXPIRED or CERTIFICATE_REVOKED.
-    """
-    identity = peer.identity
-    if identity is None or identity.cluster != own.identity.cluster:
-        who = identity or "nobody that SOLLOL knows"
-        raise refuse(
-            Reason.FOREIGN_CERTIFICATE, f"the certificate is that of {who}; this is cluster {own.identity.cluster}"
-        )
-    if now_s > peer.not_after_s:
-        raise refuse(
-            Reason.CERTIFICATE_EXPIRED, f"the certificate of {identity} has expired: `sollol pki rotate` renews it"
-        )
-    if not own.revoked.isdisjoint((peer.serial, f"{identity.role}/{identity.node_id}")):
-        raise refuse(Reason.CERTIFICATE_REVOKED, f"the certificate {peer.serial} of {identity} has been revoked")
-    return identity
+def shown(connection: ssl.SSLObject | ssl.SSLSocket) -> Certificate:
+    """The certificate at the other end of a verified connection. Raises NO_CERTIFICATE."""
+    der = connection.getpeercert(binary_form=True)
+    if not der:
+        raise refuse(Reason.NO_CERTIFICATE, "the peer has shown no certificate")
+    return certificates.read_der(der)
 
 
 class _Kind(Struct, frozen=True):

@@ -232,7 +232,9 @@ async def test_one_who_speaks_no_tls_or_nothing_at_all_is_cut(nodes: Nodes, tmp_
             await asyncio.wait_for(plain[0].read(-1), 2)  # an alert perhaps, and the end
         assert await is_cut(silent, within_s=7)
         plain[1].close()
-        assert [line["why"] for line in forwarder.logged()] == ["no_tls", "silent"]
+        await wait_until(
+            lambda: [line["why"] for line in forwarder.logged()] == ["no_tls", "silent"], what="both are logged"
+        )
         assert backend.served == 0
 
 
@@ -328,6 +330,26 @@ async def test_a_certificate_that_is_renewed_is_used_from_the_next_connection_on
         assert await ask(second, b"new") == b"new"
         assert [line["event"] for line in forwarder.logged()] == ["certificate_followed"]
         second[1].close()
+
+
+@pytest.mark.parametrize("revoked", ["the lender", "the coordinator"])
+async def test_a_connection_of_a_node_that_is_revoked_is_cut_and_opened_no_more(tmp_path, ports, revoked) -> None:
+    nodes = Nodes(tmp_path)
+    other, told = (LENDER, nodes.coordinator) if revoked == "the lender" else (COORDINATOR, nodes.lender)
+    async with both(nodes, tmp_path, ports()) as (tunnel, forwarder):
+        link = await tunnel.connect()
+        assert await ask(link, b"x") == b"x"
+        replace_file(told / "revoked", f"agent/{other}\n".encode())
+        assert await is_cut(link, within_s=5)
+        end = tunnel if revoked == "the lender" else forwarder
+        (line,) = [line for line in end.logged() if line["event"] == "peer_cut"]
+        assert (line["reason"], line["peer"]) == ("CERTIFICATE_REVOKED", f"agent {other} of test")
+        assert await is_cut(await tunnel.connect(), within_s=5)
+        if revoked == "the lender":
+            await wait_until(lambda: "certificate_revoked" in tunnel.route.failed, what="it says why")
+        else:
+            await wait_until(lambda: forwarder.status.refused == 1, what="the next one is refused")
+            assert forwarder.logged()[-1]["why"] == "certificate_revoked"
 
 
 async def test_a_killed_tunnel_ends_the_forwarder_and_a_killed_forwarder_the_link(nodes, tmp_path: Path, ports) -> None:

@@ -11,6 +11,7 @@ from sollol.certificates import read
 from sollol.channels import open_channel, refusal_of
 from sollol.client import Client
 from sollol.errors import Reason, SollolError
+from sollol.inference import Message, Piece, Sampling
 from sollol.tls import TlsFiles
 from sollol.v1 import agent_pb2, agent_pb2_grpc
 
@@ -107,6 +108,60 @@ async def test_whoever_is_revoked_is_refused_at_the_next_call(secured):
     assert logged(secured, "head", "peer_refused")[0]["reason"] == "CERTIFICATE_REVOKED"
 
 
+async def test_the_running_stream_of_a_user_who_is_revoked_ends_at_once_with_the_reason(secured):
+    client = write_identity(secured.pki / "client", secured.ours, "client", "someone")
+    pieces = []
+
+    async def ask():
+        async with Client(secured.head, tls_dir=client) as user:
+            request = user.chat(MODEL, [Message(role="user", content="go on")], Sampling(max_tokens=TOKENS))
+            async for event in request:
+                if isinstance(event, Piece):
+                    pieces.append(event)
+                    if len(pieces) == 1:
+                        replace_file(secured.pki / "head" / "revoked", b"client/someone\n")
+
+    with pytest.raises(SollolError, match="has been revoked") as raised:
+        await asyncio.wait_for(ask(), 30)
+    assert raised.value.refusal.reason is Reason.CERTIFICATE_REVOKED
+    assert 1 <= len(pieces) < TOKENS
+    assert logged(secured, "head", "peer_cut")[0]["peer"] == "client someone of test"
+    assert await secured.say(MODEL, max_tokens=1)
+
+
+async def test_a_head_that_is_revoked_loses_its_streams_and_its_view_of_every_node(secured):
+    async with answering(secured) as stream:
+        for node in ("n3", "n4"):
+            replace_file(secured.pki / node / "revoked", b"head/h\n")
+        text, last = await asyncio.wait_for(stream, 15)
+    assert len(text.split()) < TOKENS
+    assert last["error"]["code"] == "CERTIFICATE_REVOKED"
+    for node in ("n3", "n4"):
+        await wait_until(lambda node=node: logged(secured, node, "peer_cut"), what=f"{node} has cut it off")
+        assert {line["reason"] for line in logged(secured, node, "peer_cut")} == {"CERTIFICATE_REVOKED"}
+    await wait_until(
+        lambda: (
+            sum(line["reason"] == "CERTIFICATE_REVOKED" for line in logged(secured, "head", "agent_not_watched")) == 2
+        ),
+        within_s=10,
+        what="the head is told why it sees nobody",
+    )
+
+
+async def test_an_agent_that_is_revoked_is_let_go_of_with_the_streams_on_it(secured):
+    async with answering(secured) as stream:
+        replace_file(secured.pki / "head" / "revoked", b"agent/n3\nagent/n4\n")
+        text, last = await asyncio.wait_for(stream, 15)
+    assert len(text.split()) < TOKENS
+    assert last["error"]["code"] == "AGENT_UNREACHABLE"
+    await wait_until(
+        lambda: (
+            {line["peer"] for line in logged(secured, "head", "peer_cut")} == {"agent n3 of test", "agent n4 of test"}
+        ),
+        what="both are cut off",
+    )
+
+
 @asynccontextmanager
 async def answering(cluster):
     """A stream in its middle; the value is a task that returns its whole text and its last event."""
@@ -143,15 +198,14 @@ async def test_certificates_and_authority_change_in_the_middle_of_a_stream_that_
             replace_file(secured.pki / name / "ca.pem", both)
         for name, (role, node_id) in names.items():
             write_identity(secured.pki / name, new, role, node_id, trusts=both)
-        # From here on nobody admits a certificate from before: whatever still works has been made anew.
-        revoked = "\n".join(former.values()).encode()
-        for name in names:
-            replace_file(secured.pki / name / "revoked", revoked)
         await secured.nodes_seen(2)
         assert not stream.done()
         text, last = await asyncio.wait_for(stream, 30)
     assert text.split() == [f"t{number}" for number in range(TOKENS)]
     assert last == {"done": True}
+    # From here on nobody admits a certificate from before: whatever still works has been made anew.
+    for name in names:
+        replace_file(secured.pki / name / "revoked", "\n".join(former.values()).encode())
     await secured.nodes_seen(2)
     text = await secured.say(MODEL, max_tokens=5)
     assert text.split() == ["t0", "t1", "t2", "t3", "t4"]

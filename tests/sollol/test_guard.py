@@ -1,12 +1,14 @@
 """Every call is checked against the caller's certificate, whatever kind of call it is."""
 
+import asyncio
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 
 import grpc
 import grpc.aio
 import pytest
 from sollol import guard
+from sollol.certified import follow
 from sollol.channels import bind, new_server, open_channel, refusal_of
 from sollol.errors import Reason
 from sollol.guard import Guard, caller
@@ -15,24 +17,25 @@ from sollol.tls import TlsFiles
 from structlog.testing import capture_logs
 
 from tests.certificates import authority, replace_file, write_identity
+from tests.waiting import wait_until
 
 KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 ALLOWED = {f"/test.Test/{kind}": frozenset({Role.HEAD}) for kind in (*KINDS, "yields")}
 
 
-def handlers(seen, tls):
+def handlers(seen):
     """One method of each kind, which notes who called it and answers `ok`."""
 
     async def answer(_request, context):
-        seen.append(caller(context, tls))
+        seen.append(caller(context).identity)
         return b"ok"
 
     async def write(_request, context):
-        seen.append(caller(context, tls))
+        seen.append(caller(context).identity)
         await context.write(b"ok")
 
     async def yields(_request, context):
-        seen.append(caller(context, tls))
+        seen.append(caller(context).identity)
         yield b"ok"
 
     return grpc.method_handlers_generic_handler(
@@ -44,6 +47,43 @@ def handlers(seen, tls):
             "stream_stream": grpc.stream_stream_rpc_method_handler(write),
             "yields": grpc.unary_stream_rpc_method_handler(yields),
             "unlisted": grpc.unary_unary_rpc_method_handler(answer),
+        },
+    )
+
+
+def endless(begun, ended):
+    """One method of each kind that never answers by itself; `begun` and `ended` count calls."""
+
+    @contextmanager
+    def counted():
+        begun.append(1)
+        try:
+            yield
+        finally:
+            ended.append(1)
+
+    async def answer(_request, context):
+        with counted():
+            await asyncio.Event().wait()
+
+    async def reads(_request, context):
+        with counted():
+            while await context.read() is not grpc.aio.EOF:
+                await context.write(b"more")
+
+    async def yields(_request, context):
+        with counted():
+            while True:
+                yield b"x" * 1000
+                await asyncio.sleep(0)
+
+    return grpc.method_handlers_generic_handler(
+        "test.Test",
+        {
+            "unary_unary": grpc.unary_unary_rpc_method_handler(answer),
+            "stream_unary": grpc.stream_unary_rpc_method_handler(answer),
+            "unary_stream": grpc.unary_stream_rpc_method_handler(yields),
+            "stream_stream": grpc.stream_stream_rpc_method_handler(reads),
         },
     )
 
@@ -73,16 +113,25 @@ class Guarded:
             yield channel
 
 
-@pytest.fixture
-async def guarded(tmp_path):
-    ours, seen = authority(), []
-    tls = TlsFiles(write_identity(tmp_path / "server", ours, "agent", "n1"))
+@asynccontextmanager
+async def guarding(directory, seen, *served):
+    ours = authority()
+    tls = TlsFiles(write_identity(directory / "server", ours, "agent", "n1"))
     server = new_server([Guard(tls, ALLOWED)])
-    server.add_generic_rpc_handlers((handlers(seen, tls),))
+    server.add_generic_rpc_handlers(served)
     port = bind(server, "127.0.0.1:0", tls)
     await server.start()
-    yield Guarded(port, tmp_path, ours, seen)
+    following = asyncio.create_task(follow(tls))
+    yield Guarded(port, directory, ours, seen)
+    following.cancel()
     await server.stop(0)
+
+
+@pytest.fixture
+async def guarded(tmp_path):
+    seen = []
+    async with guarding(tmp_path, seen, handlers(seen)) as started:
+        yield started
 
 
 @pytest.mark.parametrize("method", [*KINDS, "yields"])
@@ -116,3 +165,70 @@ async def test_a_connection_does_not_outlive_what_its_certificate_is_worth(guard
         now_s = time.time()
         monkeypatch.setattr(guard.time, "time", lambda: now_s + 91 * 86_400)
         assert await refused(channel, "unary_unary") is Reason.CERTIFICATE_EXPIRED
+
+
+@pytest.mark.parametrize("method", KINDS)
+async def test_calls_of_whoever_is_revoked_end_at_once_with_the_reason_and_those_of_others_go_on(tmp_path, method):
+    begun, ended = [], []
+    async with (
+        guarding(tmp_path, [], endless(begun, ended)) as guarded,
+        guarded.as_("head", "bad") as bad,
+        guarded.as_("head", "good") as good,
+    ):
+        calls = {name: asyncio.create_task(endlessly(channel, method)) for name, channel in (("b", bad), ("g", good))}
+        await wait_until(lambda: len(begun) == 2, what="both run")
+        with capture_logs() as logs:
+            replace_file(tmp_path / "server" / "revoked", b"head/bad\n")
+            error = await asyncio.wait_for(calls["b"], 5)
+        assert refusal_of(error).reason is Reason.CERTIFICATE_REVOKED
+        assert error.code() is grpc.StatusCode.PERMISSION_DENIED
+        (line,) = [entry for entry in logs if entry["event"] == "peer_cut"]
+        assert (line["peer"], line["reason"]) == ("head bad of test", "CERTIFICATE_REVOKED")
+        await wait_until(lambda: len(ended) == 1, what="its handler has ended")
+        assert not calls["g"].done()
+        assert await refused(bad, "unary_unary") is Reason.CERTIFICATE_REVOKED
+        calls["g"].cancel()
+        await asyncio.gather(*calls.values(), return_exceptions=True)
+
+
+async def endlessly(channel, method):
+    """What such a call ends in."""
+    try:
+        made = getattr(channel, method)(f"/test.Test/{method}")
+        if method.startswith("unary"):
+            sent = made(b"x")
+        else:
+            sent = made()
+            await sent.write(b"x")
+        if method.endswith("unary"):
+            await sent
+        else:
+            async for _ in sent:
+                pass
+    except grpc.aio.AioRpcError as error:
+        return error
+
+
+async def test_a_call_that_has_ended_is_not_cut_later(guarded):
+    async with guarded.as_("head", "h") as channel:
+        assert await call(channel, "unary_stream") == b"ok"
+        with capture_logs() as logs:
+            replace_file(guarded.directory / "server" / "revoked", b"head/h\n")
+            await wait_until(lambda: any(entry["event"] == "certificate_followed" for entry in logs), what="followed")
+        assert [entry["event"] for entry in logs] == ["certificate_followed"]
+
+
+async def test_a_call_outlives_the_end_of_its_callers_certificate(tmp_path, monkeypatch):
+    begun, ended = [], []
+    async with guarding(tmp_path, [], endless(begun, ended)) as guarded, guarded.as_("head", "h") as channel:
+        running = asyncio.create_task(endlessly(channel, "unary_unary"))
+        await wait_until(lambda: begun, what="it runs")
+        now_s = time.time()
+        monkeypatch.setattr(guard.time, "time", lambda: now_s + 91 * 86_400)
+        with capture_logs() as logs:
+            replace_file(tmp_path / "server" / "revoked", b"head/other\n")
+            await wait_until(lambda: any(entry["event"] == "certificate_followed" for entry in logs), what="followed")
+        assert await refused(channel, "unary_unary") is Reason.CERTIFICATE_EXPIRED
+        assert not running.done()
+        assert not ended
+        running.cancel()

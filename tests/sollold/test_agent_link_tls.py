@@ -4,11 +4,12 @@ import asyncio
 import contextlib
 
 import pytest
-from sollol.errors import Reason, SollolError
+from sollol.certified import follow
+from sollol.errors import Reason, Retry, SollolError
 from sollol.tls import TlsFiles
 
 from sollold.agent_link import AgentLink
-from tests.certificates import authority, write_identity
+from tests.certificates import authority, replace_file, write_identity
 from tests.fakes.fake_agent import FakeAgent
 from tests.waiting import wait_until
 
@@ -121,3 +122,31 @@ async def test_a_renewed_certificate_moves_the_watch_while_a_call_goes_on_where_
         release.set()
         await slow
         await wait_until(lambda: not link._draining, what="the former connection is closed")
+
+
+class Relaying(FakeAgent):
+    async def Relay(self, _requests, context):  # noqa: N802 - gRPC's name
+        await self._called("Relay", "", context)
+
+
+async def test_an_agent_that_is_revoked_is_let_go_of_at_once_with_all_that_runs_there(tmp_path, ours, head, ports):
+    tls = TlsFiles(write_identity(tmp_path / "n1", ours, "agent", "n1"))
+    agent = Relaying("n1", ports(), tls=tls)
+    agent.hooks["Release"] = agent.hooks["Relay"] = lambda _: asyncio.Event().wait()
+    async with linked(agent, head) as link, contextlib.aclosing(link.watch_report()) as reports:
+        await anext(reports)
+        slow = asyncio.create_task(link.release("p"))
+        stream = link.relay.open("i", "POST", "/v1/completions", {}, b"{}")
+        await wait_until(lambda: {("Release", "p"), ("Relay", "")} <= set(agent.calls), what="both have arrived")
+        following = asyncio.create_task(follow(head))
+        replace_file(tmp_path / "head" / "revoked", b"agent/n1\n")
+        for waiting in (slow, stream.response(), anext(reports)):
+            with pytest.raises(SollolError, match=r"is cut off: the certificate .* has been revoked") as raised:
+                await asyncio.wait_for(waiting, 5)
+            assert raised.value.refusal.reason is Reason.AGENT_UNREACHABLE
+            assert raised.value.refusal.retry is Retry.RETRYABLE
+        with pytest.raises(SollolError, match="has not been reached yet"):
+            link.relay.open("i", "POST", "/v1/completions", {}, b"{}")
+        assert (await reason(link)).reason is Reason.CERTIFICATE_REVOKED
+        await wait_until(lambda: agent.watchers == 0, what="the agent is not watched")
+        following.cancel()

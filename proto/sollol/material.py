@@ -1,0 +1,44 @@
+"""What the files of one identity held at one moment, and which peers count by it."""
+
+from msgspec import Struct
+
+from sollol.certificates import Certificate
+from sollol.errors import Reason, refuse
+from sollol.identity import Identity
+
+
+class Material(Struct, frozen=True, kw_only=True):
+    """What the files held at one moment, checked to belong together.
+
+    Attributes:
+        chain: The certificate, PEM.
+        revoked: Serial numbers, and ids such as `agent/node-21`, that are refused whatever their certificate says.
+    """
+
+    ca: bytes
+    chain: bytes
+    key: bytes
+    revoked: frozenset[str]
+    certificate: Certificate
+    identity: Identity
+
+
+def admitted(peer: Certificate, own: Material, *, now_s: float) -> Identity:
+    """Who a peer is whose certificate TLS has verified, perhaps long ago on a connection that still lives.
+
+    Raises:
+        SollolError: FOREIGN_CERTIFICATE, CERTIFICATE_EXPIRED or CERTIFICATE_REVOKED.
+    """
+    identity = peer.identity
+    if identity is None or identity.cluster != own.identity.cluster:
+        who = identity or "nobody that SOLLOL knows"
+        raise refuse(
+            Reason.FOREIGN_CERTIFICATE, f"the certificate is that of {who}; this is cluster {own.identity.cluster}"
+        )
+    if now_s > peer.not_after_s:
+        raise refuse(
+            Reason.CERTIFICATE_EXPIRED, f"the certificate of {identity} has expired: `sollol pki rotate` renews it"
+        )
+    if not own.revoked.isdisjoint((peer.serial, f"{identity.role}/{identity.node_id}")):
+        raise refuse(Reason.CERTIFICATE_REVOKED, f"the certificate {peer.serial} of {identity} has been revoked")
+    return identity
