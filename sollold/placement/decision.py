@@ -16,12 +16,18 @@ from sollold.placement.explain import node_table
 from sollold.placement.filters import Filter, filters_for, find_model, free_bytes, usual
 from sollold.placement.fit import FitPolicy
 from sollold.placement.job import Job, PlacementDefaults, job_for
-from sollold.placement.links import measured
 from sollold.placement.observed import observed_of
 from sollold.placement.split import best_split
-from sollold.placement.together import free_together, too_few_lenders, with_less_context, with_ready, with_split
+from sollold.placement.together import (
+    kept_apart,
+    together,
+    too_few_lenders,
+    with_less_context,
+    with_ready,
+    with_split,
+)
 
-MOST_APART = 4  # pairs of nodes named in a refusal's message
+_SILENT = frozenset({Reason.STALE_REPORT, Reason.AGENT_UNREACHABLE})
 MOST_ROWS = 32  # of the table in a refusal's message; the record itself has every node
 
 
@@ -139,7 +145,7 @@ def _cluster_refusal(
             message="no node has reported: start agents (`sollol up` on one machine, `sollol-agent` on several)",
             retry=Retry.RETRYABLE,
         )
-    if all(_refused_as(verdict, Reason.STALE_REPORT) for verdict in decision.nodes):
+    if all(verdict.refusal is not None and verdict.refusal.reason in _SILENT for verdict in decision.nodes):
         return Refusal(
             reason=Reason.NO_NODES,
             message=f"none of {len(nodes)} known nodes has reported lately: are their agents running?",
@@ -153,12 +159,7 @@ def _cluster_refusal(
         return msgspec.structs.replace(
             problems[0], message=f"every copy of {decision.model} is unusable: {problems[0].message}"
         )
-    apart = measured(job.links, nodes).unreachable
-    return too_few_lenders(job, nodes) or _no_fit(job, decision, *free_together(job, nodes, decision.nodes), apart)
-
-
-def _refused_as(verdict: NodeVerdict, reason: Reason) -> bool:
-    return verdict.refusal is not None and verdict.refusal.reason is reason
+    return too_few_lenders(job, nodes) or _no_fit(job, decision, nodes)
 
 
 def _not_found(name: str, nodes: Sequence[NodeStatus]) -> Refusal:
@@ -168,21 +169,25 @@ def _not_found(name: str, nodes: Sequence[NodeStatus]) -> Refusal:
     return Refusal(reason=Reason.MODEL_NOT_FOUND, message=f"no node has a model named {quoted(name)}; {hint}")
 
 
-def _no_fit(job: Job, decision: Decision, usable: int, together: int, apart: frozenset[tuple[str, str]]) -> Refusal:
-    """A retryable reason on any node (it may come back, or stop something) makes the whole worth retrying."""
+def _no_fit(job: Job, decision: Decision, nodes: Sequence[NodeStatus]) -> Refusal:
+    """Worth asking again when any node may take it later (it may come back, or stop something), or all together may."""
+    all_in_all = together(job, nodes, decision.nodes)
+    usable = len(all_in_all.nodes)
     refusals = [verdict.refusal for verdict in decision.nodes if verdict.refusal is not None]
     counts = Counter(refusal.reason.value for refusal in refusals)
     summary = ", ".join(f"{reason} on {count}" for reason, count in sorted(counts.items()))
     if job.backends_per_pool:
         summary = f"not with exactly {job.backends_per_pool} backends{f' ({summary})' if summary else ''}"
     retryable = any(refusal.retry is Retry.RETRYABLE for refusal in refusals)
+    if usable > 1 and job.policy == "fit":
+        retryable = retryable or 0 < decision.estimate_bytes <= all_in_all.total_bytes
     largest = max(decision.nodes, key=lambda verdict: (_largest_layers(verdict), verdict.free_bytes))
     numbers = largest.refusal.numbers if largest.refusal is not None else {}
     layers = f"{numbers.get('largest_layers')} of {numbers.get('all_layers')} layers"
     fit = f"\nlargest possible fit: {layers} on {largest.node_id}" if "largest_layers" in numbers else ""
     if fit and usable > 1:
-        fit += f"; {usable} nodes together have {together:,} bytes free of {decision.estimate_bytes:,} needed"
-        fit += _apart(apart)
+        free = f"{all_in_all.free_bytes:,} bytes free of {decision.estimate_bytes:,} needed"
+        fit += f"; {usable} nodes together have {free}{kept_apart(job, nodes)}"
     return Refusal(
         reason=Reason.NO_FIT,
         message=f"no node can take {decision.model}: {summary}\n{node_table(decision, MOST_ROWS)}{fit}",
@@ -192,16 +197,9 @@ def _no_fit(job: Job, decision: Decision, usable: int, together: int, apart: fro
             "needed_bytes": decision.estimate_bytes,
             "largest_free_bytes": max(verdict.free_bytes for verdict in decision.nodes),
             "usable_nodes": usable,
-            "free_together_bytes": together,
+            "free_together_bytes": all_in_all.free_bytes,
         },
     )
-
-
-def _apart(pairs: frozenset[tuple[str, str]]) -> str:
-    """Why nodes that have the room together may still not be of one plan."""
-    told = [f"{one} cannot reach {other}" for one, other in sorted(pairs)[:MOST_APART]]
-    more = f" and {len(pairs) - MOST_APART} more" if len(pairs) > MOST_APART else ""
-    return f"; {', '.join(told)}{more}" if told else ""
 
 
 def _largest_layers(verdict: NodeVerdict) -> int:

@@ -18,11 +18,12 @@ def filters_for(job: Job, *, files_known: bool) -> tuple[Filter, ...]:
 
     Args:
         job: What is to be placed.
-        files_known: False for a list of machines that says nothing about their engines and model files.
+        files_known: False for a list of machines that says nothing about their agents, engines and model files.
     """
     always = True
     policy: tuple[tuple[bool, Filter], ...] = (
         (always, stale_report),
+        (files_known, out_of_reach),
         (always, cordoned),
         (bool(job.pinned_node), not_pinned),
         (job.local, not_local),
@@ -45,6 +46,7 @@ def usual(job: Job, node: NodeStatus, model: Model | None) -> bool:
     report = node.report
     return (
         job.takes_any_node
+        and node.connected
         and node.report_age_s <= job.stale_after_s
         and not report.cordoned
         and report.engine is not None
@@ -95,6 +97,15 @@ def stale_report(job: Job, node: NodeStatus, _model: Model | None) -> Refusal | 
         retry=Retry.RETRYABLE,
         numbers={"age_ms": round(node.report_age_s * 1000), "stale_after_ms": round(job.stale_after_s * 1000)},
     )
+
+
+def out_of_reach(_job: Job, node: NodeStatus, _model: Model | None) -> Refusal | None:
+    """It may be back in a moment; whoever has nobody else waits for it."""
+    if node.connected:
+        return None
+    doing = "is being restarted" if node.restarting else "does not answer"
+    message = f"out of reach: its agent {doing} ({node.report_age_s:.1f} s)"
+    return Refusal(reason=Reason.AGENT_UNREACHABLE, message=message, retry=Retry.RETRYABLE)
 
 
 def cordoned(_job: Job, node: NodeStatus, _model: Model | None) -> Refusal | None:

@@ -1,8 +1,8 @@
 """Who may take part in a plan over several nodes, and what each of their devices costs there.
 
 A coordinator passes every filter but that of memory, has the file and an engine with RPC. A backend's node needs no
-file; its report is fresh, it is not cordoned, has the required labels, and the coordinator's own engine build and RPC
-protocol. Pinning, `local`, minimum CPUs and minimum memory speak of the coordinator.
+file; its report is fresh, it is in reach, not cordoned, has the required labels, and the coordinator's own engine
+build, RPC protocol and transport. Pinning, `local`, minimum CPUs and minimum memory speak of the coordinator.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from msgspec import Struct
 from sollol.report import Device, DeviceKind, Model, NodeStatus, NodeVerdict
 
-from sollold.placement.filters import cordoned, label_missing, stale_report
+from sollold.placement.filters import cordoned, label_missing, out_of_reach, stale_report
 from sollold.placement.fit import generating
 from sollold.placement.job import Job
 from sollold.placement.layout import bandwidth
@@ -93,6 +93,7 @@ def may_lend(job: Job, node: NodeStatus) -> bool:
     return (
         has_rpc(node)
         and stale_report(job, node, None) is None
+        and out_of_reach(job, node, None) is None
         and cordoned(job, node, None) is None
         and label_missing(job, node, None) is None
     )
@@ -109,7 +110,7 @@ def units_for(job: Job, needs: Needs, nodes: Sequence[NodeStatus], own: int, bor
     places = [(own, rank) for rank, device in enumerate(nodes[own].report.devices) if _can_hold(device)]
     for at, rank in borrowed:
         ram = nodes[at].report.devices[0].free_bytes
-        reached = job.links.reaches(own_id, nodes[at].report.node_id)
+        reached = job.links.reaches(own_id, nodes[at].report.node_id) and same_transport(nodes[own], nodes[at])
         if at != own and reached and (rank == 0 or ram >= needs.host_bytes) and same_engine(nodes[own], nodes[at]):
             places.append((at, rank))
     units = [_unit(job, needs, nodes, own, place) for place in places]
@@ -168,3 +169,7 @@ def _fastest_byte_ms(node: NodeStatus) -> float:
 def same_engine(one: NodeStatus, other: NodeStatus) -> bool:
     a, b = one.report.engine, other.report.engine
     return a is not None and b is not None and (a.build, a.rpc_protocol) == (b.build, b.rpc_protocol)
+
+
+def same_transport(one: NodeStatus, other: NodeStatus) -> bool:
+    return one.report.rpc_transport is other.report.rpc_transport

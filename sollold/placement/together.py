@@ -2,17 +2,20 @@
 
 from collections.abc import Callable, Sequence
 
+from msgspec import Struct
 from msgspec.structs import replace
 from sollol.errors import Reason, Refusal, Retry
 from sollol.memory import CELLS
-from sollol.report import Decision, DeviceShare, Model, NodeStatus, NodeVerdict
+from sollol.report import Decision, DeviceShare, Model, NodeStatus, NodeVerdict, RpcTransport
 
-from sollold.placement.filters import free_bytes
+from sollold.placement.filters import free_bytes, total_bytes
 from sollold.placement.job import Job
 from sollold.placement.lenders import may_lend, only_short
-from sollold.placement.links import Links
+from sollold.placement.links import Links, measured
 from sollold.placement.ready import ready_parts
 from sollold.placement.split import Split
+
+MOST_APART = 4  # nodes, or pairs of them, named in a refusal's message
 
 
 def with_split(decision: Decision, split: Split) -> Decision:
@@ -55,18 +58,47 @@ def with_ready(decision: Decision, model: Model | None) -> Decision:
     return replace(decision, ready_s=sum(part.value for part in parts), ready_parts=parts)
 
 
-def free_together(job: Job, nodes: Sequence[NodeStatus], verdicts: Sequence[NodeVerdict]) -> tuple[int, int]:
-    """How many nodes could hold a part of the model, and what their usable devices have free; none for a job that must
-    not be split.
+class Together(Struct, frozen=True, kw_only=True):
+    """Nodes that could hold a part of the model: what their usable devices have free, and would have if nothing ran
+    there.
     """
-    if job.max_nodes == 1:
-        return 0, 0
-    usable = [
+
+    nodes: tuple[NodeStatus, ...]
+    free_bytes: int
+    total_bytes: int
+
+
+def together(job: Job, nodes: Sequence[NodeStatus], verdicts: Sequence[NodeVerdict]) -> Together:
+    """No nodes for a job that must not be split."""
+    usable = tuple(
         node
         for node, verdict in zip(nodes, verdicts, strict=True)
-        if verdict.refusal is None or only_short(verdict) or may_lend(job, node)
-    ]
-    return len(usable), sum(free_bytes(node.report) for node in usable)
+        if job.max_nodes > 1 and (verdict.refusal is None or only_short(verdict) or may_lend(job, node))
+    )
+    return Together(
+        nodes=usable,
+        free_bytes=sum(free_bytes(node.report) for node in usable),
+        total_bytes=sum(total_bytes(node.report) for node in usable),
+    )
+
+
+def kept_apart(job: Job, nodes: Sequence[NodeStatus]) -> str:
+    """Why nodes that have the room together may still not be of one plan."""
+    pairs = sorted(measured(job.links, nodes).unreachable)
+    told = [f"{one} cannot reach {other}" for one, other in pairs[:MOST_APART]]
+    more = f" and {len(pairs) - MOST_APART} more" if len(pairs) > MOST_APART else ""
+    apart = f"; {', '.join(told)}{more}" if told else ""
+    ways = {way: [node for node in nodes if node.report.rpc_transport is way] for way in RpcTransport}
+    if not all(ways.values()):
+        return apart
+    by_tunnel, directly = _names(ways[RpcTransport.TUNNEL]), _names(ways[RpcTransport.DIRECT])
+    differ = f"RPC bytes of {by_tunnel} travel by tunnel, of {directly} directly"
+    return f"{apart}; {differ}: set rpc_transport alike, and give a certificate to all or to none"
+
+
+def _names(nodes: Sequence[NodeStatus]) -> str:
+    more = f" and {len(nodes) - MOST_APART} more" if len(nodes) > MOST_APART else ""
+    return ", ".join(node.report.node_id for node in nodes[:MOST_APART]) + more
 
 
 def too_few_lenders(job: Job, nodes: Sequence[NodeStatus]) -> Refusal | None:

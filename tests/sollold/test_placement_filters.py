@@ -1,6 +1,7 @@
 """Each filter says why, and the cluster's refusal says what to do."""
 
 import pytest
+from msgspec.structs import replace
 from sollol.errors import Reason, Refusal, Retry, SollolError
 from sollol.report import Instance, InstanceState, PlacementWish
 
@@ -19,6 +20,7 @@ def backing_off(of=MODEL):
     ("reason", "wish", "refused"),
     [
         (Reason.STALE_REPORT, {}, node("bad", age_s=8.1)),
+        (Reason.AGENT_UNREACHABLE, {}, replace(node("bad"), connected=False)),
         (Reason.CORDONED, {}, node("bad", cordoned=True)),
         (Reason.NOT_PINNED, {"pinned_node": "good"}, node("bad")),
         (Reason.NOT_LOCAL, {"local": True}, node("bad", host="10.0.0.2")),
@@ -81,6 +83,7 @@ def test_an_alias_finds_the_model_and_the_plan_carries_its_name():
     [
         ([], Reason.NO_NODES, "sollol up"),
         ([node("a", age_s=60)], Reason.NO_NODES, "none of 1 known nodes"),
+        ([node("a", age_s=60), replace(node("b"), connected=False)], Reason.NO_NODES, "none of 2 known nodes"),
         ([node("a", models=(model("tiny:7b"),))], Reason.MODEL_NOT_FOUND, "tiny:7b"),
         ([node("a", models=(model(problem=CORRUPT),))], Reason.MODEL_CORRUPT, "header is cut off"),
         ([node("a", cpu(free=4 * GIB))], Reason.NO_FIT, "largest possible fit: 3 of 9 layers on a"),

@@ -6,7 +6,7 @@ from random import Random
 import pytest
 from msgspec.structs import replace
 from sollol.link import Link, PlanLink
-from sollol.report import Decision, NodeStatus, ScorePart
+from sollol.report import Decision, NodeStatus, RpcTransport, ScorePart
 
 from sollold.placement import PlacementDefaults, decide
 from sollold.placement import links as placement_links
@@ -108,6 +108,28 @@ def test_it_is_the_coordinators_word_that_counts_for_it_is_the_one_that_connects
     a, b = small("a", file=True), small("b", links=(gone("a"),), file=True)
     assert placed(a, b).coordinator == "a"
     assert placed(small("a", links=(gone("b"),), file=True), small("b", file=True)).coordinator == "b"
+
+
+def tunnelled(status: NodeStatus) -> NodeStatus:
+    return replace(status, report=replace(status.report, rpc_transport=RpcTransport.TUNNEL))
+
+
+def test_nodes_that_carry_rpc_bytes_in_different_ways_are_not_of_one_plan():
+    a, b, c = small("a", file=True), small("b"), able("c", cpu(free=6 * GIB, bandwidth=5e9))
+    assert lenders(placed(a, tunnelled(b), c)) == {"c"}
+    assert lenders(placed(tunnelled(a), tunnelled(b), c)) == {"b"}
+
+
+def test_a_refusal_says_which_nodes_carry_rpc_bytes_in_which_way():
+    decision = placed(small("a", file=True), tunnelled(small("b")))
+
+    assert "RPC bytes of b travel by tunnel, of a directly: set rpc_transport alike" in explain(decision)
+    assert "rpc_transport" not in explain(placed(small("a", file=True)))
+
+
+def test_a_node_out_of_reach_lends_nothing():
+    a, b, c = small("a", file=True), small("b"), able("c", cpu(free=6 * GIB, bandwidth=5e9))
+    assert lenders(placed(a, replace(b, connected=False), c)) == {"c"}
 
 
 def test_a_refusal_says_who_cannot_reach_whom():

@@ -237,6 +237,22 @@ def test_what_fits_nowhere_is_refused_with_what_the_nodes_have_together():
     )
 
 
+@pytest.mark.parametrize(
+    ("total", "wishes", "retry"),
+    [
+        (6 * GIB, {}, Retry.RETRYABLE),
+        (4 * GIB, {}, Retry.FATAL),
+        (6 * GIB, {"max_nodes": 1}, Retry.FATAL),
+    ],
+)
+def test_what_several_nodes_could_hold_if_nothing_else_ran_there_is_worth_asking_for_again(total, wishes, retry):
+    busy = cpu(free=GIB, total=total)
+    refusal = Case().add("a", busy, file=True).add("b", busy).decide(**wishes).refusal
+
+    assert refusal.reason is Reason.NO_FIT
+    assert refusal.retry is retry
+
+
 def test_a_cap_smaller_than_one_layer_lends_nothing():
     assert (
         Case().add("a", cpu(free=6 * GIB), file=True).add("b", cpu(free=GIB)).decide().refusal.reason is Reason.NO_FIT
