@@ -37,7 +37,7 @@ from sollold.front.mqtt_messages import PACKET_BYTES, packet_bytes
 from sollold.history import History
 from sollold.key_file import KeyFile, keys_path
 from sollold.key_policy import check_keys, key_mode
-from sollold.loading import RELEASE_WITHIN_S, Loader
+from sollold.loading import Loader
 from sollold.nodes import Nodes
 from sollold.numbers import PoolNumbers
 from sollold.operators import ClusterService
@@ -49,6 +49,7 @@ from sollold.reaping import Reaper
 from sollold.remembered import FILE_NAME as AGENTS_FILE
 from sollold.remembered import Remembered
 from sollold.server import HeadServer
+from sollold.starting import RELEASE_WITHIN_S, Starter
 from sollold.surveyor import Surveyor
 
 log = structlog.get_logger(__name__)
@@ -86,10 +87,13 @@ async def serve(live: Live[HeadConfig], environ: Mapping[str, str], stop: Stop) 
             limit=options.pools,
         )
         reaper = Reaper(nodes, on_lost=pools.forget)
-        loader = Loader(
-            nodes, decide=decided, record=history.decided, lost=reaper, pools=pools, numbers=numbers,
-            reservation_ttl=timedelta(seconds=config.reservation_ttl_s), load_timeout_s=config.load_timeout_s,
+        starter = Starter(
+            nodes, lost=reaper, pools=pools, numbers=numbers,
+            reservation_ttl=timedelta(seconds=config.reservation_ttl_s),
         )  # fmt: skip
+        loader = Loader(
+            nodes, starter, decide=decided, record=history.decided, lost=reaper, load_timeout_s=config.load_timeout_s
+        )
         for listener in (reaper.on_node_changed, pools.on_node_changed, numbers.on_node_changed):
             nodes.subscribe(listener)
         dispatch = _dispatch(config, nodes, pools, catalogue, reaper)
@@ -101,8 +105,8 @@ async def serve(live: Live[HeadConfig], environ: Mapping[str, str], stop: Stop) 
         closing.run("reaper", reaper.run(), stop, within_s=STEP_WITHIN_S)
         _drain(nodes, pools, closing, stop)
         closing.run("surveyor", Surveyor(nodes).run(), stop, within_s=STEP_WITHIN_S)
-        closing.add("releases", loader.close, within_s=STEP_WITHIN_S)
-        closing.add("pools", pools.close, within_s=RELEASE_WITHIN_S + STEP_WITHIN_S)
+        closing.add("releases", starter.close, within_s=STEP_WITHIN_S)
+        closing.add("pools", partial(_leave, pools, starter), within_s=RELEASE_WITHIN_S + STEP_WITHIN_S)
         operators = ClusterService(nodes, pools, catalogue, decide=lambda wish: decided(wish, nodes.statuses()))
         admission = Admission(KeyFile(keys), mode=key_mode(config), known=catalogue.sought)
         inference = InferenceService(dispatch, catalogue, admission)
@@ -158,6 +162,11 @@ def _dispatch(config: HeadConfig, nodes: Nodes, pools: Pools, catalogue: Catalog
         first_byte_timeout_s=config.first_byte_timeout_s,
         stall_timeout_s=config.stall_timeout_s,
     )
+
+
+async def _leave(pools: Pools, starter: Starter) -> None:
+    starter.leave()
+    await pools.close()
 
 
 def _drain(nodes: Nodes, pools: Pools, closing: Closing, stop: Stop) -> None:

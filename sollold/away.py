@@ -1,7 +1,7 @@
 """A node out of reach may only have an agent that is restarted: its engines run on, and it is back in a moment."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from sollol.errors import Reason
 from sollol.report import NodeStatus
@@ -25,12 +25,22 @@ def lost_after_s(status: NodeStatus) -> float:
     return LOST_AFTER_RESTART_S if status.restarting else LOST_AFTER_S
 
 
-async def is_back(status: Callable[[], NodeStatus | None]) -> bool:
-    """Wait until the node reports anew; false when it is lost first, or has been silent for as long as that takes."""
-    before, loop = status(), asyncio.get_running_loop()
+async def first_back(node_ids: Iterable[str], status: Callable[[str], NodeStatus | None]) -> str | None:
+    """Of nodes that went away the first that reports anew; None when they are lost, or silent for as long as that.
+
+    One whose loss has not shown yet counts as away until its next report.
+    """
+    loop = asyncio.get_running_loop()
     began_s = loop.time()
-    while before is not None and (now := status()) is not None and loop.time() - began_s < lost_after_s(now):
-        if now.connected and now.report is not before.report:
-            return True
+    before = {node_id: status(node_id) for node_id in sorted(node_ids)}
+    while before:
+        for node_id, was in tuple(before.items()):
+            now = status(node_id)
+            if was is None or now is None or loop.time() - began_s >= lost_after_s(now):
+                del before[node_id]
+            elif now.connected and now.report is not was.report:
+                return node_id
+            elif not now.connected and not is_away(now):
+                del before[node_id]
         await asyncio.sleep(_POLL_S)
-    return False
+    return None

@@ -98,26 +98,6 @@ async def reserve(parts: Iterable[Part], pool_id: str, ttl: timedelta, link: Cal
             raise NodeRefusedError(part.node_id, error.refusal) from error
 
 
-def check_transports(parts: Sequence[Part], transports: Mapping[str, RpcTransport]) -> RpcTransport:
-    """Return how all of the pool's bytes travel between its nodes; parts are the coordinator's first.
-
-    Raises:
-        NodeRefusedError: TRANSPORT_MISMATCH; that node's bytes would travel in another way than the coordinator's.
-    """
-    coordinator = parts[0].node_id
-    agreed = transports.get(coordinator, RpcTransport.DIRECT)
-    for part in parts[1:]:
-        other = transports.get(part.node_id, RpcTransport.DIRECT)
-        if other is not agreed:
-            message = (
-                f"{coordinator} carries RPC bytes by {agreed.lower()}, {part.node_id} by {other.lower()}: set "
-                "rpc_transport alike on both, and give a certificate to both (`sollol join`) or to neither"
-            )
-            refusal = Refusal(reason=Reason.TRANSPORT_MISMATCH, message=message, retry=Retry.RETRYABLE)
-            raise NodeRefusedError(part.node_id, refusal)
-    return agreed
-
-
 async def start(
     parts: Sequence[Part],
     pool_id: str,

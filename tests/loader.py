@@ -14,6 +14,7 @@ from sollold.loading import Loader
 from sollold.numbers import PoolNumbers
 from sollold.placement import PlacementDefaults, decide
 from sollold.reaping import Reaper
+from sollold.starting import Starter
 from tests.fakes.fake_agent import FakeAgent
 
 M = "tiny:8b"
@@ -33,19 +34,21 @@ class Setup:
         self.progress = []
         self.forgotten, self.doubted = [], []
         self.numbers = PoolNumbers(self)
+        lost = Reaper(self, on_lost=lambda *_: None)
+        self.starter = Starter(self, lost=lost, pools=self, numbers=self.numbers, reservation_ttl=timedelta(seconds=5))
         self.loader = Loader(
             self,
+            self.starter,
             decide=lambda wish, nodes: decide(wish, nodes, DEFAULTS),
             record=self.decisions.append,
-            lost=Reaper(self, on_lost=lambda *_: None),
-            pools=self,
-            numbers=self.numbers,
-            reservation_ttl=timedelta(seconds=5),
+            lost=lost,
             load_timeout_s=load_timeout_s,
         )
 
     def statuses(self):
-        return tuple(NodeStatus(report=agent.report, report_age_s=0.0, connected=True) for agent in self.agents)
+        return tuple(
+            NodeStatus(report=agent.report, report_age_s=agent.silent_s, connected=agent.is_up) for agent in self.agents
+        )
 
     def status(self, node_id):
         return next((status for status in self.statuses() if status.report.node_id == node_id), None)
@@ -81,7 +84,7 @@ async def setups(ports: Callable[[], int]) -> AsyncIterator[Callable[..., object
             setup = Setup(agents, load_timeout_s)
             for link in setup.links.values():
                 stack.push_async_callback(link.close)
-            stack.push_async_callback(setup.loader.close)
+            stack.push_async_callback(setup.starter.close)
             return setup
 
         yield made

@@ -1,6 +1,7 @@
 """An agent behind a real gRPC server whose answers the test writes: no ledger, no engines."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,7 @@ class FakeAgent(agent_pb2_grpc.AgentServiceServicer):
         self._models: dict[str, str] = {}
         self._numbers: dict[str, int] = {}
         self._server: grpc.aio.Server | None = None
+        self._stopped_s = 0.0
 
     def tell(self, **changes: Any) -> None:
         self.report = replace(self.report, sequence=self.report.sequence + 1, **changes)
@@ -62,7 +64,16 @@ class FakeAgent(agent_pb2_grpc.AgentServiceServicer):
     async def stop(self) -> None:
         if self._server is not None:
             server, self._server = self._server, None
+            self._stopped_s = time.monotonic()
             await server.stop(0)
+
+    @property
+    def is_up(self) -> bool:
+        return self._server is not None
+
+    @property
+    def silent_s(self) -> float:
+        return 0.0 if self.is_up else time.monotonic() - self._stopped_s
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["FakeAgent"]:

@@ -303,23 +303,11 @@ class TestRemains:
         assert remains(statuses, {POOL}) == ()
 
 
-class TestTransports:
-    """How a pool's bytes travel is agreed before anything is reserved."""
+class TestSecrets:
+    """Whose bytes travel through a tunnel, and who may let them in."""
 
     PARTS = (group.Part("a", lent=["CPU"]), group.Part("b", lent=["CPU"]))
     TUNNEL, DIRECT = RpcTransport.TUNNEL, RpcTransport.DIRECT
-
-    def test_nodes_that_agree_give_their_transport(self):
-        assert group.check_transports(self.PARTS, {"a": self.TUNNEL, "b": self.TUNNEL}) is self.TUNNEL
-        assert group.check_transports(self.PARTS, {}) is self.DIRECT
-
-    @pytest.mark.parametrize("odd", [{"a": RpcTransport.TUNNEL}, {"b": RpcTransport.TUNNEL}])
-    def test_nodes_that_differ_are_refused_and_the_lender_is_the_one_to_leave_out(self, odd):
-        with pytest.raises(group.NodeRefusedError) as refused:
-            group.check_transports(self.PARTS, odd)
-        assert refused.value.node_id == "b"
-        assert refused.value.refusal.reason is Reason.TRANSPORT_MISMATCH
-        assert "a carries RPC bytes by" in refused.value.refusal.message
 
     async def test_each_pool_has_a_secret_of_its_own_that_only_other_nodes_and_the_coordinator_get(self):
         shown = []

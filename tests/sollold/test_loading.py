@@ -5,10 +5,10 @@ import asyncio
 import pytest
 from msgspec.structs import replace
 from sollol.errors import Reason, Retry, SollolError, refuse
-from sollol.report import InstanceState
+from sollol.report import InstanceState, Reservation
 
-from sollold import loading
-from sollold.loading import new_pool_id
+from sollold import loading, starting
+from sollold.starting import new_pool_id
 from tests.loader import M, setups
 from tests.placement_cases import model
 from tests.waiting import wait_until
@@ -46,7 +46,7 @@ async def test_the_engine_is_started_under_the_name_that_was_asked_for(setup):
 
 
 @pytest.mark.parametrize("call", ["Reserve", "StartCoordinator"])
-@pytest.mark.parametrize("reason", [Reason.MEMORY_SHORT, Reason.CORDONED, Reason.BACKING_OFF, Reason.INTERNAL])
+@pytest.mark.parametrize("reason", [Reason.MEMORY_SHORT, Reason.MODEL_UNSUPPORTED, Reason.BACKING_OFF, Reason.INTERNAL])
 async def test_a_refusing_node_is_left_out_and_the_next_one_takes_it(setup, call, reason):
     it = await setup("a", "b")
     it.agents[0].refusals[call] = refuse(reason, "no").refusal
@@ -119,7 +119,7 @@ async def test_an_agent_that_vanishes_between_reserve_and_start_costs_no_wait(se
 
 
 async def test_an_agent_out_of_reach_for_a_moment_is_still_asked_to_clean_up(setup, monkeypatch):
-    monkeypatch.setattr(loading, "RELEASE_PAUSES_S", (0.1,) * 20)
+    monkeypatch.setattr(starting, "RELEASE_PAUSES_S", (0.1,) * 20)
     it = await setup("a")
     agent = it.agents[0]
 
@@ -141,22 +141,9 @@ async def test_a_load_goes_on_when_its_agent_was_only_restarted(setup):
     it = await setup("a", "b")
     agent = it.agents[0]
 
-    async def restart():
-        del agent.hooks["WatchInstance"]
-        await agent.stop()
-        await agent.start()
-        await wait_until(reached, what="the link is up again, as when the head gets a report over it")
-        agent.tell()
-
-    async def reached():
-        try:
-            await it.links["a"].release("another pool")
-        except SollolError:
-            return False
-        return True
-
     async def vanish(_context):
-        it.restart = asyncio.create_task(restart())
+        del agent.hooks["WatchInstance"]
+        it.restart = asyncio.create_task(returns(it, agent))
         await asyncio.Event().wait()
 
     agent.hooks["WatchInstance"] = vanish
@@ -246,6 +233,163 @@ async def test_an_agent_that_starts_another_model_is_told_to_stop_it(setup):
 
     assert (await it.failure()).reason is Reason.INTERNAL
     assert it.agents[0].pools("Stop")
+
+
+async def returns(it, agent):
+    """What an agent's restart looks like: it is gone, there again, and reports over a link that is up."""
+
+    def asked():
+        return len(agent.pools("Reserve")) + len(agent.pools("WatchInstance"))
+
+    await agent.stop()
+    await agent.start()
+    await wait_until(lambda: reached(it, agent), what="the link is up again, as when the head gets a report over it")
+    before = asked()
+    await wait_until(lambda: agent.tell() or asked() > before, what="the load goes on")
+
+
+async def reached(it, agent):
+    try:
+        await it.links[agent.report.node_id].release("another pool")
+    except SollolError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("call", ["Reserve", "StartCoordinator"])
+async def test_a_load_waits_for_the_only_node_while_its_agent_is_restarted(setup, call):
+    it = await setup("a")
+    agent = it.agents[0]
+
+    async def restart_once(_context):
+        del agent.hooks[call]
+        it.restart = asyncio.create_task(returns(it, agent))
+        await asyncio.Event().wait()
+
+    agent.hooks[call] = restart_once
+
+    pool = await it.load()
+
+    assert pool.node_id == "a"
+    await it.restart
+
+
+async def test_a_load_waits_for_an_agent_that_says_it_is_shutting_down(setup):
+    it = await setup("a")
+    agent = it.agents[0]
+    agent.refusals["Reserve"] = refuse(Reason.SHUTTING_DOWN, "going", retryable=True).refusal
+    load = it.begin()
+    await wait_until(lambda: len(it.decisions) == 2, what="refused, and nobody else is left")
+    assert not load.done()
+
+    agent.refusals.clear()
+    await returns(it, agent)
+
+    assert (await load).node_id == "a"
+
+
+async def test_a_node_that_was_away_before_is_waited_for_when_nobody_else_will_do(setup):
+    it = await setup("a", "b")
+    away, other = it.agents
+    other.report = replace(other.report, models=())
+    await away.stop()
+    load = it.begin()
+    await wait_until(lambda: it.decisions, what="there is no plan without it")
+    assert not load.done()
+
+    await returns(it, away)
+
+    assert (await load).node_id == "a"
+
+
+async def test_a_node_that_is_away_is_not_waited_for_where_another_will_do_or_it_could_not_help(setup):
+    it = await setup("a", "b")
+    await it.agents[0].stop()
+    assert (await it.load()).node_id == "b"
+    assert len(it.decisions) == 1
+
+    it.agents[0].report = replace(it.agents[0].report, models=())
+    it.agents[1].refusals["Reserve"] = refuse(Reason.MEMORY_SHORT, "short", retryable=True).refusal
+    assert (await it.failure()).reason is Reason.MEMORY_SHORT
+    assert len(it.decisions) == 3
+
+
+async def test_the_next_plan_is_made_from_reports_that_no_longer_have_what_failed(setup):
+    it = await setup("a", "b")
+    first, second = it.agents
+    first.refusals["StartCoordinator"] = refuse(Reason.ENGINE_START_FAILED, "boom").refusal
+    plain = first.report
+
+    async def report_it(_context):
+        (pool_id,) = first.pools("Reserve")
+        first.tell(reservations=(Reservation(pool_id=pool_id, bytes={"CPU": 1}),))
+
+    async def report_it_no_longer(_context):
+        it.later = asyncio.get_running_loop().call_later(0.2, lambda: first.tell(reservations=()))
+
+    first.hooks["StartCoordinator"], first.hooks["Release"] = report_it, report_it_no_longer
+    seen = []
+    second.hooks["Reserve"] = lambda _: seen.append(first.report.reservations) or asyncio.sleep(0)
+
+    assert (await it.load()).node_id == "b"
+    assert seen == [()]
+    assert plain.reservations == ()
+
+
+FATAL = refuse(Reason.MODEL_CORRUPT, "cut off").refusal
+LATER = refuse(Reason.MEMORY_SHORT, "short", retryable=True).refusal
+
+
+@pytest.mark.parametrize(
+    ("failed", "nothing_left", "reason"),
+    [
+        ({"a": LATER, "b": FATAL}, None, Reason.MEMORY_SHORT),
+        ({"a": FATAL, "b": LATER}, None, Reason.MEMORY_SHORT),
+        ({"a": FATAL}, refuse(Reason.NO_FIT, "full", retryable=True).refusal, Reason.NO_FIT),
+        ({"a": LATER}, refuse(Reason.NO_FIT, "full", retryable=True).refusal, Reason.MEMORY_SHORT),
+        ({"a": FATAL}, refuse(Reason.NO_FIT, "too large").refusal, Reason.MODEL_CORRUPT),
+        ({"a": FATAL}, refuse(Reason.NO_NODES, "no other", retryable=True).refusal, Reason.MODEL_CORRUPT),
+        ({}, refuse(Reason.NO_NODES, "none", retryable=True).refusal, Reason.NO_NODES),
+    ],
+)
+def test_what_may_change_has_the_last_word(failed, nothing_left, reason):
+    word = loading._last_word(failed, nothing_left)
+
+    assert word.reason is reason
+    told = {refusal.reason for refusal in failed.values()} - {reason}
+    assert all(each in word.message for each in told), "the others are named"
+
+
+async def test_a_head_that_ends_leaves_a_pool_with_a_coordinator_to_the_next_head(setup):
+    it = await setup("a")
+    agent = it.agents[0]
+    agent.states = [STARTING]
+    task = it.begin()
+    await wait_until(lambda: agent.pools("WatchInstance"), what="loading")
+
+    it.starter.leave()
+    task.cancel()
+    await asyncio.wait({task})
+
+    assert task.cancelled()
+    assert not agent.pools("Stop")
+    assert not agent.pools("Release")
+    assert not it.forgotten
+
+
+async def test_a_head_that_ends_lets_go_of_what_has_no_coordinator_yet(setup):
+    it = await setup("a")
+    agent = it.agents[0]
+    agent.hooks["StartCoordinator"] = lambda _: asyncio.Event().wait()
+    task = it.begin()
+    await wait_until(lambda: agent.pools("StartCoordinator"), what="starting")
+
+    it.starter.leave()
+    task.cancel()
+    await asyncio.wait({task})
+
+    assert agent.pools("Release") == agent.pools("Reserve")
+    assert not agent.reserved
 
 
 def test_pool_ids_are_unique_and_safe_as_file_names():
