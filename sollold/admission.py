@@ -24,6 +24,7 @@ log = structlog.get_logger(__name__)
 CONCURRENCY_RETRY_AFTER_S = 1.0
 # Bytes of a request to a token of its prompt, until the engine has said how many there are.
 BYTES_PER_TOKEN = 4
+HTTP_HEADERS = "`Authorization: Bearer KEY` or `X-Api-Key: KEY`"
 # One answer for both, so that nobody learns which keys there were.
 _NOT_VALID = "this API key is not valid here: `sollol keys list` on the head's machine shows those that are"
 
@@ -118,8 +119,8 @@ class Admission:
         self._clock, self._wall = clock, wall
         self._uses: dict[str, _Use] = {}
 
-    def authenticate(self, token: str | None) -> Caller:
-        """Who sent this token (None: none was sent).
+    def authenticate(self, token: str | None, *, sent_as: str = HTTP_HEADERS) -> Caller:
+        """Who sent this token (None: none was sent); `sent_as` says how the front takes them, for who sent none.
 
         Raises:
             SollolError: KEY_MISSING, KEY_INVALID, KEY_EXPIRED or KEYS_UNREADABLE.
@@ -130,7 +131,7 @@ class Admission:
         if self._mode == "auto" and not keys:
             return ANYBODY
         if not token:
-            raise refuse(Reason.KEY_MISSING, "no API key: send one as `Authorization: Bearer KEY` or `X-Api-Key: KEY`")
+            raise refuse(Reason.KEY_MISSING, f"no API key: send one as {sent_as}")
         key = matching(keys, token)
         if key is None:
             _refuse("", "unknown", Reason.KEY_INVALID, _NOT_VALID)
@@ -145,9 +146,9 @@ class Admission:
         """Those of the models that the caller may use."""
         return tuple(model for model in models if caller.may_use(model.name))
 
-    def admit(self, token: str | None, model: str) -> Permit:
+    def admit(self, token: str | None, model: str, *, sent_as: str = HTTP_HEADERS) -> Permit:
         """`authenticate` and `permit` in one."""
-        return self.permit(self.authenticate(token), model)
+        return self.permit(self.authenticate(token, sent_as=sent_as), model)
 
     def permit(self, caller: Caller, model: str) -> Permit:
         """Let the caller ask for a model, by a name or alias, once.

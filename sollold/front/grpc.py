@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any, TypeAlias, TypeVar
 
@@ -23,6 +24,8 @@ from sollold.streams import Catalogue, Dispatcher
 
 log = structlog.get_logger(__name__)
 
+_METADATA = "metadata, `authorization: Bearer KEY` or `x-api-key: KEY`"
+
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 R = TypeVar("R", pb.ChatResponse, pb.CompleteResponse)
 
@@ -36,8 +39,8 @@ class InferenceService(rpc.InferenceServiceServicer):
         self._admission = admission
 
     async def Chat(self, request: pb.ChatRequest, context: Context) -> AsyncIterator[pb.ChatResponse]:
-        async with _aborting(context):
-            caller = self._caller(context)
+        async with _answering(context, "Chat") as noted:
+            caller = self._caller(context, noted)
             body = {
                 "model": request.model,
                 "messages": [msgspec.to_builtins(wire.value(Message, message)) for message in request.messages],
@@ -49,8 +52,8 @@ class InferenceService(rpc.InferenceServiceServicer):
                     yield _response(pb.ChatResponse, event)
 
     async def Complete(self, request: pb.CompleteRequest, context: Context) -> AsyncIterator[pb.CompleteResponse]:
-        async with _aborting(context):
-            caller = self._caller(context)
+        async with _answering(context, "Complete") as noted:
+            caller = self._caller(context, noted)
             asked = requests.completion(
                 {"model": request.model, "prompt": request.prompt, **_sampling(request.sampling)}
             )
@@ -60,13 +63,13 @@ class InferenceService(rpc.InferenceServiceServicer):
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         response = pb.ListModelsResponse()
-        async with _aborting(context):
-            for model in self._admission.visible(self._caller(context), self._catalogue.models()):
+        async with _answering(context, "ListModels") as noted:
+            for model in self._admission.visible(self._caller(context, noted), self._catalogue.models()):
                 wire.fill(response.models.add(), model)
         return response
 
-    def _caller(self, context: Context) -> Caller:
-        """Who calls: by certificate, which the server has checked, else by key.
+    def _caller(self, context: Context, noted: dict[str, str]) -> Caller:
+        """Who calls: by certificate, which the server has checked, else by key; a key's name is noted.
 
         Raises:
             SollolError: see `Admission.authenticate`.
@@ -75,7 +78,11 @@ class InferenceService(rpc.InferenceServiceServicer):
         if shown.get("transport_security_type") == [b"ssl"]:
             return Caller(b" ".join(shown.get("x509_subject_alternative_name", ())).decode())
         sent = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
-        return self._admission.authenticate(bearer(sent.get("authorization")) or sent.get("x-api-key"))
+        token = bearer(sent.get("authorization")) or sent.get("x-api-key")
+        caller = self._admission.authenticate(token, sent_as=_METADATA)
+        if caller.name:
+            noted["key_name"] = caller.name
+        return caller
 
     def _events(self, asked: requests.Asked, caller: Caller) -> AsyncGenerator[Progress | Piece, None]:
         return generated(self._dispatcher, asked.engine, self._admission.permit(caller, asked.engine.model))
@@ -97,14 +104,32 @@ def _sampling(message: pb.Sampling) -> dict[str, Any]:
 
 
 @contextlib.asynccontextmanager
-async def _aborting(context: Context) -> AsyncIterator[None]:
-    """End the call with the status of a SollolError; anything else is a bug: logged, INTERNAL to the user."""
+async def _answering(context: Context, method: str) -> AsyncIterator[dict[str, str]]:
+    """End the call with the status of a SollolError; anything else is a bug: logged, INTERNAL to the user.
+
+    Writes one line when it has ended, with what is put into the value.
+    """
+    started, noted = time.monotonic(), dict[str, str]()
+    try:
+        async with _aborting(context, noted):
+            yield noted
+    finally:
+        log.info("request_ended", method="gRPC", path=method, took_s=round(time.monotonic() - started, 4), **noted)
+
+
+@contextlib.asynccontextmanager
+async def _aborting(context: Context, noted: dict[str, str]) -> AsyncIterator[None]:
     try:
         yield
     except SollolError as error:
+        noted["reason"] = error.refusal.reason
         await refusal_abort(context, error.refusal)
-    except (asyncio.CancelledError, grpc.aio.AbortError):
+    except (asyncio.CancelledError, GeneratorExit):
+        noted["reason"] = Reason.CANCELLED
+        raise
+    except grpc.aio.AbortError:
         raise
     except Exception:
+        noted["reason"] = Reason.INTERNAL
         log.exception("call_failed_unexpectedly")
         await refusal_abort(context, Refusal(reason=Reason.INTERNAL, message="the head failed; see its log"))

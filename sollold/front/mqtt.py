@@ -21,7 +21,7 @@ from sollol.topics import Topics, problem_with_response_topic
 from sollold.admission import Admission
 from sollold.front.departure import Departure
 from sollold.front.generation import generated
-from sollold.front.mqtt_messages import Answer, read_request
+from sollold.front.mqtt_messages import SENT_AS, Answer, read_request
 from sollold.streams import Dispatcher
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class MqttFront:
         wanted = read_request(message.payload, message.user, max_bytes=self._max_bytes)
         engine = wanted.asked.engine
         structlog.contextvars.bind_contextvars(model=engine.model)
-        permit = self._admission.admit(wanted.token, engine.model)
+        permit = self._admission.admit(wanted.token, engine.model, sent_as=SENT_AS)
         finish_reason, usage, told_s = "", Usage(), 0.0
         async with aclosing(generated(self._dispatcher, engine, permit)) as events:
             async for event in events:

@@ -12,6 +12,7 @@ from sollold.front import requests
 from sollold.front.checks import BadParameterError, expected
 
 API_KEY = "api_key"
+SENT_AS = f"the user property `{API_KEY}`, or as the body's `{API_KEY}`"
 PACKET_BYTES = 65_536  # of a message that is no request, or what a request carries beside its body
 MOST_PACKET_BYTES = 268_435_455  # MQTT's own
 # How the answer travels is not the asker's to say: always in pieces, always with usage.

@@ -11,6 +11,7 @@ from sollol.client import Client
 from sollol.errors import Reason, SollolError
 from sollol.inference import AvailableModel, Message
 from sollol.v1 import inference_pb2_grpc as rpc
+from structlog.testing import capture_logs
 
 from sollold.admission import Admission
 from sollold.front import http
@@ -292,6 +293,47 @@ async def test_grpc_refuses_what_http_does(head, sent, reason):
                 await asking
             assert caught.value.refusal.reason is reason
     assert head.dispatcher.requests == []
+
+
+async def test_each_front_says_in_its_own_words_how_a_key_is_sent(head):
+    head.keys(key_of("alice"))
+    assert "`Authorization: Bearer KEY` or `X-Api-Key: KEY`" in (await head.post())[1]["error"]["message"]
+    async with Client(head.grpc) as client:
+        with pytest.raises(SollolError, match="as metadata, `authorization: Bearer KEY` or `x-api-key: KEY`"):
+            await client.list_models()
+
+
+async def test_every_grpc_call_is_a_line_in_the_log_with_its_key_and_why_it_was_refused(head):
+    head.keys(key_of("alice", concurrency=1), key_of("carol", models=("other*",)))
+    with capture_logs() as logs:
+        async with Client(head.grpc) as client:
+            with pytest.raises(SollolError, match="KEY_MISSING"):
+                await client.list_models()
+        async with Client(head.grpc, key=token_of("carol")) as client:
+            with pytest.raises(SollolError, match="KEY_SCOPE"):
+                await said(client)
+        head.dispatcher.answer = FakeStream(chunks=HELLO[:2], hangs=True)
+        async with Client(head.grpc, key=token_of("alice")) as client:
+            async with contextlib.aclosing(client.chat("tiny", [Message("user", "hi")])) as running:
+                await anext(running)
+                with pytest.raises(SollolError, match="KEY_CONCURRENCY"):
+                    await said(client)
+            await wait_until(lambda: len(lines(logs)) == 4, what="the one that was let go of has ended")
+            head.dispatcher.answer = FakeStream(chunks=HELLO)
+            assert await said(client)
+        await wait_until(lambda: len(lines(logs)) == 5, what="the last one has ended")
+    assert lines(logs) == [
+        ("ListModels", None, "KEY_MISSING"),
+        ("Chat", "carol", "KEY_SCOPE"),
+        ("Chat", "alice", "KEY_CONCURRENCY"),
+        ("Chat", "alice", "CANCELLED"),
+        ("Chat", "alice", None),
+    ]
+
+
+def lines(logs):
+    ended = [line for line in logs if line["event"] == "request_ended" and line["method"] == "gRPC"]
+    return [(line["path"], line.get("key_name"), line.get("reason")) for line in ended]
 
 
 async def test_grpc_takes_the_same_key_and_shows_the_same_models(head):

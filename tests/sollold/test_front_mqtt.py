@@ -200,8 +200,9 @@ async def test_keys_hold_as_they_do_over_http(serving):
     await device.ask(PROMPT, *with_key("wrong"), correlation="2")
     await device.ask(PROMPT, *with_key("none"), correlation="3")
     await device.ask(PROMPT, *with_key("tiny-only"), correlation="4")
-    reasons = [(await device.refused(correlation))["reason"] for correlation in (b"1", b"2", b"3")]
-    assert reasons == ["KEY_MISSING", "KEY_INVALID", "KEY_SCOPE"]
+    refused = [await device.refused(correlation) for correlation in (b"1", b"2", b"3")]
+    assert [said["reason"] for said in refused] == ["KEY_MISSING", "KEY_INVALID", "KEY_SCOPE"]
+    assert "as the user property `api_key`" in refused[0]["message"]
     assert (await device.done(b"4"))[-1]["finish_reason"] == "stop"
 
 
