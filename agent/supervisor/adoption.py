@@ -58,7 +58,8 @@ def unrecorded(directories: Directories, known: set[int]) -> dict[int, EnginePro
 
 def forget(record: Record, directories: Directories) -> None:
     """Remove the files of an instance that is gone."""
-    for name in (record.instance_id, forwarder_id(record.pool_id), tunnel_id(record.pool_id)):
+    beside = tunnel_id if record.kind is InstanceKind.COORDINATOR else forwarder_id
+    for name in (record.instance_id, beside(record.pool_id)):
         files = files_of(name, directories)
         files.remove_run_files()
         files.state.unlink(missing_ok=True)

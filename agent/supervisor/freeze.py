@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from agent.supervisor.identity import stat_fields
+
 IDLE_FOR_S = 2.9
 _IDLE_LOOKS = 3  # we may have slept longer than it
 _STOPPED, _SLEEPS = "T", "S"  # a debugger's stop is another state
@@ -65,7 +67,7 @@ class FreezeWatch:
 def look_at(pid: int, port: int = 0) -> Look | None:
     """Return how a process is, with the input of its connections to `port`; None when it is gone."""
     try:
-        fields = _stat(Path(f"/proc/{pid}/stat"))
+        fields = stat_fields(Path(f"/proc/{pid}/stat"))
         unread = bool(port) and _has_unread(Path(f"/proc/{pid}/net/tcp").read_text(), port)
     except OSError:
         return None
@@ -79,13 +81,9 @@ def with_work(look: Look, pid: int) -> Look:
         return look._replace(has_work=True)
     states = set()
     with suppress(OSError):  # it, or one of its threads, has just ended
-        states = {_stat(thread / "stat")[0] for thread in Path(f"/proc/{pid}/task").iterdir()}
+        states = {stat_fields(thread / "stat")[0] for thread in Path(f"/proc/{pid}/task").iterdir()}
     busiest = next((state for state in (RUNS, _WAITS_FOR_A_DISK) if state in states), _SLEEPS)
     return look._replace(state=busiest, has_work=True)
-
-
-def _stat(path: Path) -> list[str]:
-    return path.read_text().rpartition(") ")[2].split()
 
 
 def _has_unread(table: str, port: int) -> bool:

@@ -40,11 +40,21 @@ def boot_id() -> str:
 def started_ticks(pid: int) -> int | None:
     """Return when a process started; None when it is gone or a zombie, which holds nothing any more."""
     try:
-        # The name, in parentheses, may itself hold parentheses and spaces.
-        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+        state, *rest = stat_fields(Path(f"/proc/{pid}/stat"))
     except (FileNotFoundError, ProcessLookupError):
         return None
     return None if state in "ZX" else int(rest[18])
+
+
+def stat_fields(path: Path) -> list[str]:
+    """Return the fields of a process's or thread's `stat`, from its state on.
+
+    The name before them is any bytes: parentheses, spaces, half a character where the kernel cut it.
+
+    Raises:
+        OSError: It is gone.
+    """
+    return path.read_text(errors="replace").rpartition(") ")[2].split()
 
 
 def marked(environment: Mapping[str, str], state: Path) -> dict[str, str]:

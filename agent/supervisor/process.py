@@ -13,7 +13,7 @@ import structlog
 
 from agent.supervisor.command import EXIT_LINE
 from agent.supervisor.files import InstanceFiles
-from agent.supervisor.identity import Identity, identity_of, is_running
+from agent.supervisor.identity import Identity, identity_of, is_running, stat_fields
 
 log = structlog.get_logger(__name__)
 
@@ -236,7 +236,7 @@ def _running_members(group: int) -> list[int]:
         if not entry.name.isdigit():
             continue
         try:
-            state, _, its_group = (entry / "stat").read_text().rpartition(") ")[2].split()[:3]
+            state, _, its_group = stat_fields(entry / "stat")[:3]
         except OSError:
             continue  # it has just ended
         if int(its_group) == group and state not in "ZX":

@@ -19,9 +19,12 @@ from agent.supervisor import records
 from agent.supervisor.adoption import problem_of
 from agent.supervisor.endpoints import TcpSite
 from agent.supervisor.files import files_of
+from agent.supervisor.freeze import look_at
 from agent.supervisor.identity import Identity, boot_id, identity_of, is_running, started_ticks
+from agent.supervisor.lending import forwarder_id
 from agent.supervisor.orphans import end_everything
 from agent.supervisor.records import ENGINE, FORWARDER, Record
+from agent.supervisor.tunnelling import tunnel_id
 from tests.fakes.fake_engine import fake_engine
 from tests.supervised import (
     QUICK,
@@ -317,3 +320,33 @@ def test_a_name_with_parentheses_does_not_hide_the_start_time(tmp_path: Path) ->
     with subprocess.Popen([odd, "60"]) as process:
         assert started_ticks(process.pid)
         process.kill()
+
+
+async def test_a_stranger_whose_name_was_cut_inside_a_character_disturbs_nobody(tmp_path: Path) -> None:
+    """The kernel keeps 15 bytes of a name; every process of the machine is looked at when a group is ended."""
+    cut = r"import pathlib; pathlib.Path('/proc/self/comm').write_bytes(b'half-\xc3'); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", cut], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as stranger:
+        assert stranger.stdout is not None
+        stranger.stdout.readline()
+        assert b"half-\xc3" in Path(f"/proc/{stranger.pid}/stat").read_bytes()
+        assert started_ticks(stranger.pid)
+        assert look_at(stranger.pid) is not None
+        async with supervising(tmp_path, fake_engine("grandchild=1")) as supervisor:
+            pid = (await started(supervisor, "p", plan_of("m"))).pid
+            await supervisor.stop("p")
+            assert not runs(pid)
+        stranger.kill()
+
+
+async def test_a_coordinator_that_ended_meanwhile_takes_nothing_of_the_backend_beside_it(
+    tmp_path: Path, stranger: subprocess.Popen[bytes]
+) -> None:
+    """One node can run both for one pool; the backend's forwarder tells of itself in a file."""
+    write_record(tmp_path, identity(stranger.pid, started_ticks=1))
+    where = directories(tmp_path)
+    theirs, ours = files_of(forwarder_id("p"), where).status, files_of(tunnel_id("p"), where).status
+    for path in (theirs, ours):
+        path.write_text("{}")
+    async with supervising(tmp_path, fake_engine()) as supervisor:
+        supervisor.adopt()
+        assert (theirs.exists(), ours.exists()) == (True, False)
