@@ -12,8 +12,7 @@ from pathlib import Path
 from sollol.report import Instance, InstanceKind, InstanceState
 
 from agent.probe import CPU_ID
-
-_LIVE = frozenset({InstanceState.STARTING, InstanceState.READY, InstanceState.STOPPING})
+from agent.supervisor.state import LIVE
 
 
 def anonymous_bytes(pid: int, root: Path = Path("/")) -> int:
@@ -31,7 +30,7 @@ def materialised(
     """Bytes per pool and device, of each instance never more than its own share of it."""
     taken: dict[str, dict[str, int]] = {}
     for instance in instances:
-        if instance.state not in _LIVE:
+        if instance.state not in LIVE:
             continue
         pool = taken.setdefault(instance.pool_id or instance.instance_id, {})
         for device_id, share_bytes in _own_shares(instance).items():

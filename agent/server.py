@@ -34,8 +34,8 @@ from agent.checks import (
 from agent.departure import Departure
 from agent.guarded import guarded, told_by_head
 from agent.supervisor.lending import BackendWish, backend_id
+from agent.supervisor.state import LIVE
 
-_LIVE = frozenset({InstanceState.STARTING, InstanceState.READY, InstanceState.STOPPING})
 _LINES_PER_MESSAGE = 256
 
 
@@ -285,7 +285,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
 
     def _is_live(self, instance_id: str) -> bool:
         found = self._supervisor.instances()
-        return any(item.instance_id == instance_id and item.state in _LIVE for item in found)
+        return any(item.instance_id == instance_id and item.state in LIVE for item in found)
 
     def _check_open(self) -> None:
         if self._cordon.draining:

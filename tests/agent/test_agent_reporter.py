@@ -306,6 +306,7 @@ def instance(state: InstanceState, pid: int = 7) -> Instance:
         (InstanceState.READY, 50, {"p": {"CPU": 50, "CUDA0": 100}}),
         (InstanceState.READY, 900, {"p": {"CPU": 300, "CUDA0": 100}}),
         (InstanceState.STARTING, 50, {"p": {"CPU": 50, "CUDA0": 0}}),
+        (InstanceState.LOST, 50, {"p": {"CPU": 50, "CUDA0": 0}}),
         (InstanceState.FAILED, 50, {}),
     ],
 )

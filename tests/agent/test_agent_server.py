@@ -325,10 +325,11 @@ async def test_a_start_that_fails_gives_its_bytes_back(node, stub):
     assert node.ledger.held == {}
 
 
-async def test_a_start_refused_while_the_old_process_stops_keeps_its_bytes(node, stub):
+@pytest.mark.parametrize("state", [InstanceState.STOPPING, InstanceState.LOST])
+async def test_a_start_refused_while_the_old_process_is_still_there_keeps_its_bytes(node, stub, state):
     await reserve(stub)
     await start(stub)
-    node.supervisor.running["p1"] = msgspec.structs.replace(node.supervisor.running["p1"], state=InstanceState.STOPPING)
+    node.supervisor.running["p1"] = msgspec.structs.replace(node.supervisor.running["p1"], state=state)
     node.supervisor.fail_with = refuse(Reason.INSTANCE_NOT_READY, "just stopping", retryable=True)
     assert reason((await start(stub)).refusal) == "INSTANCE_NOT_READY"
     assert "p1" in node.ledger.held
