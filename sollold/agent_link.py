@@ -26,7 +26,7 @@ from sollold.agent_line import Line
 from sollold.relay import AgentRelay
 
 UNARY_TIMEOUT_S = 5.0
-BACKEND_TIMEOUT_S = 20.0  # it answers when the backend does
+BACKEND_TIMEOUT_S = 60.0  # longer than its agent waits, 20 s for each of its two processes: the agent knows why
 STOP_TIMEOUT_S = 60.0
 MEASURE_TIMEOUT_S = 20.0  # another head's measurement may come first, and a peer that is silent takes its time
 

@@ -17,6 +17,9 @@ from sollol.access import ACCESS
 from sollol.errors import SURFACES, Reason, Refusal, Retry, SollolError, refuse
 from sollol.v1 import agent_pb2, cluster_pb2, common_pb2, inference_pb2
 
+from agent.supervisor.owner import Limits
+from sollold.agent_link import BACKEND_TIMEOUT_S, UNARY_TIMEOUT_S
+
 MESSAGES = {
     name: getattr(module, name)
     for module in (common_pb2, cluster_pb2, agent_pb2, inference_pb2)
@@ -151,3 +154,8 @@ def test_every_method_of_every_service_says_who_may_call_it():
     assert methods - set(ACCESS) == set()
     assert {method for method in set(ACCESS) - methods if method.startswith("/sollol.")} == set()
     assert all(ACCESS.values())
+
+
+def test_a_head_waits_for_a_backend_longer_than_its_agent_does_who_knows_why_it_does_not_come():
+    backend_and_forwarder_s = 2 * Limits().connect_timeout_s
+    assert backend_and_forwarder_s + UNARY_TIMEOUT_S < BACKEND_TIMEOUT_S
