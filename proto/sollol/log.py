@@ -7,6 +7,7 @@ bound with `structlog.contextvars` (request_id, pool_id, node_id) joins every li
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any, Literal, TextIO
 
 import msgspec
@@ -109,7 +110,21 @@ def _json_line(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
         "event": event.pop("event", ""),
         **event,
     }
-    return msgspec.json.encode(ordered, enc_hook=str).decode()
+    try:
+        return msgspec.json.encode(ordered, enc_hook=str).decode()
+    except (UnicodeEncodeError, OverflowError):  # a file's name that is no UTF-8; a number beyond 64 bits
+        return msgspec.json.encode(_encodable(ordered)).decode()
+
+
+def _encodable(content: object) -> object:
+    """`content` as it can be written whatever it is: no log call may end a daemon."""
+    if content is None or isinstance(content, bool | float):
+        return content
+    if isinstance(content, Mapping):
+        return {str(_encodable(key)): _encodable(value) for key, value in content.items()}
+    if isinstance(content, list | tuple | set | frozenset):
+        return [_encodable(item) for item in content]
+    return str(content).encode(errors="backslashreplace").decode()
 
 
 def _mask_line(render: Any, *, journal: bool) -> Processor:

@@ -47,6 +47,16 @@ def test_off_a_terminal_each_fact_is_one_json_line_with_its_fields():
     assert line == {"level": "info", "event": "coordinator_ready", "model": "a\nb", "took_s": 1.5}
 
 
+def test_a_name_that_is_no_utf8_is_written_escaped_and_ends_nobody():
+    stream = configured()
+    name = os.fsdecode(b"/models/caf\xe9")
+    structlog.get_logger("x").warning("unreadable", path=name, parts=[name], huge=1 << 70, numbers={name: 1})
+    (line,) = lines_of(stream)
+    assert line["path"] == "/models/caf\\udce9"
+    assert line["parts"] == [line["path"]]
+    assert (line["huge"], line["numbers"]) == (str(1 << 70), {line["path"]: "1"})
+
+
 def test_on_a_terminal_lines_are_for_people():
     stream = Terminal()
     log.configure("info", "auto", stream=stream)
