@@ -15,15 +15,18 @@ class CgroupMemory(NamedTuple):
 
 
 class _Level(NamedTuple):
-    """Names of one cgroup version's files; usage includes page cache, of which the inactive part is ours to take."""
+    """Names of one cgroup version's files; usage includes page cache, which is ours to take.
+
+    The active part too: there are the weights that engines map, and the ledger subtracts what is promised for those.
+    """
 
     limit: str
     usage: str
-    inactive: str
+    cached: tuple[str, str]
 
 
-_V2 = _Level("memory.max", "memory.current", "inactive_file")
-_V1 = _Level("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = _Level("memory.max", "memory.current", ("inactive_file", "active_file"))
+_V1 = _Level("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
 
 
 def cgroup_memory(root: Path = Path("/")) -> CgroupMemory | None:
@@ -69,5 +72,5 @@ def _read(folder: Path, level: _Level) -> CgroupMemory | None:
     if not limit.isdigit() or int(limit) >= _UNLIMITED:
         return None
     fields = dict(line.split(maxsplit=1) for line in stat.splitlines() if " " in line)
-    used -= int(fields.get(level.inactive, 0))
+    used -= sum(int(fields.get(name, 0)) for name in level.cached)
     return CgroupMemory(int(limit), max(0, int(limit) - max(0, used)))

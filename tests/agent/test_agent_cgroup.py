@@ -8,13 +8,13 @@ from tests.fakes.sysfs import write_tree
 NO_LIMIT = 9223372036854771712
 
 
-def v2(limit: int | str, usage: int, inactive: int = 0) -> dict[str, str | int]:
-    stat = f"anon 5\ninactive_file {inactive}\nactive_file 7"
+def v2(limit: int | str, usage: int, inactive: int = 0, active: int = 0) -> dict[str, str | int]:
+    stat = f"anon 5\ninactive_file {inactive}\nactive_file {active}"
     return {"memory.max": limit, "memory.current": usage, "memory.stat": stat}
 
 
-def v1(limit: int, usage: int, inactive: int = 0) -> dict[str, str | int]:
-    stat = f"inactive_file 1\ntotal_inactive_file {inactive}"
+def v1(limit: int, usage: int, inactive: int = 0, active: int = 0) -> dict[str, str | int]:
+    stat = f"inactive_file 1\ntotal_inactive_file {inactive}\ntotal_active_file {active}"
     return {"memory.limit_in_bytes": limit, "memory.usage_in_bytes": usage, "memory.stat": stat}
 
 
@@ -28,6 +28,14 @@ def test_the_tightest_level_on_the_way_to_the_root_counts(tmp_path: Path):
 def test_page_cache_that_nobody_uses_is_ours_to_take(tmp_path: Path):
     write_tree(tmp_path, {"proc/self/cgroup": "0::/a"})
     write_tree(tmp_path / "sys/fs/cgroup/a", v2(1000, 900, inactive=600))
+    assert cgroup_memory(tmp_path) == CgroupMemory(1000, 700)
+
+
+def test_weights_that_an_engine_has_mapped_are_not_counted_as_used_beside_their_promise(tmp_path: Path):
+    write_tree(tmp_path, {"proc/self/cgroup": "4:memory:/b\n0::/a"})
+    write_tree(tmp_path / "sys/fs/cgroup/a", v2(1000, 900, inactive=100, active=600))
+    assert cgroup_memory(tmp_path) == CgroupMemory(1000, 800)
+    write_tree(tmp_path / "sys/fs/cgroup/memory/b", v1(1000, 950, inactive=50, active=600))
     assert cgroup_memory(tmp_path) == CgroupMemory(1000, 700)
 
 
