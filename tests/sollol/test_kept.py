@@ -1,5 +1,6 @@
 """What outlives a restart, and what does not."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,20 @@ def test_when_writing_fails_what_was_kept_before_stays(tmp_path: Path):
     with pytest.raises(OSError, match="directory"):
         save(path, Shelf(()), version=1)
     assert load(path, Shelf, version=1) == SHELF
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_what_shall_outlive_a_loss_of_power_is_on_the_disk_with_its_name(
+    tmp_path: Path, durable: bool, monkeypatch: pytest.MonkeyPatch
+):
+    path, synced = tmp_path / "shelf.json", []
+
+    def fsync(descriptor: int) -> None:
+        synced.append((Path(f"/proc/self/fd/{descriptor}").readlink(), path.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    save(path, SHELF, version=1, durable=durable)
+    assert synced == ([(tmp_path / "shelf.json.new", False), (tmp_path, True)] if durable else [])
 
 
 @pytest.mark.parametrize("durable", [True, False])
