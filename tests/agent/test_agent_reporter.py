@@ -62,7 +62,9 @@ class Node:
         self.go_on_scanning.set()
         self.ledger = Ledger(clock=asyncio.get_running_loop().time, journal=lambda _event: self.reporter.changed())
         self.reporter = Reporter(
-            config=AgentConfig(**{"node_id": "laptop", "heartbeat_s": 60.0, "rescan_s": 60.0, **settings}),
+            config=AgentConfig(
+                **{"node_id": "laptop", "heartbeat_s": 60.0, "lease_s": 120.0, "rescan_s": 60.0, **settings}
+            ),
             probe=self,
             inventory=self,
             ledger=self.ledger,

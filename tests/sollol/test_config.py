@@ -378,3 +378,9 @@ def test_a_file_without_one_usable_key_is_refused_and_its_content_not_shown(tmp_
 def test_a_key_file_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         agent("--coordinator-key-file", str(tmp_path / "none")).value.coordinator_key()
+
+
+def test_a_lease_that_one_late_heartbeat_would_end_is_refused():
+    assert AgentConfig(heartbeat_s=4.0, lease_s=8.0).lease_s == 8.0
+    with pytest.raises(ValueError, match="lease_s is 7.5 with heartbeat_s = 4"):
+        AgentConfig(heartbeat_s=4.0, lease_s=7.5)
