@@ -5,7 +5,7 @@ import pytest
 from msgspec.structs import replace
 from sollol.correction import Correction, MemoryCorrection
 
-from agent.learned import FILE_NAME, MOST_KEPT, Learned
+from agent.learned import FILE_NAME, MOST_KEPT, VERSION, Learned
 
 SHOWN = MemoryCorrection(
     identity="model",
@@ -48,7 +48,7 @@ def test_only_the_newest_are_kept(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b'{"version": 1}', b'{"version": 2, "corrections": []}', b'{"version": 1, "corrections": [{}]}'],
+    [b"", b"{", b"[]", b'{"version": 2}', b'{"version": 1, "content": []}', b'{"version": 2, "content": [{}]}'],
 )
 def test_a_file_that_is_damaged_or_of_another_version_is_put_aside(tmp_path, content):
     (tmp_path / FILE_NAME).write_bytes(content)
@@ -56,14 +56,15 @@ def test_a_file_that_is_damaged_or_of_another_version_is_put_aside(tmp_path, con
     learned = Learned(tmp_path)
 
     assert learned.corrections() == ()
-    assert (tmp_path / f"{FILE_NAME}.corrupt").read_bytes() == content
+    (aside,) = tmp_path.glob(f"{FILE_NAME}.bad-*")
+    assert aside.read_bytes() == content
     learned.learn(SHOWN)
     assert Learned(tmp_path).corrections() == (SHOWN,)
 
 
 def test_more_than_is_kept_in_the_file_is_cut(tmp_path):
     many = [replace(SHOWN, identity=f"{number}") for number in range(MOST_KEPT + 1)]
-    (tmp_path / FILE_NAME).write_bytes(msgspec.json.encode({"version": 1, "corrections": many}))
+    (tmp_path / FILE_NAME).write_bytes(msgspec.json.encode({"version": VERSION, "content": many}))
 
     assert Learned(tmp_path).corrections() == tuple(many[1:])
 
