@@ -14,8 +14,9 @@ from msgspec.structs import replace
 from sollol.errors import Reason, Refusal, SollolError, refuse
 from sollol.report import Device, DeviceKind, Reservation
 
+from agent.checks import MAX_TTL_S
+
 MAX_BYTES = 1 << 50  # a pebibyte: more than that on one device is a mistake of the caller
-MAX_TTL_S = 3600.0
 MAX_POOL_ID = 128
 
 Change = Literal["reserved", "renewed", "replaced", "released", "lapsed", "bound", "restored", "freed"]

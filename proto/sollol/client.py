@@ -1,9 +1,9 @@
 """The async client of a head, for users and operators. A gRPC edge: its signatures have contract values only.
 
 async with Client("127.0.0.1:7461") as client:
-async for event in client.chat("llama3.1:8b", [Message("user", "Hello!")]):
-if isinstance(event, Piece):
-print(event.text, end="")
+    async for event in client.chat("llama3.1:8b", [Message("user", "Hello!")]):
+        if isinstance(event, Piece):
+            print(event.text, end="")
 """
 
 import contextlib

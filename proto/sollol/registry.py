@@ -260,7 +260,7 @@ class Registry:
         """Once per node until its report is good again: heads read every second."""
         if node_id not in self._complained:
             self._complained.add(node_id)
-            log.warning("registry_value_skipped", key=node_key(node_id), problem=problem)
+            log.warning("registry_value_skipped", redis_key=node_key(node_id), problem=problem)
 
     async def _ask(self, answer: Awaitable[Any]) -> Any:
         with _no_cancellation_lost():

@@ -135,7 +135,7 @@ async def test_a_malformed_value_hides_its_own_node_only_and_is_told_once(
     with capture_logs() as logs:
         for _ in range(3):
             assert [found.node_id for found in await registry.reports()] == ["good"]
-    assert [entry["event"] for entry in logs] == ["registry_value_skipped"]
+    assert [(entry["event"], entry["redis_key"]) for entry in logs] == [("registry_value_skipped", "sollol:node:bad")]
     await registry.publish(report("bad"), lease_s=10)
     assert len(await registry.reports()) == 2
 
