@@ -133,8 +133,8 @@ class AgentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         check_broker(self.mqtt_url, self.mqtt_password_file)
         if self.lease_s < 2 * self.heartbeat_s:
             raise ValueError(
-                f"lease_s is {self.lease_s:g} with heartbeat_s = {self.heartbeat_s:g}: one late report would make the node "
-                "vanish from the registry; it must be at least twice as long"
+                f"lease_s is {self.lease_s:g} with heartbeat_s = {self.heartbeat_s:g}: one late report would make the "
+                "node vanish from the registry; it must be at least twice as long"
             )
         if self.coordinator_listen == "tcp":
             self._check_coordinators()

@@ -382,5 +382,5 @@ def test_a_key_file_that_is_not_there_is_refused(tmp_path):
 
 def test_a_lease_that_one_late_heartbeat_would_end_is_refused():
     assert AgentConfig(heartbeat_s=4.0, lease_s=8.0).lease_s == 8.0
-    with pytest.raises(ValueError, match="lease_s is 7.5 with heartbeat_s = 4"):
+    with pytest.raises(ValueError, match=r"lease_s is 7\.5 with heartbeat_s = 4"):
         AgentConfig(heartbeat_s=4.0, lease_s=7.5)
