@@ -15,7 +15,7 @@ from sollol.report import BackendEndpoint, CoordinatorPlan, DeviceShare
 from agent.supervisor.lending import SUFFIX
 
 MAX_TTL_S = 600.0
-MAX_BYTES = 1 << 50
+MAX_BYTES = 1 << 50  # a pebibyte: more than that on one device is a mistake of the caller
 _ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _DEVICE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
 # Lowest and highest value of each number of a plan; nearly all become engine flags.

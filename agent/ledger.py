@@ -14,9 +14,8 @@ from msgspec.structs import replace
 from sollol.errors import Reason, Refusal, SollolError, refuse
 from sollol.report import Device, DeviceKind, Reservation
 
-from agent.checks import MAX_TTL_S
+from agent.checks import MAX_BYTES, MAX_TTL_S
 
-MAX_BYTES = 1 << 50  # a pebibyte: more than that on one device is a mistake of the caller
 MAX_POOL_ID = 128
 
 Change = Literal["reserved", "renewed", "replaced", "released", "lapsed", "bound", "restored", "freed"]
