@@ -1,6 +1,5 @@
 """The head as a process: how it starts, and in which order it ends."""
 
-import asyncio
 import socket
 import tempfile
 from pathlib import Path
@@ -94,22 +93,28 @@ async def test_at_shutdown_a_stream_ends_in_its_own_time_and_the_engine_stays(po
         assert await agent.end() == 0
 
 
-async def test_at_shutdown_who_waits_for_a_load_is_told_and_the_loading_engine_is_stopped(ports, home, reciting_model):
-    engine, port = write_engine(home / "engine", "load_s=60"), ports()
+async def test_at_shutdown_who_waits_for_a_load_is_told_and_the_next_head_finds_it_loading(ports, home, reciting_model):
+    engine, port = write_engine(home / "engine", "load_s=4"), ports()
     head = Head(ports, f"127.0.0.1:{port}")
     flags = agent_flags(home, port=port, engine=engine, model=reciting_model)
-    async with daemon("agent", home, *flags), daemon("sollold", home, *head.flags, "--shutdown-grace-s", "0.2") as it:
-        await ready(head, it)
-        async with aiohttp.ClientSession() as session:
-            request = asyncio.create_task(answer(head, session))
-            await wait_until(lambda: instances(port), what="loading")
+    async with daemon("agent", home, *flags) as agent, aiohttp.ClientSession() as session:
+        async with daemon("sollold", home, *head.flags, "--shutdown-grace-s", "0.2") as it:
+            await ready(head, it)
+            async with head.post(session, stream=True) as response:
+                await response.content.readuntil(b"loading")
+                (loading,) = await instances(port)
+                it.process.terminate()
+                rest = await response.content.read()
+                assert await it.ended() == 0
 
+        assert b"SHUTTING_DOWN" in rest
+        async with daemon("sollold", home, *head.flags) as it:
+            await ready(head, it)
+            assert (await answer(head, session))[0] == 200
+            (served,) = await instances(port)
+            assert (served.instance_id, served.pid) == (loading.instance_id, loading.pid)
             assert await it.end() == 0
-            status, body = await request
-
-        assert status == 503
-        assert body["error"]["code"] == "SHUTTING_DOWN"
-        await wait_until(lambda: idle(port), what="no engine, nothing reserved")
+        assert await agent.end() == 0
 
 
 async def answer(head, session):
@@ -125,8 +130,3 @@ async def report(port):
 
 async def instances(port):
     return list((await report(port)).instances)
-
-
-async def idle(port):
-    found = await report(port)
-    return not found.instances and not found.reservations
