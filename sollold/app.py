@@ -112,7 +112,7 @@ async def serve(live: Live[HeadConfig], environ: Mapping[str, str], stop: Stop) 
         inference = InferenceService(dispatch, catalogue, admission)
         server = HeadServer(inference, operators, is_ready=catalogue.ready, tls=tls)
         nodes.subscribe(lambda _: server.on_nodes_changed())
-        await _serve_grpc(config, closing, server)
+        await _serve_grpc(config, closing, stop, server)
         await _serve_http(config, closing, dispatch, catalogue, admission)
         _serve_mqtt(config, closing, stop, history=history, dispatch=dispatch, admission=admission)
         stop.announce_ready(nodes.summary)
@@ -194,13 +194,14 @@ def _placement_defaults(config: HeadConfig) -> PlacementDefaults:
     )
 
 
-async def _serve_grpc(config: HeadConfig, closing: Closing, server: HeadServer) -> None:
+async def _serve_grpc(config: HeadConfig, closing: Closing, stop: Stop, server: HeadServer) -> None:
     address = _address(config.listen, config.grpc_port)
     try:
         await server.listen(address)
     except RuntimeError as error:
         raise _port_taken("grpc_port", address) from error
     grace_s = config.shutdown_grace_s
+    closing.run("readiness", server.follow(), stop, within_s=STEP_WITHIN_S)
     closing.add("gRPC", lambda: server.stop(grace_s), within_s=grace_s + STEP_WITHIN_S, group=FRONTS)
     closing.add("health", server.drain, within_s=STEP_WITHIN_S, group=FRONTS)
 
