@@ -4,18 +4,16 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import structlog
 from sollol.gguf_split import split_siblings
 
 from agent.model_files import FoundModel, first_parts, link_problem, model_name, real_path, stem
+from agent.told_once import warn_once
 
 MOST_REPOSITORIES = 5_000
 _REPOSITORY = "models--"
 _QUANTIZATION = re.compile(
     r"(?:^|[-._/])((?:UD-)?(?:I?Q\d\w*|TQ\d_\d|BF16|F16|FP16|F32|MXFP4\w*|NVFP4))\Z", re.ASCII | re.IGNORECASE
 )
-
-log = structlog.get_logger(__name__)
 
 
 def find_in_huggingface(cache: Path) -> Iterator[FoundModel]:
@@ -55,10 +53,10 @@ def _repositories(cache: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        log.warning("huggingface_cache_unreadable", path=str(cache), error=error.strerror)
+        warn_once("huggingface_cache_unreadable", cache, error.strerror or str(error))
         return []
     if len(found) > MOST_REPOSITORIES:
-        log.warning("huggingface_cache_too_large", path=str(cache), most_repositories=MOST_REPOSITORIES)
+        warn_once("huggingface_cache_too_large", cache, f"only {MOST_REPOSITORIES} repositories are looked at")
     return sorted(found)[:MOST_REPOSITORIES]
 
 
@@ -68,7 +66,7 @@ def _snapshots(repository: Path) -> list[Path]:
         snapshots = {path.name: path.stat().st_mtime_ns for path in (repository / "snapshots").iterdir()}
         current = _revision(repository / "refs" / "main")
     except OSError as error:
-        log.warning("huggingface_repository_unreadable", path=str(repository), error=error.strerror)
+        warn_once("huggingface_repository_unreadable", repository, error.strerror or str(error))
         return []
     ordered = sorted(snapshots, key=lambda name: (name != current, -snapshots[name], name))
     return [repository / "snapshots" / name for name in ordered]

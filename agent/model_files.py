@@ -6,18 +6,17 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import structlog
 from msgspec import Struct
 from sollol.errors import Reason, Refusal
 from sollol.gguf_split import split_siblings
 from sollol.names import LONGEST_NAME, quoted
 
+from agent.told_once import warn_once
+
 DEEPEST = 8  # directories below a root
 MOST_ENTRIES = 50_000  # looked at below one root
 _ODD_CHARACTERS = re.compile(r"[^A-Za-z0-9._:/@+-]+")
 _PART_SUFFIX = re.compile(r"-\d{5}-of-\d{5}\Z", re.ASCII)
-
-log = structlog.get_logger(__name__)
 
 
 class FoundModel(Struct, frozen=True, kw_only=True):
@@ -103,7 +102,7 @@ def _gguf_files(root: Path) -> Iterator[Path]:
         for entry in _entries(directory):
             looked_at += 1
             if looked_at > MOST_ENTRIES:
-                log.warning("model_directory_too_large", path=str(root), most_entries=MOST_ENTRIES)
+                warn_once("model_directory_too_large", root, f"only {MOST_ENTRIES} entries are looked at")
                 return
             if entry.is_dir(follow_symlinks=False):  # links to directories may lead in circles
                 if depth < DEEPEST:
@@ -127,6 +126,6 @@ def _entries(directory: Path) -> list[os.DirEntry[str]]:
     except FileNotFoundError:  # a default directory that nobody made, or one that was just removed
         return []
     except OSError as error:
-        log.warning("model_directory_unreadable", path=str(directory), error=error.strerror)
+        warn_once("model_directory_unreadable", directory, error.strerror or str(error))
         return []
     return sorted(listed, key=lambda entry: entry.name)

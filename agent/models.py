@@ -5,10 +5,9 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import structlog
 from msgspec import Struct
 from msgspec.structs import replace
-from sollol.errors import Reason, Refusal, SollolError, refuse
+from sollol.errors import Reason, Refusal, Retry, SollolError, refuse
 from sollol.gguf import Header, has_chat_template, quantization_of
 from sollol.gguf_split import read_model
 from sollol.names import closest, quoted
@@ -18,12 +17,11 @@ from sollol.shape import is_addition, shape_of
 from agent.huggingface_cache import find_in_huggingface
 from agent.model_files import FoundModel, find_in_directory, real_path
 from agent.ollama_store import find_in_ollama
+from agent.told_once import warn_once
 
 MOST_MODELS = 10_000
 SYSTEM_OLLAMA_DIR = Path("/usr/share/ollama/.ollama/models")
 _CHUNK = 1024**2
-
-log = structlog.get_logger(__name__)
 
 
 class ModelRoots(Struct, frozen=True):
@@ -115,7 +113,9 @@ class Inventory:
         allowed = [real_path(root) for root in self._roots.directories]
         for count, found in enumerate(self._found_in_all(allowed)):
             if count == MOST_MODELS:
-                log.warning("models_left_out", most_models=MOST_MODELS)
+                warn_once(
+                    "models_left_out", found.parts[0], f"only {MOST_MODELS} models are listed, not those from here on"
+                )
                 return
             yield found
 
@@ -133,10 +133,13 @@ class Inventory:
             return _broken(found, (), found.problem)
         version = _version(found.parts)
         if version in self._known:
-            known[version] = self._known[version]
+            model = self._known[version]
         else:
-            known[version] = _read(found, version)
-        return known[version]
+            model = _read(found, version)
+            if model is not None and model.problem is not None and model.problem.retry is Retry.RETRYABLE:
+                return model  # the disk's fault, or the permissions': the file need not change for it to be well
+        known[version] = model
+        return model
 
 
 def _version(parts: Sequence[Path]) -> _Version:
@@ -168,8 +171,8 @@ def _read(found: FoundModel, version: _Version) -> Model | None:
     except SollolError as error:
         return _broken(found, version, error.refusal)
     except OSError as error:  # unreadable between header and hash
-        problem = Refusal(reason=Reason.MODEL_CORRUPT, message=f"{quoted(found.parts[0].name)}: {error.strerror}")
-        return _broken(found, version, problem)
+        message = f"{quoted(found.parts[0].name)}: {error.strerror}"
+        return _broken(found, version, refuse(Reason.MODEL_CORRUPT, message, retryable=True).refusal)
 
 
 def _broken(found: FoundModel, version: _Version, problem: Refusal) -> Model:

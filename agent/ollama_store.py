@@ -12,6 +12,7 @@ from sollol.errors import Reason, Refusal, SollolError, refuse
 from sollol.names import quoted
 
 from agent.model_files import FoundModel, link_problem, model_name, real_path
+from agent.told_once import warn_once
 
 MODEL_LAYER = "application/vnd.ollama.image.model"
 ADAPTER_LAYER = "application/vnd.ollama.image.adapter"
@@ -67,7 +68,7 @@ def _manifests(manifests: Path) -> list[Path]:
         if not _is_manifest(path):
             continue
         if len(found) == MOST_MANIFESTS:
-            log.warning("ollama_models_left_out", path=str(manifests), most_manifests=MOST_MANIFESTS)
+            warn_once("ollama_models_left_out", manifests, f"only {MOST_MANIFESTS} manifests are read")
             break
         found.append(path)
     return sorted(found)

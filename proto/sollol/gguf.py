@@ -100,7 +100,9 @@ def read_header(path: Path) -> Header:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         why = getattr(error, "strerror", None) or str(error)
         raise refuse(
-            Reason.MODEL_CORRUPT, f"{quoted(path.name)} cannot be read: {why}; check that it exists and may be read"
+            Reason.MODEL_CORRUPT,
+            f"{quoted(path.name)} cannot be read: {why}; check that it exists and may be read",
+            retryable=isinstance(error, OSError),  # the file may be well
         ) from error
 
 

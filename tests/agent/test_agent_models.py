@@ -1,5 +1,6 @@
 """The inventory over real trees: plain directories, an Ollama store, a Hugging Face cache, and what goes wrong in them."""
 
+import errno
 import hashlib
 import json
 import os
@@ -7,8 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from sollol.errors import Reason, SollolError
+from sollol.errors import Reason, Retry, SollolError
 from sollol.names import check_model_name
+from structlog.testing import capture_logs
 
 from agent.models import Inventory, ModelRoots, default_huggingface_dir, default_ollama_dir, model_roots
 from tests.gguf_bytes import gguf, llama_metadata, llama_tensors
@@ -230,6 +232,37 @@ def test_a_header_is_read_again_only_when_the_file_changed(root, monkeypatch):
     assert before.identity != after.identity
     assert found.scan()[0] == after
     assert len(read) == 2
+
+
+def test_a_disk_that_fails_once_makes_no_model_corrupt_for_ever(root, monkeypatch):
+    path = put(root / "m.gguf")
+    really_open = os.open
+
+    def failing(name, *arguments, **more):
+        if str(name) == str(path):
+            raise OSError(errno.EIO, "Input/output error")
+        return really_open(name, *arguments, **more)
+
+    monkeypatch.setattr(os, "open", failing)
+    found = inventory(root)
+    (broken,) = found.scan()
+    assert broken.problem.retry is Retry.RETRYABLE
+    assert "Input/output error" in broken.problem.message
+    monkeypatch.setattr(os, "open", really_open)
+    assert found.scan()[0].problem is None
+
+
+def test_what_cannot_be_looked_at_is_told_once_and_not_at_every_rescan(tmp_path):
+    for name in ("models", "hub"):
+        (tmp_path / name).write_text("a file where a directory should be")
+    with capture_logs() as logs:
+        found = inventory(tmp_path / "models", huggingface=tmp_path / "hub")
+        for _ in range(3):
+            assert found.scan() == ()
+    assert [(entry["event"], entry["path"]) for entry in logs] == [
+        ("model_directory_unreadable", str(tmp_path / "models")),
+        ("huggingface_cache_unreadable", str(tmp_path / "hub")),
+    ]
 
 
 def test_the_identity_follows_size_time_and_header(root):
