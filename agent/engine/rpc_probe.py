@@ -10,6 +10,8 @@ import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
+import structlog
+
 from agent.engine.ask import Answer
 
 _HELLO, _DEVICE_COUNT, _DEVICE_MEMORY = 14, 15, 11
@@ -21,6 +23,8 @@ _LONGEST_REQUEST = 1024
 _MAJORS = (7, 8, 9, 6, 5)  # the one we build first; older engines greet in another form and count as unable
 _MOST_MINORS = 8
 _HANDSHAKE_S = 10.0
+
+log = structlog.get_logger(__name__)
 
 Ask = Callable[[tuple[str, ...]], Awaitable[Answer]]
 
@@ -44,12 +48,23 @@ async def rpc_protocol(ask: Ask) -> str | None:
 
 
 async def _accepts(ask: Ask, major: int, minor: int) -> bool | None:
-    """Whether the engine works with a server of this version; None when it never greeted one."""
+    """Whether the engine works with a server of this version; None when it never greeted one, or does not answer."""
     async with _fake_server(major, minor) as (port, greeted):
-        answer = await ask(("--rpc", f"127.0.0.1:{port}", "--list-devices"))
-        if not greeted.is_set():
+        answer = await _patient(ask, ("--rpc", f"127.0.0.1:{port}", "--list-devices"))
+        if answer.status is None or not greeted.is_set():
             return None
         return answer.status == 0 and f"127.0.0.1:{port}" in answer.output
+
+
+async def _patient(ask: Ask, more: tuple[str, ...]) -> Answer:
+    """A busy machine can make an engine overdue once: that is no "cannot"."""
+    answer = await ask(more)
+    if answer.status is None:
+        answer = await ask(more)
+        if answer.status is None:
+            hint = "this node neither lends nor borrows devices until the agent starts anew"
+            log.warning("engine_rpc_unknown", problem=answer.trouble, hint=hint)
+    return answer
 
 
 @asynccontextmanager

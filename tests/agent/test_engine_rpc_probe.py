@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from agent.engine.ask import Answer, ask
 from agent.engine.environment import engine_environment
@@ -35,6 +36,33 @@ async def test_an_engine_without_rpc_is_asked_only_once():
 
     assert await rpc_protocol(engine) is None
     assert len(asked) == 1
+
+
+async def test_an_engine_that_is_overdue_once_is_asked_again():
+    asked = []
+
+    async def engine(more: tuple[str, ...]) -> Answer:
+        asked.append(more)
+        if len(asked) == 1:
+            return Answer(None, errors="gave no answer within 10 s")
+        return await ask((sys.executable, "-I", str(CLIENT), "7.0", *more), {})
+
+    assert await rpc_protocol(engine) == "7.0"
+
+
+async def test_an_engine_that_is_overdue_twice_is_told_of_and_not_asked_for_ever():
+    asked = []
+
+    async def engine(more: tuple[str, ...]) -> Answer:
+        asked.append(more)
+        return Answer(None, errors="gave no answer within 10 s")
+
+    with capture_logs() as logs:
+        assert await rpc_protocol(engine) is None
+    assert len(asked) == 2
+    assert [(entry["event"], entry["problem"]) for entry in logs] == [
+        ("engine_rpc_unknown", "gave no answer within 10 s")
+    ]
 
 
 async def test_an_engine_that_connects_but_lists_no_device_is_not_believed():
