@@ -141,8 +141,9 @@ async def count(read: Callable[[], Awaitable[Any]], clock: Callable[[], float] =
                 first_s = first_s or now_s
                 total += len(message.padding)
                 arrived.append(Arrived(now_s - first_s, total))
-    except TimeoutError:
-        pass  # what has come until now may do
+    except TimeoutError:  # what has come until now may do; that nothing has come since is part of it
+        if arrived:
+            arrived.append(Arrived(clock() - first_s, total))
     rate = bytes_per_s(arrived)
     if rate <= 0:
         raise refuse(Reason.STREAM_STALLED, f"{total} bytes came: too few to time the link", retryable=True)

@@ -20,12 +20,18 @@ def enough(arrived: list[Arrived]) -> bool:
 
 
 def bytes_per_s(arrived: list[Arrived]) -> float:
-    """0 when fewer than two pieces came: that tells nothing of a link."""
+    """0 when fewer than two pieces came: that tells nothing of a link.
+
+    Where only the last one came after the burst, it alone tells; where nothing did, all together say too much, but
+    not more than that.
+    """
     if len(arrived) < 2:
         return 0.0
     last = arrived[-1]
     begin = next(at for at in arrived if at.after_s >= SKIPPED * last.after_s)
     if begin is last:
+        begin = arrived[-2]
+    if begin.bytes == last.bytes:
         begin = arrived[0]
     took_s = last.after_s - begin.after_s
     return (last.bytes - begin.bytes) / took_s if took_s > 0 else 0.0

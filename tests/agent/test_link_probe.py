@@ -233,6 +233,18 @@ async def test_a_sender_that_never_ends_is_not_taken_for_longer_than_it_takes():
     assert taken == MOST_BYTES
 
 
+async def test_a_link_that_falls_silent_behind_a_burst_is_no_fast_one(monkeypatch):
+    monkeypatch.setattr(link_probe, "COUNTED_WITHIN_S", 0.1)
+    pieces = iter([agent_pb2.ProbeLinkRequest(padding=bytes(4096))] * 2)
+    times = iter([10.0, 10.001, 14.0])
+
+    async def read():
+        piece = next(pieces, None)
+        return await asyncio.Event().wait() if piece is None else piece
+
+    assert await count(read, clock=lambda: next(times)) == pytest.approx(1024)
+
+
 async def test_a_sender_that_sends_nothing_is_refused(monkeypatch):
     monkeypatch.setattr(link_probe, "COUNTED_WITHIN_S", 0.1)
     with pytest.raises(SollolError, match="STREAM_STALLED"):

@@ -33,6 +33,17 @@ def test_two_pieces_far_apart_still_tell():
     assert isclose(bytes_per_s([Arrived(0.0, 4096), Arrived(2.0, 8192)]), 2048)
 
 
+def test_of_a_slow_link_with_a_burst_the_piece_behind_it_tells():
+    burst = [Arrived(0.0, 4096), Arrived(0.001, 8192), Arrived(0.002, 12_288)]
+    assert isclose(bytes_per_s([*burst, Arrived(2.002, 16_384)]), 2048)
+
+
+def test_silence_behind_a_burst_makes_it_slow():
+    burst = [Arrived(0.0, 4096), Arrived(0.01, 8192)]
+    assert isclose(bytes_per_s([*burst, Arrived(4.0, 8192)]), 1024)
+    assert bytes_per_s([Arrived(0.0, 4096), Arrived(4.0, 4096)]) == 0
+
+
 def test_less_tells_nothing():
     assert bytes_per_s([]) == 0
     assert bytes_per_s([Arrived(0.0, 4096)]) == 0
