@@ -62,6 +62,7 @@ class Probe:
         self._engine_heard_s = clock()
         self._pairs: list[tuple[EngineDevice | None, Gpu | None]] = []
         self._told_alone: set[str] = set()
+        self._told_caps: set[str] = set()
         self._bandwidth: float | None = None
         self._cpu_name = _cpu_name(root)
 
@@ -100,7 +101,9 @@ class Probe:
         pairs = self._pairs = match(self._engine, [gpu for reading in readings for gpu in reading.value], self._environ)
         self._tell_alone()
         gpus = (self._gpu(engine, gpu, ages.get(id(gpu), 0.0), cpu) for engine, gpu in pairs)
-        return tuple(self._capped(device) for device in (cpu, *gpus))
+        devices = tuple(self._capped(device) for device in (cpu, *gpus))
+        self._tell_caps_of_nothing(devices)
+        return devices
 
     def _tell_alone(self) -> None:
         """Once for each device of a vendor whose driver we would rather ask."""
@@ -164,6 +167,13 @@ class Probe:
             age_s=self._clock() - self._engine_heard_s,
         )
         return _on_ram(device, engine.total_bytes, None, cpu) if shares_ram(engine) else device
+
+    def _tell_caps_of_nothing(self, devices: Sequence[Device]) -> None:
+        """Once each: a cap with a typing error protects nothing. A device can come later, with its driver."""
+        there = {device.device_id for device in devices}
+        for device_id in self._caps.keys() - there - self._told_caps:
+            self._told_caps.add(device_id)
+            log.warning("cap_of_no_device", device=device_id, devices=sorted(there))
 
     def _capped(self, device: Device) -> Device:
         cap = self._caps.get(device.device_id)

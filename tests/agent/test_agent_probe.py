@@ -79,8 +79,11 @@ async def test_the_cgroups_limit_clamps_what_the_system_says(tmp_path: Path):
 async def test_caps_go_to_the_device_they_name(tmp_path: Path):
     bench = Bench(tmp_path, FakeNvml([RTX]), caps={"CUDA0": 10 * GIB, "NOSUCH": 1})
     bench.probe.heard_engine([listed("CUDA0", RTX.name, 24 * GIB)])
-    cpu, gpu = await bench.probe.measure()
+    with capture_logs() as logs:
+        cpu, gpu = await bench.probe.measure()
+        await bench.probe.measure()
     assert (cpu.cap_bytes, gpu.cap_bytes) == (None, 10 * GIB)
+    assert [(entry["event"], entry["device"]) for entry in logs] == [("cap_of_no_device", "NOSUCH")]
 
 
 async def test_a_gpu_that_the_engine_lists_has_its_id_and_the_drivers_live_figures(tmp_path: Path):
