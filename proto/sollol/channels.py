@@ -148,11 +148,22 @@ def refusal_of(error: grpc.aio.AioRpcError, peer: str = "the agent") -> Refusal:
         try:
             return wire.value(Refusal, common_pb2.Refusal.FromString(sent))
         except (DecodeError, msgspec.ValidationError):
-            pass  # A newer peer's reason: the status still says enough.
+            return _newer_refusal(error, sent, peer)
     code, details = error.code(), error.details() or "no details"
     if code in _UNREACHABLE or details == _LOST_WHILE_WRITING:
         return unreachable(f"{peer} cannot be reached ({code.name}: {details})")
     return Refusal(reason=Reason.INTERNAL, message=f"{peer} failed ({code.name}: {details}); see its log")
+
+
+def _newer_refusal(error: grpc.aio.AioRpcError, sent: bytes, peer: str) -> Refusal:
+    """What can be said of a refusal whose reason is newer than we are: its name, its words, and whether to try on."""
+    reason = next((data for key, data in error.trailing_metadata() or () if key == REASON_KEY), "an unknown reason")
+    try:
+        retryable = common_pb2.Refusal.FromString(sent).retry == common_pb2.RETRY_RETRYABLE
+    except DecodeError:
+        retryable = False
+    message = f"{peer} refused with {str(reason)[:64]!a}, which this version does not know: {error.details() or ''}"
+    return Refusal(reason=Reason.INTERNAL, message=message, retry=Retry.RETRYABLE if retryable else Retry.FATAL)
 
 
 def unreachable(message: str) -> Refusal:

@@ -5,7 +5,7 @@ import grpc.aio
 import pytest
 from sollol.channels import SERVER_OPTIONS, new_server, open_channel, refusal_abort, refusal_of
 from sollol.errors import SURFACES, Reason, Refusal, Retry
-from sollol.v1 import agent_pb2, agent_pb2_grpc
+from sollol.v1 import agent_pb2, agent_pb2_grpc, common_pb2
 
 
 async def raised_by(tmp_path, refusal):
@@ -75,6 +75,16 @@ def error_with(code, trailers=()):
 @pytest.mark.parametrize("trailers", [(), (("sollol-refusal-bin", b"\xff\xff"),), (("sollol-refusal-bin", b""),)])
 def test_a_bug_of_the_peer_is_internal_even_with_unreadable_trailers(trailers):
     assert refusal_of(error_with(grpc.StatusCode.UNKNOWN, trailers)).reason is Reason.INTERNAL
+
+
+@pytest.mark.parametrize("retry", [Retry.RETRYABLE, Retry.FATAL])
+def test_a_newer_peers_reason_is_named_and_its_word_on_trying_again_holds(retry):
+    """The status of such a refusal may be UNAVAILABLE: the peer was reached all the same."""
+    sent = common_pb2.Refusal(reason=9999, retry=common_pb2.Retry.Value(f"RETRY_{retry.value}"), message="why")
+    trailers = (("sollol-reason", "MOON_FULL"), ("sollol-refusal-bin", sent.SerializeToString()))
+    refusal = refusal_of(error_with(grpc.StatusCode.UNAVAILABLE, trailers), "agent n1")
+    assert (refusal.reason, refusal.retry) == (Reason.INTERNAL, retry)
+    assert refusal.message == "agent n1 refused with 'MOON_FULL', which this version does not know: why"
 
 
 async def test_a_connection_lost_in_the_middle_of_a_write_is_agent_unreachable_and_no_bug(tmp_path):
