@@ -212,7 +212,7 @@ def _loss(
     if over and not (coordinator.refusal and SUSPECTED_BACKENDS in coordinator.refusal.numbers):
         return coordinator.refusal or _gone(pool_id, f"its coordinator on {node_id} has ended")
     if node_id in lost_nodes:
-        return _gone(pool_id, f"its coordinator's node {node_id} is lost")
+        return _gone(pool_id, f"its coordinator's node {node_id} is lost", Reason.AGENT_UNREACHABLE)
     for lender in lenders:
         if lender in lost_nodes:
             return _gone(pool_id, f"node {lender} is lost, and the layers there with it")
@@ -231,9 +231,9 @@ def _ended_backend(instances: Iterable[Instance], pool_id: str) -> Instance | No
     return None
 
 
-def _gone(pool_id: str, why: str) -> Refusal:
+def _gone(pool_id: str, why: str, reason: Reason = Reason.ENGINE_DIED) -> Refusal:
     message = f"pool {pool_id} is lost: {why}; ask again, and the model is placed on the nodes that are left"
-    return Refusal(reason=Reason.ENGINE_DIED, message=message, retry=Retry.RETRYABLE)
+    return Refusal(reason=reason, message=message, retry=Retry.RETRYABLE)
 
 
 def remains(statuses: Sequence[NodeStatus], lost_pools: Container[str]) -> tuple[tuple[str, str], ...]:

@@ -241,7 +241,7 @@ class TestLosses:
     def test_one_that_has_a_part_on_a_lost_node_is_and_the_node_is_named(self, state, lost):
         why = losses(self.cluster(state), lost_nodes=(lost,))[POOL]
 
-        assert why.reason is Reason.ENGINE_DIED
+        assert why.reason is (Reason.AGENT_UNREACHABLE if lost == "a" else Reason.ENGINE_DIED)
         assert f"node {lost} is lost" in why.message
 
     def test_one_whose_backend_has_ended_is_though_its_coordinator_does_not_know_yet(self):
