@@ -127,8 +127,7 @@ class Backend(Owner):
             refusal = None if launch.running else await self._until_answers(process, exited, port)
             if refusal is None and not self._asked_to_stop.done():
                 refusal = await self._serve_behind_forwarder(process, exited, port)
-            if self._asked_to_stop.done():
-                self._announce(state=after(self.view.state, Event.STOP))
+            self._announce_stop()
             if not exited.done() and refusal is None:  # a failed one is killed
                 await process.stop(exited, self._grace_s)
             return None if self.view.state is InstanceState.STOPPING else refusal
@@ -147,7 +146,7 @@ class Backend(Owner):
             if loop.time() > until:
                 return self._failed(Reason.ENGINE_STALLED, "does not listen in time")
             await self._next_event(exited, timeout_s=self._limits.poll_s)
-        if not exited.done():
+        if self._asked_to_stop.done():
             return None
         if any(_PORT_CLASH in line for line in last_lines(self.files.log, KEPT_LINES)):
             raise _PortTakenError
@@ -195,12 +194,14 @@ class Backend(Owner):
             if loop.time() > until:
                 return self._failed(Reason.ENGINE_STALLED, "has a forwarder that does not listen in time")
             await self._next_event(exited, forwarder_exited, timeout_s=self._limits.poll_s)
+        if self._asked_to_stop.done():
+            return None
         if forwarder_exited.done() and forwarder_exited.result() == NO_FREE_PORT:
             return self._no_port()
         if forwarder_exited.done():
             lines = last_lines(self._launch.forwarder_files.log, 1)
             return self._failed(Reason.ENGINE_START_FAILED, f"has no forwarder: {' '.join(lines)}")
-        return self._died(exited) if exited.done() else None
+        return self._died(exited)
 
     def _ready(self, status: Status) -> None:
         wish = self._launch.wish
@@ -260,10 +261,12 @@ class Backend(Owner):
         return Refusal(reason=Reason.PORT_TAKEN, message=message, retry=Retry.RETRYABLE)
 
     def _failed(self, reason: Reason, what: str, **numbers: int) -> Refusal:
-        return Refusal(
-            reason=reason,
-            message=f"the backend on {self._launch.site.node_id} {what}; see its log",
-            retry=Retry.RETRYABLE,
-            numbers=numbers,
-            log_lines=last_lines(self.files.log, KEPT_LINES),
+        return self._lost(
+            Refusal(
+                reason=reason,
+                message=f"the backend on {self._launch.site.node_id} {what}; see its log",
+                retry=Retry.RETRYABLE,
+                numbers=numbers,
+                log_lines=last_lines(self.files.log, KEPT_LINES),
+            )
         )

@@ -70,6 +70,7 @@ class Owner(abc.ABC):
         self._on_change, self._on_gone, self._wait_after = on_change, on_gone, wait_after
         self._asked_to_stop: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._gone = asyncio.Event()
+        self._processes: set[EngineProcess] = set()
         self._announce(state=after(self.view.state, Event.START))
         self._task = asyncio.create_task(self._run(), name=f"owner of {view.instance_id}")
 
@@ -81,12 +82,14 @@ class Owner(abc.ABC):
         """Return when no process is left: at once when none is, and together with any other stop.
 
         Args:
-            at_once: It is known to hang: do not wait for it to end by itself.
+            at_once: It is known to hang: do not wait for it to end by itself, nor let another stop go on waiting.
         """
-        if at_once:
-            self._grace_s = 0.0
         if not self._asked_to_stop.done():
             self._asked_to_stop.set_result(None)
+        if at_once:
+            self._grace_s = 0.0
+            for process in self._processes:
+                process.kill()
         await self._gone.wait()
 
     async def leave(self) -> None:
@@ -120,19 +123,29 @@ class Owner(abc.ABC):
 
     @asynccontextmanager
     async def _watched(self, role: str, process: EngineProcess) -> AsyncIterator[Exited]:
-        """Write a process down and watch for its exit. When the block is left it is gone, or left on purpose."""
+        """Write a process down and watch for its exit. When the block is left it is gone, or left to the next agent.
+
+        However long that takes: its memory is its own until then.
+        """
         if (identity := process.identity()) is not None:  # else it has ended already: its owner will say so
             self._note(processes={**self._record.processes, role: identity})
         exited = asyncio.create_task(process.wait(), name=f"exit of {process.pid}")
+        self._processes.add(process)
         try:
             yield exited
         finally:
-            if not self._leaving:
-                process.kill()
-                await asyncio.wait({exited}, timeout=self._limits.stop_grace_s)
-            exited.cancel()
-            await asyncio.wait({exited})
-            process.let_go()
+            try:
+                if not self._leaving:
+                    process.kill()
+                    await asyncio.wait({exited})
+            except asyncio.CancelledError:  # the agent itself ends and has waited long enough
+                self._leaving = True
+                raise
+            finally:
+                exited.cancel()
+                await asyncio.wait({exited})
+                self._processes.discard(process)
+                process.let_go()
 
     def _note(self, **changes: object) -> None:
         self._record = msgspec.structs.replace(self._record, **changes)
@@ -144,6 +157,16 @@ class Owner(abc.ABC):
             for each in files:
                 each.remove_run_files()
                 each.state.unlink(missing_ok=True)
+
+    def _announce_stop(self) -> None:
+        """Tell that it is ending, if somebody asked for that: its end is no death."""
+        if self._asked_to_stop.done():
+            self._announce(state=after(self.view.state, Event.STOP))
+
+    def _lost(self, why: Refusal) -> Refusal:
+        """Tell that it serves nobody any more, though it is still there."""
+        self._announce(state=after(self.view.state, Event.UNHEALTHY), refusal=why)
+        return why
 
     async def _next_event(self, *exits: Exited, timeout_s: float | None = None) -> None:
         events: tuple[asyncio.Future[Any], ...] = (*exits, self._asked_to_stop)
@@ -178,7 +201,7 @@ class Owner(abc.ABC):
 
 
 def cannot_run(program: str, error: OSError) -> Refusal:
-    """Say why a process could not even be started."""
+    """Say why a process of an engine's, or beside one, could not even be started."""
     if error.filename == program:
         message = f"cannot run {program}: {error.strerror}; set `engine` to a llama-server"
         return Refusal(reason=Reason.ENGINE_MISSING, message=message, retry=Retry.RETRYABLE)
