@@ -33,6 +33,7 @@ ELSEWHERE = frozenset(
         Reason.ENGINE_DIED,
         Reason.ENGINE_STALLED,
         Reason.PORT_TAKEN,
+        Reason.CERTIFICATE_UNREADABLE,
         Reason.TRANSPORT_MISMATCH,
         Reason.MODEL_ABSENT,
         Reason.MODEL_NOT_FOUND,

@@ -225,6 +225,9 @@ async def _loaded(link: Agent, pool_id: str, node_id: str, progress: LoadProgres
                 raise SollolError(instance.refusal)
             if instance.state in (InstanceState.STOPPED, InstanceState.STOPPING):
                 raise refuse(Reason.STOPPED, f"{pool_id} was stopped while it loaded", retryable=True)
+            if instance.state is InstanceState.FAILED:
+                message = f"{pool_id} failed on {node_id}, which does not say why; see its log there"
+                raise refuse(Reason.ENGINE_START_FAILED, message, retryable=True)
             progress.heard(instance)
     raise refuse(Reason.AGENT_UNREACHABLE, f"{node_id} went away while {pool_id} loaded", retryable=True)
 

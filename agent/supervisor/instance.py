@@ -103,10 +103,11 @@ class Coordinator(Owner):
             return cannot_run(argv[0], error)
         try:
             async with self._watched(TUNNEL, process) as exited:
-                self._tunnel = TunnelWatch(process.pid, exited, launch)
+                self._tunnel = TunnelWatch(process.pid, exited, launch, every_s=self._limits.freeze_poll_s)
                 refusal = await self._until_tunnelled(self._tunnel)
                 if refusal is None and not self._asked_to_stop.done():
                     refusal = await self._serve()
+                self._announce_stop()
                 await process.stop(exited, min(self._grace_s, _TUNNEL_GRACE_S))
                 return refusal
         finally:
@@ -118,8 +119,7 @@ class Coordinator(Owner):
         until = clock() + self._limits.connect_timeout_s
         while not tunnel.listens() and not self._asked_to_stop.done():
             if tunnel.exited.done() or clock() > until:
-                lines = last_lines(tunnel.log, 1)
-                return no_tunnel(self.view.model, tunnel.dead() or "has a tunnel that does not listen in time", lines)
+                return tunnel.not_started(self.view.model)
             await self._next_event(tunnel.exited, timeout_s=self._limits.poll_s)
         return None
 
@@ -146,8 +146,7 @@ class Coordinator(Owner):
                     refusal = await self._until_ready(process, exited, standstill)
                 if refusal is None:
                     refusal = await self._until_ended(process.pid, exited, standstill)
-                if self._asked_to_stop.done():
-                    self._announce(state=after(self.view.state, Event.STOP))
+                self._announce_stop()
                 if not exited.done():
                     await process.stop(exited, self._grace_s)
                 return self._why(exited.result(), refusal)
@@ -223,10 +222,6 @@ class Coordinator(Owner):
             return None
         self._grace_s = 0.0  # it may wait for a backend, and would not hear that it shall end
         return no_tunnel(self.view.model, wrong, last_lines(self.files.log, KEPT_LINES))
-
-    def _lost(self, why: Refusal) -> Refusal:
-        self._announce(state=after(self.view.state, Event.UNHEALTHY), refusal=why)
-        return why
 
     def _overdue(self, waited_s: float, *, connected: bool) -> Refusal | None:
         limits, model = self._limits, self.view.model

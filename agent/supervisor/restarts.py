@@ -3,6 +3,9 @@
 from msgspec import Struct
 from sollol.errors import Reason, refuse
 
+# Not the model's doing: whatever starts next is as likely to meet with it.
+NO_DEATH = frozenset({Reason.PORT_TAKEN, Reason.CERTIFICATE_UNREADABLE})
+
 
 class RestartPolicy(Struct, frozen=True, kw_only=True):
     """`deaths` unexpected exits within `window_s` cost a wait of `first_wait_s`, doubled at each further one."""

@@ -23,7 +23,7 @@ from agent.supervisor.owner import Limits, Owner
 from agent.supervisor.owners import LONGEST_ID, USEFUL, Owners
 from agent.supervisor.ports import Ports
 from agent.supervisor.promises import Promises
-from agent.supervisor.restarts import Deaths, RestartPolicy
+from agent.supervisor.restarts import NO_DEATH, Deaths, RestartPolicy
 from agent.supervisor.tunnelling import Tunnels
 
 log = structlog.get_logger(__name__)
@@ -283,6 +283,8 @@ class Supervisor:
         return self._news.subscribe(callback)
 
     def _wait_after(self, instance: Instance) -> float:
+        if instance.refusal is not None and instance.refusal.reason in NO_DEATH:
+            return 0.0
         return self._deaths.add(instance.model, now_s=self._now_s())
 
     @staticmethod

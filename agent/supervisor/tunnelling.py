@@ -10,11 +10,12 @@ from pathlib import Path
 
 from msgspec import Struct
 from msgspec.structs import replace
-from sollol.errors import Reason, refuse
+from sollol.errors import Reason, Refusal, Retry, refuse
 from sollol.report import BackendEndpoint, CoordinatorPlan
 
-from agent.supervisor.failure import ended
-from agent.supervisor.files import InstanceFiles
+from agent.forwarder.status import NO_FREE_PORT, NO_TLS_FILES
+from agent.supervisor.failure import ended, no_tunnel
+from agent.supervisor.files import InstanceFiles, last_lines
 from agent.supervisor.freeze import FreezeWatch, look_at
 from agent.supervisor.lending import BackendSite, mismatch
 from agent.supervisor.ports import LOOPBACK, Ports
@@ -123,15 +124,29 @@ def tunnel_argv(launch: TunnelLaunch, *, gone_after_s: float) -> tuple[str, ...]
 
 
 class TunnelWatch:
-    """Sees that a tunnel is gone or frozen, and which of its ways broke."""
+    """Sees that a tunnel is gone or frozen (looks `every_s` apart), and which of its ways broke."""
 
-    def __init__(self, pid: int, exited: asyncio.Task[int | None], launch: TunnelLaunch) -> None:
-        self.exited, self.log = exited, launch.files.log
+    def __init__(self, pid: int, exited: asyncio.Task[int | None], launch: TunnelLaunch, *, every_s: float) -> None:
+        self.exited = exited
         self._pid, self._launch = pid, launch
         self._freeze = FreezeWatch(computes_here=False)
+        self._every_s, self._next_s = every_s, 0.0
 
     def listens(self) -> bool:
         return read_tunnel_status(self._launch.files.status) is not None
+
+    def not_started(self, model: str) -> Refusal:
+        """Say why it ended, or does not listen, before anybody could connect."""
+        exit_code = self.exited.result() if self.exited.done() else None
+        lines = last_lines(self._launch.files.log, 1)
+        if exit_code == NO_FREE_PORT:
+            ports = ", ".join(str(route.port) for route in self._launch.routes)
+            message = f"a port for the tunnel of {model} ({ports}) has just been taken on loopback; ask again"
+            return Refusal(reason=Reason.PORT_TAKEN, message=message, retry=Retry.RETRYABLE, log_lines=lines)
+        if exit_code == NO_TLS_FILES:
+            message = f"the tunnel of {model} cannot use the certificate in {self._launch.tls_dir}: {' '.join(lines)}"
+            return Refusal(reason=Reason.CERTIFICATE_UNREADABLE, message=message, retry=Retry.RETRYABLE)
+        return no_tunnel(model, self.dead() or "has a tunnel that does not listen in time", lines)
 
     def dead(self) -> str:
         """That it ended, and how when that is known already; empty while it runs."""
@@ -141,7 +156,11 @@ class TunnelWatch:
         return "" if look is not None and look.state not in _ENDED else "lost the tunnel to its backends"
 
     def frozen(self) -> str:
-        stopped = self._freeze.sees(look_at(self._pid), asyncio.get_running_loop().time())
+        now_s = asyncio.get_running_loop().time()
+        if now_s < self._next_s:
+            return ""
+        self._next_s = now_s + self._every_s
+        stopped = self._freeze.sees(look_at(self._pid), now_s)
         return stopped and f"has a tunnel that {stopped}"
 
     def broken(self, backends: Iterable[BackendEndpoint]) -> tuple[BackendEndpoint, ...]:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -21,11 +22,12 @@ from agent.supervisor.files import files_of
 from agent.supervisor.lending import backend_id, forwarder_id
 from agent.supervisor.owner import Limits
 from agent.supervisor.records import FORWARDER, TUNNEL
+from agent.supervisor.restarts import RestartPolicy
 from agent.supervisor.supervisor import Supervisor
-from agent.supervisor.tunnelling import tunnel_id
+from agent.supervisor.tunnelling import TunnelLaunch, TunnelWatch, tunnel_id
 from agent.tunnel.status import TunnelStatus, read_tunnel_status
 from tests.certificates import authority, write_identity
-from tests.supervised import directories, plan_of, record_of, runs, settled, site_of, supervising, wish_of
+from tests.supervised import changes_of, directories, plan_of, record_of, runs, settled, site_of, supervising, wish_of
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.engine
@@ -330,3 +332,55 @@ async def test_a_tunnel_outlives_its_agent_and_ends_by_itself_when_its_coordinat
     assert nodes.tunnel().ended == "coordinator_gone"
     assert await nodes.restart(COORDINATOR) == 0
     await nothing_left(nodes, pids)
+
+
+def to_nobody(port: int = 1) -> CoordinatorPlan:
+    return split(BackendEndpoint(node_id="n2", host="127.0.0.1", port=port, device_ids=("CPU",), tunnelled=True))
+
+
+async def test_a_stop_while_the_tunnel_starts_is_no_death_of_the_model(nodes: Nodes) -> None:
+    for number in range(RestartPolicy().deaths):
+        await nodes.coordinator.start(f"p{number}", to_nobody())
+        changes = asyncio.create_task(changes_of(nodes.coordinator, f"p{number}"))
+        await nodes.coordinator.stop(f"p{number}")
+        states = [change.state for change in await changes]
+        assert states[-2:] == [InstanceState.STOPPING, InstanceState.STOPPED], states
+    assert (await nodes.coordinator.start("p", to_nobody())).state is InstanceState.STARTING
+
+
+async def test_a_tunnel_that_cannot_start_says_why_and_is_no_death_of_the_model(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch, ports: Callable[[], int]
+) -> None:
+    refusals = []
+    with socket.create_server(("127.0.0.1", ports())) as stranger:
+        taken = stranger.getsockname()[1]
+        with monkeypatch.context() as between:  # he came between the look at the port and the tunnel's start
+            between.setattr(nodes.coordinator._ports, "claim", lambda: taken)
+            for number in range(RestartPolicy().deaths):
+                await nodes.coordinator.start(f"p{number}", to_nobody())
+                refusals.append((await settled(nodes.coordinator, f"p{number}")).refusal)
+    for path in (nodes.directory / COORDINATOR / "pki").iterdir():
+        path.unlink()
+    await nodes.coordinator.start("q", to_nobody())
+    refusals.append((await settled(nodes.coordinator, "q")).refusal)
+    reasons = [refusal.reason for refusal in refusals if refusal is not None]
+    assert reasons == [*[Reason.PORT_TAKEN] * RestartPolicy().deaths, Reason.CERTIFICATE_UNREADABLE]
+    assert str(taken) in refusals[0].message
+    assert str(nodes.directory / COORDINATOR / "pki") in refusals[-1].message
+    assert (await nodes.coordinator.start("p", to_nobody())).state is InstanceState.STARTING
+
+
+@pytest.mark.parametrize(("every_s", "frozen"), [(0.0, True), (600.0, False)])
+async def test_a_tunnel_is_frozen_when_it_was_stopped_at_two_looks_however_often_one_asks(
+    tmp_path: Path, every_s: float, *, frozen: bool
+) -> None:
+    files = files_of(tunnel_id("p"), directories(tmp_path))
+    launch = TunnelLaunch(pool_id="p", routes=(), tls_dir=None, environment={}, files=files, secret=b"")
+    with subprocess.Popen(["sleep", "60"]) as child:
+        exited = asyncio.create_task(asyncio.to_thread(child.wait))
+        watch = TunnelWatch(child.pid, exited, launch, every_s=every_s)
+        os.kill(child.pid, signal.SIGSTOP)
+        await wait_until(lambda: psutil.Process(child.pid).status() == psutil.STATUS_STOPPED, what="it is stopped")
+        assert any(watch.frozen() for _ in range(20)) is frozen
+        child.kill()
+        await exited

@@ -69,6 +69,16 @@ async def test_an_engine_that_dies_at_start_is_stopped_released_and_tried_elsewh
     assert not it.agents[0].reserved
 
 
+async def test_an_engine_that_failed_without_a_word_is_not_waited_for(setup):
+    it = await setup("a")
+    it.agents[0].states = [STARTING, FAILED]
+
+    refusal = await it.failure()
+
+    assert refusal.reason is Reason.ENGINE_START_FAILED, "its agent is there, and will tell no more"
+    assert len(it.agents[0].pools("WatchInstance")) == 1
+
+
 async def test_when_no_node_is_left_the_last_one_has_the_word_and_the_others_are_named(setup):
     it = await setup("a", "b")
     it.agents[0].refusals["Reserve"] = refuse(Reason.MEMORY_SHORT, "short").refusal
