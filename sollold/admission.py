@@ -1,7 +1,7 @@
 """Who may ask for what, and how much at a time: one gate for HTTP, gRPC and MQTT.
 
     permit = admission.admit(token, model)
-    async with opened(dispatcher, request, board, permit) as opening: ...
+    async with opened(dispatcher, request, board, permit, account) as opening: ...
 
 Limits are each head's own: heads do not know of each other's requests.
 """
@@ -9,10 +9,10 @@ Limits are each head's own: heads do not know of each other's requests.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import structlog
-from sollol.errors import Reason, refuse
+from sollol.errors import Reason, SollolError, refuse
 from sollol.inference import AvailableModel
 
 from sollold.allowance import Allowance
@@ -78,11 +78,6 @@ class Permit:
         self._released = False
         use.running += 1
 
-    @property
-    def is_metered(self) -> bool:
-        """Whether anybody wants to know how many tokens it takes."""
-        return self._allowance is not None
-
     def charge(self, tokens: int) -> None:
         """Take tokens from what the key may still use; negative: give some back."""
         if self._allowance is not None:
@@ -102,6 +97,7 @@ class Admission:
         mode: "always" needs a key for everything, "never" asks for none, "auto" asks once there is one.
         known: The model's own name for a name or alias; None for one that nobody has. It may raise NO_NODES, while that
             cannot be told: whose key is for a name is not refused under an alias of it.
+        refused: Told why each request was refused that was refused for its key.
         clock: Seconds that only grow, for limits.
         wall: Unix time, for keys that expire.
     """
@@ -112,10 +108,11 @@ class Admission:
         *,
         mode: str,
         known: Callable[[str], str | None],
+        refused: Callable[[Reason], None] = lambda _reason: None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        self._keys, self._mode, self._known = keys, mode, known
+        self._keys, self._mode, self._known, self._refused = keys, mode, known, refused
         self._clock, self._wall = clock, wall
         self._uses: dict[str, _Use] = {}
 
@@ -131,16 +128,23 @@ class Admission:
         if self._mode == "auto" and not keys:
             return ANYBODY
         if not token:
-            raise refuse(Reason.KEY_MISSING, f"no API key: send one as {sent_as}")
+            raise self._refusal(Reason.KEY_MISSING, f"no API key: send one as {sent_as}")
         key = matching(keys, token)
         if key is None:
-            _refuse("", "unknown", Reason.KEY_INVALID, _NOT_VALID)
+            self._refuse("", "unknown", Reason.KEY_INVALID, _NOT_VALID)
         match key.standing(self._wall()):
             case Standing.REVOKED:
-                _refuse(key.name, "revoked", Reason.KEY_INVALID, _NOT_VALID)
+                self._refuse(key.name, "revoked", Reason.KEY_INVALID, _NOT_VALID)
             case Standing.EXPIRED:
-                _refuse(key.name, "expired", Reason.KEY_EXPIRED, "this API key has expired: ask for a new one")
+                self._refuse(key.name, "expired", Reason.KEY_EXPIRED, "this API key has expired: ask for a new one")
         return Caller(key.name, key)
+
+    def check_sees_all(self, caller: Caller) -> None:
+        """Raises SollolError: KEY_SCOPE; the caller's key is for some models only, and this is about all of them."""
+        key = caller.key
+        if key is not None and key.models:
+            why = f"the API key {key.name} is for {', '.join(key.models)}, and this is for keys of every model"
+            self._refuse(key.name, "scope", Reason.KEY_SCOPE, why)
 
     def visible(self, caller: Caller, models: tuple[AvailableModel, ...]) -> tuple[AvailableModel, ...]:
         """Those of the models that the caller may use."""
@@ -172,13 +176,13 @@ class Admission:
         known = self._known(model)
         if not key.covers(known or model):
             why = f"the API key {key.name} is for {', '.join(key.models)}, not for {model}"
-            _refuse(key.name, "scope", Reason.KEY_SCOPE, why)
+            self._refuse(key.name, "scope", Reason.KEY_SCOPE, why)
         if known is None:
             raise refuse(Reason.MODEL_NOT_FOUND, f"no node has a model named {model}; /v1/models lists this key's")
 
     def _check_concurrency(self, key: Key, use: _Use) -> None:
         if key.concurrency is not None and use.running >= key.concurrency:
-            raise refuse(
+            raise self._refusal(
                 Reason.KEY_CONCURRENCY,
                 f"the API key {key.name} has {use.running} requests running, its limit is {key.concurrency}",
                 retryable=True,
@@ -189,7 +193,7 @@ class Admission:
     def _check_tokens(self, key: Key, allowance: Allowance) -> None:
         wait_s = allowance.wait_s(self._clock())
         if wait_s > 0:
-            raise refuse(
+            raise self._refusal(
                 Reason.KEY_TOKENS,
                 f"the API key {key.name} has used its {allowance.per_minute} tokens per minute; ask again in "
                 f"{wait_s:.0f} s",
@@ -198,7 +202,10 @@ class Admission:
                 numbers={"tokens_per_minute": allowance.per_minute},
             )
 
+    def _refuse(self, name: str, why: str, reason: Reason, message: str) -> NoReturn:
+        log.warning("key_refused", key_name=name, why=why, reason=reason)
+        raise self._refusal(reason, message)
 
-def _refuse(name: str, why: str, reason: Reason, message: str) -> NoReturn:
-    log.warning("key_refused", key_name=name, why=why, reason=reason)
-    raise refuse(reason, message)
+    def _refusal(self, reason: Reason, message: str, **more: Any) -> SollolError:
+        self._refused(reason)
+        return refuse(reason, message, **more)

@@ -11,6 +11,7 @@ from datetime import timedelta
 from functools import partial
 
 import structlog
+from aiohttp import web
 from sollol.broker import broker_of
 from sollol.certified import certified
 from sollol.errors import Reason, refuse
@@ -31,13 +32,15 @@ from sollold.draining import Drainer
 from sollold.front.grpc import InferenceService
 from sollold.front.http import build_app
 from sollold.front.http import serve as serve_http
-from sollold.front.https import https_context
+from sollold.front.https import HttpsFiles, https_files
+from sollold.front.metrics import MetricsPage, facts_of
 from sollold.front.mqtt import MqttFront
 from sollold.front.mqtt_messages import PACKET_BYTES, packet_bytes
 from sollold.history import History
 from sollold.key_file import KeyFile, keys_path
 from sollold.key_policy import check_keys, key_mode
 from sollold.loading import Loader
+from sollold.metrics import Metrics
 from sollold.nodes import Nodes
 from sollold.numbers import PoolNumbers
 from sollold.operators import ClusterService
@@ -74,6 +77,7 @@ async def serve(live: Live[HeadConfig], environ: Mapping[str, str], stop: Stop) 
         history = History(written=registry is not None)
         catalogue = Catalogue(nodes, stale_after_s=config.stale_after_s)
         options = Options(config.models, known=catalogue.known)
+        metrics = _metrics(catalogue, history)
 
         def decided(wish: PlacementWish, among: Sequence[NodeStatus]) -> Decision:
             return decide(options.complete(wish), among, _placement_defaults(live.now), head_host=config.host)
@@ -81,22 +85,19 @@ async def serve(live: Live[HeadConfig], environ: Mapping[str, str], stop: Stop) 
         numbers = PoolNumbers(nodes)
         pools = Pools(
             nodes,
-            load=lambda wish, number, told: loader.load(wish, number, told),  # noqa: PLW0108 - defined below
+            load=lambda wish, number, told: metrics.load(wish.model, loader.load(wish, number, told)),
             numbers=numbers,
             max_queue=config.max_queue,
             limit=options.pools,
         )
         reaper = Reaper(nodes, on_lost=pools.forget)
-        starter = Starter(
-            nodes, lost=reaper, pools=pools, numbers=numbers,
-            reservation_ttl=timedelta(seconds=config.reservation_ttl_s),
-        )  # fmt: skip
+        starter = _starter(config, nodes, reaper, pools, numbers)
         loader = Loader(
             nodes, starter, decide=decided, record=history.decided, lost=reaper, load_timeout_s=config.load_timeout_s
         )
         for listener in (reaper.on_node_changed, pools.on_node_changed, numbers.on_node_changed):
             nodes.subscribe(listener)
-        dispatch = _dispatch(config, nodes, pools, catalogue, reaper)
+        dispatch = _dispatch(config, nodes, pools, catalogue, reaper=reaper, metrics=metrics)
         reconfigure = partial(_reconfigure, nodes=nodes, options=options, pools=pools, loader=loader, dispatch=dispatch)
         live.subscribe(reconfigure)
         if registry is not None:
@@ -108,13 +109,15 @@ async def serve(live: Live[HeadConfig], environ: Mapping[str, str], stop: Stop) 
         closing.add("releases", starter.close, within_s=STEP_WITHIN_S)
         closing.add("pools", partial(_leave, pools, starter), within_s=RELEASE_WITHIN_S + STEP_WITHIN_S)
         operators = ClusterService(nodes, pools, catalogue, decide=lambda wish: decided(wish, nodes.statuses()))
-        admission = Admission(KeyFile(keys), mode=key_mode(config), known=catalogue.sought)
-        inference = InferenceService(dispatch, catalogue, admission)
-        server = HeadServer(inference, operators, is_ready=catalogue.ready, tls=tls)
+        admission = Admission(KeyFile(keys), mode=key_mode(config), known=catalogue.sought, refused=metrics.key_refused)
+        inference = InferenceService(dispatch, catalogue, admission, metrics)
+        server = HeadServer(inference, operators, is_ready=catalogue.ready, peer_refused=metrics.peer_refused, tls=tls)
         nodes.subscribe(lambda _: server.on_nodes_changed())
         await _serve_grpc(config, closing, stop, server)
-        await _serve_http(config, closing, dispatch, catalogue, admission)
-        _serve_mqtt(config, closing, stop, history=history, dispatch=dispatch, admission=admission)
+        https = https_files(config.http_tls_cert, config.http_tls_key)
+        page = MetricsPage(metrics, partial(facts_of, nodes, pools, catalogue, tls, https))
+        await _serve_http(config, closing, _app(config, dispatch, catalogue, admission, page), https)
+        _serve_mqtt(config, closing, stop, history=history, dispatch=dispatch, admission=admission, metrics=metrics)
         stop.announce_ready(nodes.summary)
         log.info("head_ready", http=f"{config.listen}:{config.http_port}", grpc=f"{config.listen}:{config.grpc_port}")
         await stop.wait()
@@ -153,12 +156,26 @@ def _reconfigure(
     dispatch.limit(first_byte_timeout_s=config.first_byte_timeout_s, stall_timeout_s=config.stall_timeout_s)
 
 
-def _dispatch(config: HeadConfig, nodes: Nodes, pools: Pools, catalogue: Catalogue, reaper: Reaper) -> Dispatch:
+def _starter(config: HeadConfig, nodes: Nodes, reaper: Reaper, pools: Pools, numbers: PoolNumbers) -> Starter:
+    ttl = timedelta(seconds=config.reservation_ttl_s)
+    return Starter(nodes, lost=reaper, pools=pools, numbers=numbers, reservation_ttl=ttl)
+
+
+def _metrics(catalogue: Catalogue, history: History) -> Metrics:
+    metrics = Metrics(catalogue.known)
+    history.subscribe(metrics.placed)
+    return metrics
+
+
+def _dispatch(
+    config: HeadConfig, nodes: Nodes, pools: Pools, catalogue: Catalogue, *, reaper: Reaper, metrics: Metrics
+) -> Dispatch:
     return Dispatch(
         nodes,
         pools,
         catalogue,
         explain=reaper.explained,
+        waited=metrics.waited,
         first_byte_timeout_s=config.first_byte_timeout_s,
         stall_timeout_s=config.stall_timeout_s,
     )
@@ -206,21 +223,37 @@ async def _serve_grpc(config: HeadConfig, closing: Closing, stop: Stop, server: 
     closing.add("health", server.drain, within_s=STEP_WITHIN_S, group=FRONTS)
 
 
-async def _serve_http(
-    config: HeadConfig, closing: Closing, dispatch: Dispatch, catalogue: Catalogue, admission: Admission
-) -> None:
+def _app(
+    config: HeadConfig, dispatch: Dispatch, catalogue: Catalogue, admission: Admission, page: MetricsPage
+) -> web.Application:
+    return build_app(
+        dispatch,
+        catalogue,
+        admission,
+        page,
+        max_body_bytes=config.max_body_bytes,
+        shutdown_grace_s=config.shutdown_grace_s,
+    )
+
+
+async def _serve_http(config: HeadConfig, closing: Closing, app: web.Application, https: HttpsFiles | None) -> None:
     grace_s = config.shutdown_grace_s
-    app = build_app(dispatch, catalogue, admission, max_body_bytes=config.max_body_bytes, shutdown_grace_s=grace_s)
-    tls = https_context(config.http_tls_cert, config.http_tls_key)
     try:
-        runner = await serve_http(app, config.listen, config.http_port, tls)
+        runner = await serve_http(app, config.listen, config.http_port, https.context if https is not None else None)
     except OSError as error:
         raise _port_taken("http_port", _address(config.listen, config.http_port)) from error
     closing.add("HTTP", runner.cleanup, within_s=grace_s + STEP_WITHIN_S, group=FRONTS)
 
 
 def _serve_mqtt(
-    config: HeadConfig, closing: Closing, stop: Stop, *, history: History, dispatch: Dispatch, admission: Admission
+    config: HeadConfig,
+    closing: Closing,
+    stop: Stop,
+    *,
+    history: History,
+    dispatch: Dispatch,
+    admission: Admission,
+    metrics: Metrics,
 ) -> None:
     """Tell the broker that this head is online and what it decides, and answer requests if enabled."""
     if not config.mqtt_url:
@@ -241,6 +274,7 @@ def _serve_mqtt(
             connection,
             dispatch,
             admission,
+            metrics,
             topics=topics,
             most_running=config.mqtt_requests,
             max_bytes=config.max_body_bytes,

@@ -1,6 +1,7 @@
 """Sends one request to a pool and brings its stream back; before the first byte, a failure is tried again elsewhere."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
@@ -103,6 +104,7 @@ class Dispatch:
 
     Args:
         explain: What is known of a pool's end, given what one of its streams says of it.
+        waited: Told of a model and the seconds that a request has waited for a slot, also of one that left without.
     """
 
     def __init__(
@@ -112,10 +114,12 @@ class Dispatch:
         catalogue: ModelNames,
         *,
         explain: Explain,
+        waited: Callable[[str, float], None],
         first_byte_timeout_s: float,
         stall_timeout_s: float,
     ) -> None:
         self._nodes = nodes
+        self._waited = waited
         self._explain = explain
         self._pools = pools
         self._catalogue = catalogue
@@ -133,7 +137,7 @@ class Dispatch:
         attempt = 1
         while True:
             # Not tried again when this fails: a load has already tried every node that is worth it.
-            lease = await self._pools.acquire(model, on_progress, asker=request.asker)
+            lease = await self._acquired(model, on_progress, request.asker)
             try:
                 return await self._begun(lease, request)
             except SollolError as error:
@@ -141,6 +145,13 @@ class Dispatch:
                     raise
                 log.warning("request_retried", model=model, attempt=attempt, why=str(error))
             attempt += 1
+
+    async def _acquired(self, model: str, on_progress: ProgressSink, asker: str) -> Lease:
+        began_s = time.monotonic()
+        try:
+            return await self._pools.acquire(model, on_progress, asker=asker)
+        finally:
+            self._waited(model, time.monotonic() - began_s)
 
     async def _begun(self, lease: Lease, request: EngineRequest) -> RelayedStream:
         """Return the stream of one attempt once its first bytes are here; gives the slot back in every other case."""

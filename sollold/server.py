@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 from sollol.channels import bind, new_server
+from sollol.errors import Reason
 from sollol.guard import Guard
 from sollol.tls import TlsFiles
 from sollol.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -30,10 +31,11 @@ class HeadServer:
         operators: ClusterService,
         *,
         is_ready: Callable[[], bool],
+        peer_refused: Callable[[Reason], None],
         tls: TlsFiles | None = None,
     ) -> None:
         self._tls = tls
-        self._server = new_server([Guard(tls)] if tls is not None else ())
+        self._server = new_server([Guard(tls, refused=peer_refused)] if tls is not None else ())
         self._health = health.aio.HealthServicer()
         self._is_ready = is_ready
         self._told: bool | None = None

@@ -44,6 +44,7 @@ PURE = (
     "agent/engine/environment.py",
     "sollold/scaling.py",
     "sollold/decision_event.py",
+    "sollold/gauges.py",
     "sollold/front/mqtt_messages.py",
     "sollold/keys.py",
     "sollold/allowance.py",

@@ -31,11 +31,22 @@ _NOBODY: frozenset[Role] = frozenset()
 
 
 class Guard(grpc.aio.ServerInterceptor):
-    """Checks every call against `access`, method by method; a method that it lacks is denied to everybody."""
+    """Checks every call against `access`, method by method; a method that it lacks is denied to everybody.
 
-    def __init__(self, tls: TlsFiles, access: Mapping[str, frozenset[Role]] = ACCESS) -> None:
+    Args:
+        refused: Told the reason of each call that is refused.
+    """
+
+    def __init__(
+        self,
+        tls: TlsFiles,
+        access: Mapping[str, frozenset[Role]] = ACCESS,
+        *,
+        refused: Callable[[Reason], None] = lambda _reason: None,
+    ) -> None:
         self._tls = tls
         self._access = access
+        self._refused = refused
 
     async def intercept_service(
         self,
@@ -81,6 +92,7 @@ class Guard(grpc.aio.ServerInterceptor):
             log.warning(
                 "peer_refused", reason=refusal.reason, message=refusal.message, method=method, peer=context.peer()
             )
+            self._refused(refusal.reason)
             await refusal_abort(context, refusal)
         return peer
 

@@ -11,11 +11,12 @@ from sollold.admission import Permit
 from sollold.front.assemble import frame_of, piece_of
 from sollold.front.opening import ProgressBoard, opened, refuse_engine_error
 from sollold.front.sse import EventReader
+from sollold.metrics import Account
 from sollold.streams import Dispatcher, EngineRequest, EngineStream
 
 
 async def generated(
-    dispatcher: Dispatcher, request: EngineRequest, permit: Permit
+    dispatcher: Dispatcher, request: EngineRequest, permit: Permit, account: Account
 ) -> AsyncGenerator[Progress | Piece, None]:
     """Yield what the request waits for, then what the engine says; close it to let go of both.
 
@@ -23,7 +24,7 @@ async def generated(
         SollolError: refused, failed, or cut short.
     """
     board = ProgressBoard()
-    async with opened(dispatcher, request, board, permit) as opening:
+    async with opened(dispatcher, request, board, permit, account) as opening:
         async with contextlib.aclosing(_progress(opening, board)) as steps:
             async for progress in steps:
                 yield progress

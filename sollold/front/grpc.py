@@ -20,6 +20,7 @@ from sollold.admission import Admission, Caller
 from sollold.front import requests
 from sollold.front.authorization import bearer
 from sollold.front.generation import generated
+from sollold.metrics import Account, Metrics
 from sollold.streams import Catalogue, Dispatcher
 
 log = structlog.get_logger(__name__)
@@ -33,33 +34,33 @@ R = TypeVar("R", pb.ChatResponse, pb.CompleteResponse)
 class InferenceService(rpc.InferenceServiceServicer):
     """Users' calls; refusals end a call with a status and the refusal in its trailers."""
 
-    def __init__(self, dispatcher: Dispatcher, catalogue: Catalogue, admission: Admission) -> None:
+    def __init__(self, dispatcher: Dispatcher, catalogue: Catalogue, admission: Admission, metrics: Metrics) -> None:
         self._dispatcher = dispatcher
         self._catalogue = catalogue
         self._admission = admission
+        self._metrics = metrics
 
     async def Chat(self, request: pb.ChatRequest, context: Context) -> AsyncIterator[pb.ChatResponse]:
         async with _answering(context, "Chat") as noted:
-            caller = self._caller(context, noted)
-            body = {
-                "model": request.model,
-                "messages": [msgspec.to_builtins(wire.value(Message, message)) for message in request.messages],
-                **_sampling(request.sampling),
-            }
-            asked = requests.chat(body)
-            async with contextlib.aclosing(self._events(asked, caller)) as events:
-                async for event in events:
-                    yield _response(pb.ChatResponse, event)
+            with self._metrics.requested("grpc") as account:
+                caller = self._caller(context, noted)
+                body = {
+                    "model": request.model,
+                    "messages": [msgspec.to_builtins(wire.value(Message, message)) for message in request.messages],
+                    **_sampling(request.sampling),
+                }
+                async with contextlib.aclosing(self._events(requests.chat(body), caller, account)) as events:
+                    async for event in events:
+                        yield _response(pb.ChatResponse, event)
 
     async def Complete(self, request: pb.CompleteRequest, context: Context) -> AsyncIterator[pb.CompleteResponse]:
         async with _answering(context, "Complete") as noted:
-            caller = self._caller(context, noted)
-            asked = requests.completion(
-                {"model": request.model, "prompt": request.prompt, **_sampling(request.sampling)}
-            )
-            async with contextlib.aclosing(self._events(asked, caller)) as events:
-                async for event in events:
-                    yield _response(pb.CompleteResponse, event)
+            with self._metrics.requested("grpc") as account:
+                caller = self._caller(context, noted)
+                body = {"model": request.model, "prompt": request.prompt, **_sampling(request.sampling)}
+                async with contextlib.aclosing(self._events(requests.completion(body), caller, account)) as events:
+                    async for event in events:
+                        yield _response(pb.CompleteResponse, event)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         response = pb.ListModelsResponse()
@@ -84,8 +85,12 @@ class InferenceService(rpc.InferenceServiceServicer):
             noted["key_name"] = caller.name
         return caller
 
-    def _events(self, asked: requests.Asked, caller: Caller) -> AsyncGenerator[Progress | Piece, None]:
-        return generated(self._dispatcher, asked.engine, self._admission.permit(caller, asked.engine.model))
+    def _events(
+        self, asked: requests.Asked, caller: Caller, account: Account
+    ) -> AsyncGenerator[Progress | Piece, None]:
+        account.model = asked.engine.model
+        permit = self._admission.permit(caller, asked.engine.model)
+        return generated(self._dispatcher, asked.engine, permit, account)
 
 
 def _response(kind: Callable[..., R], event: Progress | Piece) -> R:

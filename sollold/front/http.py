@@ -22,7 +22,9 @@ from sollold.front.assemble import Assembly
 from sollold.front.authorization import CALLER, authorization
 from sollold.front.departure import Departure
 from sollold.front.events import ClientGoneError, EventResponse
-from sollold.front.observe import NODE, POOL, REASON, add_request_id, json_response, observed
+from sollold.front.metrics import PATH as METRICS_PATH
+from sollold.front.metrics import MetricsPage
+from sollold.front.observe import ACCOUNT, NODE, POOL, REASON, add_request_id, json_response, observed
 from sollold.front.openai import envelope, find_model, model_entry, model_list
 from sollold.front.opening import ProgressBoard, opened, refuse_engine_error
 from sollold.front.sse import Ending, EventReader, Passage, comment, event
@@ -44,20 +46,24 @@ def build_app(
     dispatcher: Dispatcher,
     catalogue: Catalogue,
     admission: Admission,
+    page: MetricsPage,
     *,
     max_body_bytes: int,
     shutdown_grace_s: float,
 ) -> web.Application:
     """Return the application with all routes of the front; at its shutdown requests have `shutdown_grace_s` to end."""
     departure = Departure(shutdown_grace_s)
-    front = HttpFront(dispatcher, catalogue, admission, departure)
-    app = web.Application(middlewares=[observed, authorization(admission)], client_max_size=max_body_bytes)
+    front = HttpFront(dispatcher, catalogue, admission, page, departure)
+    app = web.Application(
+        middlewares=[observed(page.metrics), authorization(admission)], client_max_size=max_body_bytes
+    )
     app.on_response_prepare.append(add_request_id)
     app.on_shutdown.append(lambda _: departure.leave())
     app.router.add_post(requests.CHAT_PATH, front.chat)
     app.router.add_post(requests.COMPLETION_PATH, front.completion)
     app.router.add_get("/v1/models", front.models)
     app.router.add_get("/v1/models/{name:.+}", front.model)
+    app.router.add_get(METRICS_PATH, front.metrics)
     app.router.add_get("/healthz", front.alive)
     app.router.add_get("/readyz", front.ready)
     return app
@@ -91,10 +97,16 @@ class HttpFront:
     """The handlers."""
 
     def __init__(
-        self, dispatcher: Dispatcher, catalogue: Catalogue, admission: Admission, departure: Departure
+        self,
+        dispatcher: Dispatcher,
+        catalogue: Catalogue,
+        admission: Admission,
+        page: MetricsPage,
+        departure: Departure,
     ) -> None:
         self._dispatcher = dispatcher
         self._admission = admission
+        self._page = page
         self._departure = departure
         self._catalogue = catalogue
 
@@ -117,6 +129,10 @@ class HttpFront:
             raise refuse(Reason.MODEL_NOT_FOUND, f"no node has a model named {name[:200]!r}{hint}")
         return json_response(model_entry(found))
 
+    async def metrics(self, request: web.Request) -> web.StreamResponse:
+        self._admission.check_sees_all(request[CALLER])
+        return await self._page.answer(request.headers.get("Accept", ""))
+
     async def alive(self, _request: web.Request) -> web.StreamResponse:
         return json_response({"status": "ok"})
 
@@ -130,9 +146,11 @@ class HttpFront:
     ) -> web.StreamResponse:
         asked = check(requests.decode_body(await _body(request)))
         structlog.contextvars.bind_contextvars(model=asked.engine.model)
+        account = request[ACCOUNT]
+        account.model = asked.engine.model
         permit = self._admission.permit(request[CALLER], asked.engine.model)
         board = ProgressBoard()
-        async with opened(self._dispatcher, asked.engine, board, permit) as opening:
+        async with opened(self._dispatcher, asked.engine, board, permit, account) as opening:
             if asked.stream:
                 return await self._stream(request, opening, board)
             with self._departure.running():

@@ -4,6 +4,7 @@ import ssl
 from pathlib import Path
 
 import structlog
+from sollol.certificates import read
 from sollol.errors import Reason, refuse
 
 log = structlog.get_logger(__name__)
@@ -11,21 +12,28 @@ log = structlog.get_logger(__name__)
 _Stamp = tuple[int, ...]
 
 
-def https_context(certificate: str, key: str) -> ssl.SSLContext | None:
-    """The context of a listener, which takes renewed files by itself; None when no files are named.
+def https_files(certificate: str, key: str) -> "HttpsFiles | None":
+    """None when no files are named.
 
     Raises:
         SollolError: CERTIFICATE_UNREADABLE; the files cannot be read, or do not belong together.
     """
     if not certificate:
         return None
-    return _Followed(Path(certificate).expanduser(), Path(key).expanduser()).context
+    return HttpsFiles(Path(certificate).expanduser(), Path(key).expanduser())
 
 
-class _Followed:
+class HttpsFiles:
+    """A certificate and its key. A listener with their `context` takes renewed ones by itself.
+
+    Attributes:
+        expires_unix_s: When the certificate that is shown ends; None when that cannot be read from it.
+    """
+
     def __init__(self, certificate: Path, key: Path) -> None:
         self._certificate, self._key = certificate, key
         self._stamp = self._now()
+        self.expires_unix_s: float | None = None
         try:
             self._newest = self.context = self._loaded()
         except OSError as error:  # ssl.SSLError is one
@@ -53,6 +61,7 @@ class _Followed:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.load_cert_chain(self._certificate, self._key)
+        self.expires_unix_s = _end_of(self._certificate)
         return context
 
     def _now(self) -> _Stamp:
@@ -60,3 +69,10 @@ class _Followed:
             return tuple(path.stat().st_mtime_ns for path in (self._certificate, self._key))
         except OSError:
             return ()
+
+
+def _end_of(certificate: Path) -> float | None:
+    try:
+        return read(certificate.read_bytes()).not_after_s
+    except ValueError:  # OpenSSL takes forms that we do not read; it serves all the same
+        return None

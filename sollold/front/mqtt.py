@@ -22,6 +22,7 @@ from sollold.admission import Admission
 from sollold.front.departure import Departure
 from sollold.front.generation import generated
 from sollold.front.mqtt_messages import SENT_AS, Answer, read_request
+from sollold.metrics import Account, Metrics
 from sollold.streams import Dispatcher
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class MqttFront:
         connection: Connected,
         dispatcher: Dispatcher,
         admission: Admission,
+        metrics: Metrics,
         *,
         topics: Topics,
         most_running: int,
@@ -80,6 +82,7 @@ class MqttFront:
         self._connection = connection
         self._dispatcher = dispatcher
         self._admission = admission
+        self._metrics = metrics
         self._topics = topics
         self._most_running = most_running
         self._max_bytes = max_bytes
@@ -105,6 +108,7 @@ class MqttFront:
             problem = "a request with the same response topic and correlation data is running"
         if problem is not None:
             self._dropped += 1
+            self._metrics.request("mqtt").end(Reason.INVALID_REQUEST)
             log.warning("mqtt_request_dropped", reason=Reason.INVALID_REQUEST, problem=problem, dropped=self._dropped)
         elif len(self._running) >= self._most_running:
             error = refuse(
@@ -115,6 +119,7 @@ class MqttFront:
                 numbers={"running": len(self._running)},
             )
             log.info("request_ended", method="MQTT", reason=error.refusal.reason)
+            self._metrics.request("mqtt").end(error.refusal.reason)
             self._connection.publish(_to(message, Answer().failed(error)))
         else:
             task = asyncio.create_task(self._answer(message, key), name="answer over MQTT")
@@ -132,8 +137,8 @@ class MqttFront:
         answer, started = Answer(), time.monotonic()
         error: SollolError | None = None
         try:
-            with self._departure.running():
-                await self._generate(message, answer)
+            with self._metrics.requested("mqtt") as account, self._departure.running():
+                await self._generate(message, answer, account)
         except SollolError as failure:
             error = failure
         except asyncio.CancelledError:
@@ -150,13 +155,14 @@ class MqttFront:
         noted = {"reason": error.refusal.reason} if error is not None else {}
         log.info("request_ended", method="MQTT", took_s=round(time.monotonic() - started, 4), **noted)
 
-    async def _generate(self, message: "Received", answer: Answer) -> None:
+    async def _generate(self, message: "Received", answer: Answer, account: Account) -> None:
         wanted = read_request(message.payload, message.user, max_bytes=self._max_bytes)
         engine = wanted.asked.engine
+        account.model = engine.model
         structlog.contextvars.bind_contextvars(model=engine.model)
         permit = self._admission.admit(wanted.token, engine.model, sent_as=SENT_AS)
         finish_reason, usage, told_s = "", Usage(), 0.0
-        async with aclosing(generated(self._dispatcher, engine, permit)) as events:
+        async with aclosing(generated(self._dispatcher, engine, permit, account)) as events:
             async for event in events:
                 if isinstance(event, Progress):
                     if time.monotonic() - told_s >= PROGRESS_GAP_S:

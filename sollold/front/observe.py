@@ -1,8 +1,7 @@
-"""Around every HTTP request: its id, one log line, and errors in one form."""
+"""Around every HTTP request: its id, one log line, its place in the metrics, and errors in one form."""
 
 import asyncio
 import re
-import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -10,9 +9,12 @@ from typing import Any
 import msgspec
 import structlog
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 from sollol.errors import SURFACES, Reason, SollolError, refuse
 
 from sollold.front.openai import envelope, retry_after
+from sollold.front.requests import CHAT_PATH, COMPLETION_PATH
+from sollold.metrics import Account, Metrics
 
 log = structlog.get_logger(__name__)
 
@@ -22,11 +24,13 @@ REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
 NODE: web.RequestKey[str] = web.RequestKey("node", str)
 POOL: web.RequestKey[str] = web.RequestKey("pool", str)
 REASON: web.RequestKey[Reason] = web.RequestKey("reason", Reason)
+ACCOUNT: web.RequestKey[Account] = web.RequestKey("account", Account)
 KEY_NAME: web.RequestKey[str] = web.RequestKey("key_name", str)
 
 _NOTED: dict[str, web.RequestKey[Any]] = {"node": NODE, "pool": POOL, "key_name": KEY_NAME, "reason": REASON}
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_QUIET = frozenset({"/healthz", "/readyz"})
+_QUIET = frozenset({"/healthz", "/readyz", "/metrics"})  # asked again and again
+_COUNTED = frozenset({CHAT_PATH, COMPLETION_PATH})
 
 
 def json_response(
@@ -55,24 +59,30 @@ async def add_request_id(request: web.Request, response: web.StreamResponse) -> 
         response.headers["x-request-id"] = request[REQUEST_ID]
 
 
-@web.middleware
-async def observed(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer every failure with an envelope, and write one line when the request has ended."""
-    given = request.headers.get("x-request-id", "")
-    request[REQUEST_ID] = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
-    started = time.monotonic()
-    with structlog.contextvars.bound_contextvars(request_id=request[REQUEST_ID]):
-        status = 499
-        try:
-            response = await _answer(request, handler)
-            status = response.status
-        except asyncio.CancelledError:
-            request[REASON] = Reason.CANCELLED
-            raise
-        finally:
-            _write_line(request, status, time.monotonic() - started)
-            structlog.contextvars.unbind_contextvars("model")
-    return response
+def observed(metrics: Metrics) -> Middleware:
+    """Return what answers every failure with an envelope, writes one line when a request has ended, and counts it."""
+
+    @web.middleware
+    async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get("x-request-id", "")
+        request[REQUEST_ID] = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+        account = request[ACCOUNT] = metrics.request("http")
+        with structlog.contextvars.bound_contextvars(request_id=request[REQUEST_ID]):
+            status = 499
+            try:
+                response = await _answer(request, handler)
+                status = response.status
+            except asyncio.CancelledError:
+                request[REASON] = Reason.CANCELLED
+                raise
+            finally:
+                _write_line(request, status, account.took_s())
+                structlog.contextvars.unbind_contextvars("model")
+                if request.path in _COUNTED:
+                    account.end(request.get(REASON))
+        return response
+
+    return observe
 
 
 def _write_line(request: web.Request, status: int, took_s: float) -> None:

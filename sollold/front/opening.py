@@ -10,6 +10,7 @@ import structlog
 from sollold.admission import Permit
 from sollold.front.metering import open_metered
 from sollold.front.openai import read_engine_error
+from sollold.metrics import Account
 from sollold.streams import Dispatcher, EngineRequest, EngineStream, Progress
 
 log = structlog.get_logger(__name__)
@@ -40,14 +41,14 @@ class ProgressBoard:
 
 @asynccontextmanager
 async def opened(
-    dispatcher: Dispatcher, request: EngineRequest, board: ProgressBoard, permit: Permit
+    dispatcher: Dispatcher, request: EngineRequest, board: ProgressBoard, permit: Permit, account: Account
 ) -> AsyncIterator[asyncio.Task[EngineStream]]:
     """Yield the task that opens the stream; on leaving it is cancelled, or what it opened is closed.
 
     The permit is released then, too.
     """
     request = replace(request, asker=permit.asker)
-    opening = asyncio.create_task(open_metered(dispatcher, request, board.note, permit), name="open_stream")
+    opening = asyncio.create_task(open_metered(dispatcher, request, board.note, permit, account), name="open_stream")
     try:
         yield opening
     finally:

@@ -103,8 +103,8 @@ async def refused(channel, method):
 
 
 class Guarded:
-    def __init__(self, port, directory, ours, seen):
-        self.port, self.directory, self.ours, self.seen = port, directory, ours, seen
+    def __init__(self, port, directory, ours, seen, told):
+        self.port, self.directory, self.ours, self.seen, self.told = port, directory, ours, seen, told
 
     @asynccontextmanager
     async def as_(self, role, name):
@@ -117,12 +117,13 @@ class Guarded:
 async def guarding(directory, seen, *served):
     ours = authority()
     tls = TlsFiles(write_identity(directory / "server", ours, "agent", "n1"))
-    server = new_server([Guard(tls, ALLOWED)])
+    told = []
+    server = new_server([Guard(tls, ALLOWED, refused=told.append)])
     server.add_generic_rpc_handlers(served)
     port = bind(server, "127.0.0.1:0", tls)
     await server.start()
     following = asyncio.create_task(follow(tls))
-    yield Guarded(port, directory, ours, seen)
+    yield Guarded(port, directory, ours, seen, told)
     following.cancel()
     await server.stop(0)
 
@@ -146,6 +147,7 @@ async def test_who_may_call_gets_through_and_who_may_not_hears_why(guarded, meth
     (line,) = [entry for entry in logs if entry["event"] == "peer_refused"]
     assert (line["reason"], line["method"]) == ("WRONG_ROLE", f"/test.Test/{method}")
     assert line["peer"].startswith("ipv4:127.0.0.1:")
+    assert guarded.told == [Reason.WRONG_ROLE]
 
 
 async def test_a_method_that_the_table_lacks_is_denied_to_everybody(guarded):

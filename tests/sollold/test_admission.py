@@ -169,3 +169,34 @@ def test_a_key_that_is_revoked_is_refused_at_once_and_its_running_request_can_st
     running.charge(5)
     running.release()
     admission.admit(token_of("bob"), MODEL)
+
+
+def test_each_refusal_for_a_key_is_told_once_and_other_refusals_are_not():
+    told = []
+    keys = (
+        key_of("one", models=(MODEL,), concurrency=1),
+        key_of("expired", expires_unix_s=1.0),
+        key_of("spent", tokens_per_minute=1),
+    )
+    admission = admission_of(*keys, known={MODEL: MODEL, "other": "other"}, refused=told.append)
+    admission.admit(token_of("spent"), MODEL).charge(1000)
+    admission.admit(token_of("one"), MODEL)
+    for name, model in (("one", MODEL), ("one", "other"), ("expired", MODEL), ("spent", MODEL), ("guess", MODEL)):
+        refusal_of(admission, token_of(name), model)
+    refusal_of(admission, None)
+    assert told == [
+        Reason.KEY_CONCURRENCY,
+        Reason.KEY_SCOPE,
+        Reason.KEY_EXPIRED,
+        Reason.KEY_TOKENS,
+        Reason.KEY_INVALID,
+        Reason.KEY_MISSING,
+    ]
+
+
+def test_what_is_about_every_model_is_for_keys_of_every_model():
+    admission = admission_of(key_of("all"), key_of("some", models=("tiny-*",)))
+    admission.check_sees_all(admission.authenticate(token_of("all")))
+    with pytest.raises(SollolError, match=r"KEY_SCOPE.*tiny-\*"):
+        admission.check_sees_all(admission.authenticate(token_of("some")))
+    admission_of().check_sees_all(admission_of().authenticate(None))

@@ -39,7 +39,7 @@ class Head:
         self.relay = self
         self.unreachable = False
         self.loads = 0
-        self.known = {}
+        self.known, self.waits = {}, []
         self.pools = Pools(self, load=self.load, numbers=PoolNumbers(self), max_queue=10)
         for pool_id in pool_ids:
             self.report(pool_id)
@@ -48,6 +48,7 @@ class Head:
             self.pools,
             self,
             explain=self.explain,
+            waited=lambda model, seconds: self.waits.append((model, seconds)),
             first_byte_timeout_s=first_byte_timeout_s,
             stall_timeout_s=stall_timeout_s,
         )
@@ -318,3 +319,24 @@ async def test_an_engine_silent_in_mid_stream_is_an_explicit_error():
     assert caught.value.refusal.reason is Reason.STREAM_STALLED
     await stream.aclose()
     assert head.used() == 0
+
+
+async def test_how_long_a_request_waited_is_told_also_of_one_that_leaves_without_a_slot():
+    head = Head("p")
+    holding = [await head.pools.acquire(M, lambda _: None) for _ in range(2)]
+    late, gone = head.request(), head.request()
+    await wait_until(lambda: len(head.pools._queues[M].waiters) == 2, what="both wait")
+    assert head.waits == []
+
+    gone.cancel()
+    await asyncio.wait({gone}, timeout=2)
+    assert [model for model, _ in head.waits] == [M]
+
+    holding[0].release()
+    _, relayed = await head.attempt()
+    assert [model for model, _ in head.waits] == [M, M]
+    assert all(0 < seconds < 60 for _, seconds in head.waits)
+    relayed.head(200, {})
+    relayed.data(b"x")
+    await (await late).aclose()
+    holding[1].release()

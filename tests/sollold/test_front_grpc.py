@@ -13,6 +13,7 @@ from sollol.v1 import inference_pb2_grpc as rpc
 from sollold.front.grpc import InferenceService
 from tests.fakes.fake_dispatcher import HELLO, HELLO_TEXT, MODEL, FakeCatalogue, FakeDispatcher, FakeStream
 from tests.fakes.fake_keys import OPEN
+from tests.fakes.fake_metrics import counting, samples
 from tests.waiting import wait_until
 
 HI = [Message("user", "hi")]
@@ -22,10 +23,11 @@ HI = [Message("user", "hi")]
 async def serving(ports):
     async with contextlib.AsyncExitStack() as stack:
 
-        async def start(answer=None):
+        async def start(answer=None, metrics=None):
             dispatcher = FakeDispatcher(answer)
             server = new_server()
-            rpc.add_InferenceServiceServicer_to_server(InferenceService(dispatcher, FakeCatalogue(MODEL), OPEN), server)
+            service = InferenceService(dispatcher, FakeCatalogue(MODEL), OPEN, metrics or counting())
+            rpc.add_InferenceServiceServicer_to_server(service, server)
             address = f"127.0.0.1:{ports()}"
             server.add_insecure_port(address)
             await server.start()
@@ -156,3 +158,34 @@ async def test_a_bare_stub_reads_the_reason_from_the_trailers(serving):
             await everything(rpc.InferenceServiceStub(channel).Chat(request))
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
     assert dict(caught.value.trailing_metadata())["sollol-reason"] == "MODEL_NOT_FOUND"
+
+
+@pytest.mark.parametrize(
+    ("answer", "outcome"),
+    [
+        (FakeStream(chunks=HELLO), "ok"),
+        (refuse(Reason.NO_FIT, "too large"), "NO_FIT"),
+        (FakeStream(chunks=HELLO[:2]), "STREAM_TRUNCATED"),
+    ],
+    ids=["answered", "refused", "cut"],
+)
+async def test_a_call_is_counted_by_how_it_ended(serving, answer, outcome):
+    metrics = counting()
+    _, client = await serving(answer, metrics)
+    with contextlib.suppress(SollolError):
+        await everything(client.chat("tiny", HI))
+    found = samples(metrics.collect())
+    assert found[f"sollol_requests_total{{front=grpc,model=tiny,outcome={outcome}}}"] == 1
+
+
+async def test_a_call_that_its_user_gives_up_is_counted_as_that(serving):
+    metrics = counting()
+    dispatcher, client = await serving(FakeStream(chunks=HELLO[:2], hangs=True), metrics)
+    async with contextlib.aclosing(client.chat("tiny", HI)) as events:
+        await anext(events)
+
+    def counted():
+        return samples(metrics.collect()).get("sollol_requests_total{front=grpc,model=tiny,outcome=CANCELLED}")
+
+    assert await wait_until(counted, within_s=10, what="the call is counted") == 1
+    assert dispatcher.answer.closed

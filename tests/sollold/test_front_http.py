@@ -16,6 +16,7 @@ from sollol.inference import Progress
 from sollold.front import http
 from tests.fakes.fake_dispatcher import HELLO, HELLO_TEXT, MODEL, FakeCatalogue, FakeDispatcher, FakeStream, chat_frame
 from tests.fakes.fake_keys import OPEN
+from tests.fakes.fake_metrics import counting, page_of
 from tests.waiting import wait_until
 
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
@@ -24,9 +25,10 @@ DIED = refuse(Reason.ENGINE_DIED, "llama-server of pool-0 on node-a died", retry
 
 
 @contextlib.asynccontextmanager
-async def front(dispatcher, port, *, models=(MODEL,), grace_s=0.2, admission=OPEN):
+async def front(dispatcher, port, *, models=(MODEL,), grace_s=0.2, admission=OPEN, metrics=None):
+    page = page_of(metrics or counting())
     app = http.build_app(
-        dispatcher, FakeCatalogue(*models), admission, max_body_bytes=100_000, shutdown_grace_s=grace_s
+        dispatcher, FakeCatalogue(*models), admission, page, max_body_bytes=100_000, shutdown_grace_s=grace_s
     )
     runner = await http.serve(app, "127.0.0.1", port)
     try:
@@ -340,7 +342,8 @@ async def test_a_connection_that_sends_no_whole_request_is_ended(serving, monkey
 async def test_at_shutdown_a_running_stream_gets_a_last_word(ports):
     engine = FakeStream(chunks=HELLO[:3], hangs=True)
     dispatcher = FakeDispatcher(engine)
-    app = http.build_app(dispatcher, FakeCatalogue(MODEL), OPEN, max_body_bytes=1000, shutdown_grace_s=0.1)
+    page = page_of(counting())
+    app = http.build_app(dispatcher, FakeCatalogue(MODEL), OPEN, page, max_body_bytes=1000, shutdown_grace_s=0.1)
     port = ports()
     runner = await http.serve(app, "127.0.0.1", port)
     async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:

@@ -19,6 +19,7 @@ from sollold.front.grpc import InferenceService
 from sollold.key_file import KeyFile, change
 from tests.fakes.fake_dispatcher import HELLO, MODEL, FakeCatalogue, FakeDispatcher, FakeStream
 from tests.fakes.fake_keys import key_of, token_of
+from tests.fakes.fake_metrics import counting, page_of
 from tests.waiting import wait_until
 
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
@@ -58,10 +59,13 @@ async def head(ports, tmp_path):
     known = {"tiny": "tiny", "tiny:latest": "tiny", "other:70b": "other:70b"}
     admission = Admission(KeyFile(head.path), mode="auto", known=known.get)
     catalogue = FakeCatalogue(MODEL, OTHER)
-    app = http.build_app(head.dispatcher, catalogue, admission, max_body_bytes=1000, shutdown_grace_s=0.2)
+    metrics = counting()
+    app = http.build_app(
+        head.dispatcher, catalogue, admission, page_of(metrics), max_body_bytes=1000, shutdown_grace_s=0.2
+    )
     runner = await http.serve(app, "127.0.0.1", int(head.url.rpartition(":")[2]))
     server = new_server()
-    rpc.add_InferenceServiceServicer_to_server(InferenceService(head.dispatcher, catalogue, admission), server)
+    rpc.add_InferenceServiceServicer_to_server(InferenceService(head.dispatcher, catalogue, admission, metrics), server)
     head.grpc = f"127.0.0.1:{ports()}"
     server.add_insecure_port(head.grpc)
     await server.start()

@@ -9,6 +9,7 @@ from sollold.front.opening import ProgressBoard, opened
 from sollold.streams import EngineRequest
 from tests.fakes.fake_dispatcher import DONE, HELLO, HELLO_TEXT, USAGE, FakeDispatcher, FakeStream, chat_frame
 from tests.fakes.fake_keys import admission_of, key_of, token_of
+from tests.fakes.fake_metrics import counting
 
 ASK = EngineRequest(model="tiny", path="/v1/chat/completions", body=b"x" * 400)  # 100 tokens, by its size
 TIMINGS = {"cache_n": 3, "prompt_n": 4, "prompt_ms": 1.5, "predicted_n": 5}
@@ -75,8 +76,8 @@ def meter():
     return Meter()
 
 
-def opening(dispatcher, permit):
-    return opened(dispatcher, ASK, ProgressBoard(), permit)
+def opening(dispatcher, permit, account=None):
+    return opened(dispatcher, ASK, ProgressBoard(), permit, account or counting().request("http"))
 
 
 async def test_a_whole_stream_costs_its_usage_and_passes_unchanged(meter):
@@ -139,7 +140,22 @@ async def test_a_stream_that_breaks_costs_what_was_sent(meter):
     assert (meter.used, meter.running) == (103, 0)
 
 
-async def test_nothing_is_counted_where_nothing_is_limited():
-    stream = FakeStream()
-    async with opening(FakeDispatcher(stream), admission_of().admit(None, "tiny")) as opened_:
-        assert await opened_ is stream
+@pytest.mark.parametrize(
+    ("stream", "tokens"),
+    [
+        (FakeStream(chunks=HELLO), (5, 2)),
+        (FakeStream(chunks=(HELLO[1], LAST, DONE)), (7, 5)),
+        (FakeStream(chunks=HELLO[:3], error=refuse(Reason.ENGINE_DIED, "died")), (100, 3)),
+        (FakeStream(status=400, chunks=(b'{"error": {"message": "no"}}',)), (0, 0)),
+    ],
+    ids=["usage", "timings", "cut", "refused"],
+)
+async def test_the_account_of_a_request_without_a_key_hears_of_its_tokens_too(stream, tokens):
+    account = counting().request("http")
+    permit = admission_of().admit(None, "tiny")
+    async with opening(FakeDispatcher(stream), permit, account) as opened_:
+        with contextlib.suppress(SollolError):
+            async for _ in await opened_:
+                pass
+    assert (account.prompt_tokens, account.generated_tokens) == tokens
+    assert (account.first_s is not None) == any(tokens)

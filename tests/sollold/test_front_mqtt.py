@@ -16,6 +16,7 @@ from sollol.topics import Topics
 from sollold.front.mqtt import MqttFront
 from tests.fakes.fake_dispatcher import HELLO, FakeDispatcher, FakeStream
 from tests.fakes.fake_keys import OPEN, admission_of, key_of, token_of
+from tests.fakes.fake_metrics import counting, samples
 from tests.waiting import wait_until
 
 TOPICS = Topics("home")
@@ -67,12 +68,13 @@ async def serving(broker):
     """Start a head's front and get a device; `front.close` is the head's end."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def start(answer=None, *, name="h", admission=OPEN, most_running=4, max_bytes=10_000):
+        async def start(answer=None, *, name="h", admission=OPEN, most_running=4, max_bytes=10_000, metrics=None):
             dispatcher, link = FakeDispatcher(answer), link_to(broker, name)
             front = MqttFront(
                 link,
                 dispatcher,
                 admission,
+                metrics or counting(),
                 topics=TOPICS,
                 most_running=most_running,
                 max_bytes=max_bytes,
@@ -328,3 +330,25 @@ async def test_a_broker_that_takes_nothing_stops_the_engine_and_not_the_head(ser
         os.kill(broker.pid, signal.SIGCONT)
     await device.ask("", topic=CANCEL)
     await device.done()
+
+
+async def test_every_request_is_counted_by_how_it_ended(serving):
+    """One that is answered, one that the gate refuses, one that there is nobody to tell of."""
+    metrics = counting()
+    keys = admission_of(key_of("esp32"))
+    _, device, _ = await serving(admission=keys, metrics=metrics)
+    await device.ask(PROMPT, "-D", "publish", "user-property", "api_key", token_of("esp32"), correlation="1")
+    await device.done(b"1")
+    await device.ask(correlation="2")
+    await device.refused(b"2")
+    await device.ask(reply="", correlation="3")
+    counted = {"ok": ("tiny", 1), "KEY_MISSING": ("tiny", 1), "INVALID_REQUEST": ("", 1)}
+
+    def all_counted():
+        found = {key: value for key, value in samples(metrics.collect()).items() if "_requests_total" in key}
+        return found == {
+            f"sollol_requests_total{{front=mqtt,model={model},outcome={outcome}}}": value
+            for outcome, (model, value) in counted.items()
+        }
+
+    await wait_until(all_counted, within_s=10, what="all three are counted")
