@@ -9,6 +9,7 @@ from operator import attrgetter
 from typing import Protocol, TypeVar
 
 from msgspec.structs import replace
+from sollol.correction import CPU_ID
 from sollol.errors import SUSPECTED_BACKENDS, Reason, Refusal, Retry, SollolError
 from sollol.report import (
     BackendEndpoint,
@@ -72,6 +73,7 @@ class Part:
 def parts_of(plan: CoordinatorPlan, coordinator: str) -> tuple[Part, ...]:
     """The coordinator's part first, then the lenders' in the order of the layers."""
     parts = {coordinator: Part(coordinator)}
+    beside: dict[str, int] = {}
     for share in plan.shares:
         node_id = share.node_id or coordinator
         part = parts.setdefault(node_id, Part(node_id))
@@ -79,6 +81,10 @@ def parts_of(plan: CoordinatorPlan, coordinator: str) -> tuple[Part, ...]:
         if share.node_id and share.layers:
             part.lent.append(share.device_id)
             part.upload_bytes += share.weight_bytes
+        if share.host_bytes:
+            beside[node_id] = max(beside.get(node_id, 0), share.host_bytes)
+    for node_id, size in beside.items():
+        parts[node_id].bytes[CPU_ID] = parts[node_id].bytes.get(CPU_ID, 0) + size
     return tuple(parts.values())
 
 

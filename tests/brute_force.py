@@ -67,6 +67,7 @@ def _cost(problem: Problem, own: int, dealt: list[tuple[tuple[int, int], int]]) 
     shape, nodes, load, links, correction = problem
     host = {own: _coordinator_bytes(shape, load, correction, alone=len(dealt) == 1)}
     total, stop, hops, last = 0.0, 0, {}, dealt[-1][0]
+    beside: dict[int, int] = {}
     for (at, rank), count in dealt:
         first, stop = stop, stop + count
         device = nodes[at].report.devices[rank]
@@ -74,15 +75,18 @@ def _cost(problem: Problem, own: int, dealt: list[tuple[tuple[int, int], int]]) 
         size, read = held(shape, first, stop, on_cpu=on_cpu, load=load, correction=correction)
         if size > device.free_bytes:
             return inf
-        if at != own and not on_cpu and nodes[at].report.devices[0].free_bytes < _receiving(shape, correction):
-            return inf
+        if at != own and not on_cpu:
+            beside[at] = _receiving(shape, correction)
         if on_cpu or device.unified:
             host[at] = host.get(at, 0) + size
         busy = 1 + sum(instance.active_streams > 0 for instance in nodes[at].report.instances)
         total += busy * read / speed(device, nodes[at].report.devices[0]) * 1000
         if at != own or on_cpu:
             hops.setdefault(at, []).append((at, rank))
-    if any(size > nodes[at].report.devices[0].free_bytes for at, size in host.items()):
+    if any(
+        host.get(at, 0) + beside.get(at, 0) > nodes[at].report.devices[0].free_bytes
+        for at in host.keys() | beside.keys()
+    ):
         return inf
     for at, slots in hops.items():
         link = links.between(nodes[own].report.node_id, nodes[at].report.node_id)

@@ -106,9 +106,8 @@ class Model(Struct, frozen=True, kw_only=True):
 
 
 class DeviceShare(Struct, frozen=True, kw_only=True):
-    """What a plan puts on one device; `total_bytes` is the sum of the other four, and what is reserved.
-
-    `node_id` is empty for the coordinator's own node.
+    """What a plan puts on one device; `total_bytes` is the sum of the other four, and what is reserved. A lent GPU
+    takes `host_bytes` of its node's RAM beside. `node_id` is empty for the coordinator's own node.
     """
 
     device_id: str
@@ -122,6 +121,7 @@ class DeviceShare(Struct, frozen=True, kw_only=True):
     total_bytes: int = 0
     node_id: str = ""
     logged_bytes: int | None = None
+    host_bytes: int = 0
 
 
 class BackendEndpoint(Struct, frozen=True, kw_only=True):

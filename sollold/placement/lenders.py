@@ -35,7 +35,7 @@ class Unit(Struct, frozen=True, kw_only=True):
     lent: bool
     free_bytes: int
     on_host: bool  # takes its bytes out of the node's RAM
-    host_bytes: int  # free of that
+    host_bytes: int  # free of that, beside what a backend that lends this device takes
     byte_ms: float  # for each byte read, with the turns that other pools on the node take
     first_ms: float  # for the first device of a backend
     more_ms: float  # for each further one
@@ -128,6 +128,8 @@ def _unit(job: Job, needs: Needs, nodes: Sequence[NodeStatus], own: int, place: 
     hop_ms = (links.hop_s + there.rtt_s) * 1000
     crossing_ms = needs.crossing_bytes * (1 / there.bytes_per_s + 1 / back.bytes_per_s) * 1000
     free = _free(nodes[at], rank)
+    if at != own and device.unified:
+        free = min(free, report.devices[0].free_bytes - needs.beside_bytes(device.kind))
     return Unit(
         at=at,
         group=OWN_BACKEND if at == own and on_cpu else at,
@@ -137,7 +139,7 @@ def _unit(job: Job, needs: Needs, nodes: Sequence[NodeStatus], own: int, place: 
         lent=lent,
         free_bytes=free,
         on_host=on_cpu or device.unified,
-        host_bytes=report.devices[0].free_bytes,
+        host_bytes=report.devices[0].free_bytes - (needs.beside_bytes(device.kind) if at != own else 0),
         byte_ms=_byte_ms(nodes[at], rank),
         first_ms=hop_ms + crossing_ms if lent else 0.0,
         more_ms=hop_ms if lent else 0.0,

@@ -114,6 +114,10 @@ class Needs:
             held = max(held, self._weights[-1] + self._arriving_bytes(0, self.every))
         return held + self._margin(kind)
 
+    def beside_bytes(self, kind: DeviceKind) -> int:
+        """What a lent device's backend takes of its node's RAM, once for all of the node; a CPU's share has it."""
+        return self.host_bytes if kind is DeviceKind.GPU else 0
+
     def fixed_bytes(self, kind: DeviceKind) -> int:
         """The least that a device needs before its first layer."""
         return min(self._least_between, self._least_last) + self._margin(kind)
@@ -125,7 +129,9 @@ class Needs:
         known = self._corrections.of((device_id, layers) for device_id, _, layers in split)
         host, *held = self._shares(split, known)
         named = (
-            replace(share, node_id=holding.node_id if holding.lent else "")
+            replace(share, node_id=holding.node_id, host_bytes=self.beside_bytes(holding.kind))
+            if holding.lent
+            else share
             for share, holding in zip(held, holdings, strict=True)
         )
         return (host, *named)

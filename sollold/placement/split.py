@@ -198,13 +198,14 @@ class _Cluster:
 
     def _fits(self, at: int, units: Sequence[Unit], shares: Sequence[DeviceShare]) -> bool:
         """Each share into its device; those in a node's RAM, unified memory included, together into that."""
-        host = {at: shares[0].total_bytes}
+        host, beside = {at: shares[0].total_bytes}, {at: 0}
         for unit, share in zip(units, shares[1:], strict=True):
             if share.total_bytes > unit.device.free_bytes:
                 return False
             if unit.on_host:
                 host[unit.at] = host.get(unit.at, 0) + share.total_bytes
-        return all(size <= self._free(place) for place, size in host.items())
+            beside[unit.at] = max(beside.get(unit.at, 0), share.host_bytes)
+        return all(host.get(place, 0) + size <= self._free(place) for place, size in beside.items())
 
     def _read_parts(self, needs: Needs, units: Sequence[Unit], shares: Sequence[DeviceShare]) -> list[ScorePart]:
         """What each device reads, and what other pools on their nodes cost."""

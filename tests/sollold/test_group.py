@@ -106,6 +106,17 @@ class TestParts:
         assert lender.bytes == {"CPU": 2, "CUDA0": 50}
         assert lender.lent == ["CUDA0"]
 
+    def test_what_lent_gpus_take_of_their_nodes_ram_is_reserved_once_beside_what_its_cpu_lends(self):
+        lent = [replace(share("b", f"CUDA{at}", 3, 50), host_bytes=7) for at in range(2)]
+        alone, both = (
+            plan_of(share("", "CPU", 0, 1), *lent),
+            plan_of(share("", "CPU", 0, 1), *lent, share("b", "CPU", 2, 9)),
+        )
+
+        assert parts_of(alone, "a")[1].bytes == {"CUDA0": 50, "CUDA1": 50, "CPU": 7}
+        assert parts_of(alone, "a")[1].lent == ["CUDA0", "CUDA1"]
+        assert parts_of(both, "a")[1].bytes == {"CUDA0": 50, "CUDA1": 50, "CPU": 16}
+
     def test_a_lender_is_sent_the_weights_of_what_it_lends_also_on_the_coordinators_own_node(self):
         shares = [share("", "CPU", 0, 9), share("b", "CPU", 3, 9), share("b", "CUDA0", 2, 9), share("a", "CPU", 4, 9)]
         plan = plan_of(*(replace(each, weight_bytes=10**at) for at, each in enumerate(shares)))

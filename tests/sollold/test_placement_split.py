@@ -7,6 +7,7 @@ from math import isclose
 import pytest
 from msgspec.structs import replace
 from sollol.errors import Reason, Retry, SollolError
+from sollol.memory import CPU_MARGIN_BYTES
 from sollol.report import Decision, DeviceShare, Instance, InstanceState, NodeStatus, ScorePart
 
 from sollold.placement import PlacementDefaults, decide
@@ -182,6 +183,23 @@ def test_a_gpu_is_lent_only_where_its_node_has_memory_for_the_process():
     case = Case().add("a", cpu(free=6 * GIB), file=True).add("b", cpu(free=100_000_000), gpu(free=24 * GIB))
 
     assert case.decide().refusal.reason is Reason.NO_FIT
+
+
+def test_only_a_lent_gpu_takes_of_its_nodes_ram_beside():
+    case = Case().add("a", cpu(free=32 * GIB), gpu(free=7 * GIB), file=True).add("b", cpu(), gpu(free=6 * GIB))
+
+    coordinator, lent, own = case.decide().plan.shares
+
+    assert (coordinator.host_bytes, own.host_bytes) == (0, 0)
+    assert lent.host_bytes > CPU_MARGIN_BYTES + GIB // 2  # the process, and the largest tensor of a layer
+
+
+def test_what_a_lent_gpu_takes_of_ram_is_not_lent_by_its_cpu():
+    """Four layers take 4.8 GiB of the CPU: they fit into 5, but for what the GPU beside takes of them."""
+    for ram, holding in ((5, []), (6, [("", "CPU", 0), ("b", "CPU", 4), ("b", "CUDA0", 1), ("a", "CPU", 4)])):
+        case = Case().add("a", cpu(free=5 * GIB), file=True).add("b", cpu(free=ram * GIB), gpu(free=2 * GIB))
+        decision = case.decide()
+        assert (held(decision) if decision.plan else []) == holding
 
 
 def test_max_nodes_and_backends_per_pool_bind():

@@ -751,6 +751,7 @@ class DeviceShare(google.protobuf.message.Message):
     TOTAL_BYTES_FIELD_NUMBER: builtins.int
     NODE_ID_FIELD_NUMBER: builtins.int
     LOGGED_BYTES_FIELD_NUMBER: builtins.int
+    HOST_BYTES_FIELD_NUMBER: builtins.int
     device_id: builtins.str
     layers: builtins.int
     """Whole layers, the output layer counted as one more on the device that has it."""
@@ -767,6 +768,10 @@ class DeviceShare(google.protobuf.message.Message):
     """The node the device is on; empty: the coordinator's own."""
     logged_bytes: builtins.int
     """What a running engine's log says of the first three together; absent before that is known."""
+    host_bytes: builtins.int
+    """Of a GPU that is lent: what its backend takes of its node's RAM, the process and the tensor on its way to the GPU.
+    Once for each node, however many GPUs of it are lent.
+    """
     def __init__(
         self,
         *,
@@ -781,10 +786,11 @@ class DeviceShare(google.protobuf.message.Message):
         total_bytes: builtins.int = ...,
         node_id: builtins.str = ...,
         logged_bytes: builtins.int | None = ...,
+        host_bytes: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_first_layer", b"_first_layer", "_last_layer", b"_last_layer", "_logged_bytes", b"_logged_bytes", "first_layer", b"first_layer", "last_layer", b"last_layer", "logged_bytes", b"logged_bytes"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_first_layer", b"_first_layer", "_last_layer", b"_last_layer", "_logged_bytes", b"_logged_bytes", "compute_bytes", b"compute_bytes", "device_id", b"device_id", "first_layer", b"first_layer", "kv_bytes", b"kv_bytes", "last_layer", b"last_layer", "layers", b"layers", "logged_bytes", b"logged_bytes", "margin_bytes", b"margin_bytes", "node_id", b"node_id", "total_bytes", b"total_bytes", "weight_bytes", b"weight_bytes"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_first_layer", b"_first_layer", "_last_layer", b"_last_layer", "_logged_bytes", b"_logged_bytes", "compute_bytes", b"compute_bytes", "device_id", b"device_id", "first_layer", b"first_layer", "host_bytes", b"host_bytes", "kv_bytes", b"kv_bytes", "last_layer", b"last_layer", "layers", b"layers", "logged_bytes", b"logged_bytes", "margin_bytes", b"margin_bytes", "node_id", b"node_id", "total_bytes", b"total_bytes", "weight_bytes", b"weight_bytes"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__first_layer: typing_extensions.TypeAlias = typing.Literal["first_layer"]
     _WhichOneofArgType__first_layer: typing_extensions.TypeAlias = typing.Literal["_first_layer", b"_first_layer"]
