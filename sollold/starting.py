@@ -174,6 +174,8 @@ class Starter:
         """The error, with the node that the next plan must do without."""
         if not isinstance(error, SollolError) or isinstance(error, group.NodeRefusedError):
             return error
+        if error.refusal.reason in GONE:  # whatever has become of the pool by now, that is why
+            return group.NodeRefusedError(parts[0].node_id, error.refusal)
         refusal = await self._lost.explained(pool_id, error.refusal)
         node_id = group.at_fault(refusal, pool_id, parts, self._nodes.statuses())
         return group.NodeRefusedError(node_id, refusal)

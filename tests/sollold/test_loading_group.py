@@ -8,6 +8,7 @@ from sollol.engine import Engine, EngineSource
 from sollol.errors import Reason, refuse
 from sollol.report import Instance, InstanceKind, InstanceState
 
+from sollold import away
 from sollold.placement import decide
 from tests.loader import DEFAULTS, WISH, setups
 from tests.placement_cases import GIB, cpu, model
@@ -148,6 +149,31 @@ async def test_a_coordinator_that_loses_a_backend_is_planned_again_without_the_l
     await it.load()
 
     assert guilty not in nodes_of(it.decisions[1])
+
+
+async def test_a_coordinators_node_that_goes_away_is_at_fault_also_when_its_lenders_were_already_ended(
+    setup, monkeypatch
+):
+    monkeypatch.setattr(away, "LOST_AFTER_S", 0.3)
+    it = await setup("a", "b", "c")
+    own = it.agents[0]
+
+    async def vanish(_context):
+        asyncio.get_running_loop().create_task(own.stop())
+        await asyncio.Event().wait()
+
+    async def explained(_pool_id, _refusal):
+        return refuse(Reason.ENGINE_DIED, "its coordinator's node is lost").refusal
+
+    own.hooks["WatchInstance"] = vanish
+    monkeypatch.setattr(it.starter._lost, "explained", explained)
+
+    refusal = await it.failure()
+
+    assert refusal.reason is Reason.AGENT_UNREACHABLE
+    assert "c: " not in refusal.message
+    assert "b: " not in refusal.message
+    assert not it.agents[1].reserved | it.agents[2].reserved
 
 
 def backend(pool_id):
