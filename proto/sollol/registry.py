@@ -16,7 +16,7 @@ server's clock, so that no node's wrong clock makes it or others vanish.
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -119,15 +119,6 @@ class SeedNode(Struct, frozen=True, kw_only=True):
     cpu_ram_mb: int
 
 
-class Event(Struct, frozen=True, kw_only=True):
-    """One entry of the history; `unix_s` is the Redis server's time."""
-
-    event_id: str
-    unix_s: float
-    kind: str
-    payload: Any
-
-
 def seed_node(report: Report) -> SeedNode:
     gpus = [device for device in report.devices if device.kind is DeviceKind.GPU and device.usable]
     ram = sum(device.total_bytes for device in report.devices if device.kind is DeviceKind.CPU)
@@ -166,8 +157,6 @@ class Registry:
         self._withdraw = self._redis.register_script(_WITHDRAW)
         self._claim = self._redis.register_script(_CLAIM)
         self._live_ids = self._redis.register_script(_LIVE_IDS)
-        self._decoder = msgspec.json.Decoder(Report)
-        self._complained: set[str] = set()
 
     async def ping(self) -> None:
         await self._ask(self._redis.ping())
@@ -207,60 +196,22 @@ class Registry:
         keys = [owner_key(node_id), node_key(node_id), rpc_node_key(report), agent_key(node_id), NODES_KEY]
         await self._ask(self._withdraw(keys=keys, args=[report.agent_token, node_id]))
 
-    async def reports(self) -> tuple[Report, ...]:
-        """The newest report of every node whose lease stands, ordered by node id. Costs no KEYS and no SCAN."""
-        ids, values = await self._listed(node_key)
-        found = (self._decoded(node_id, value) for node_id, value in zip(ids, values, strict=True) if value is not None)
-        return tuple(report for report in found if report is not None)
-
     async def addresses(self) -> tuple[str, ...]:
-        """Where the agents of those nodes are, as `host:port`: cheap, whatever their reports weigh."""
-        _, values = await self._listed(agent_key)
+        """Where agents are whose lease stands, as `host:port`, ordered by node id. Costs no KEYS and no SCAN."""
+        raw_ids: list[bytes] = await self._ask(self._live_ids(keys=[NODES_KEY]))
+        keys = [agent_key(node_id) for node_id in sorted(raw.decode(errors="backslashreplace") for raw in raw_ids)]
+        values: list[bytes | None] = await self._ask(self._redis.mget(keys)) if keys else []
         found = (value.decode(errors="backslashreplace") for value in values if value is not None)
         # Others can write here: nothing but host:port is dialled, no socket path and no resolver's scheme.
         return tuple(address for address in found if _ADDRESS.fullmatch(address))
-
-    async def _listed(self, key: Callable[[str], str]) -> tuple[list[str], list[bytes | None]]:
-        """The ids whose lease stands, in order, and what their keys of one kind hold."""
-        raw_ids: list[bytes] = await self._ask(self._live_ids(keys=[NODES_KEY]))
-        ids = sorted(raw.decode(errors="backslashreplace") for raw in raw_ids)
-        if not ids:
-            return [], []
-        return ids, await self._ask(self._redis.mget([key(node_id) for node_id in ids]))
 
     async def record(self, kind: str, payload: Struct | Mapping[str, Any]) -> None:
         """Add one decision or event to the history, which drops its oldest entries."""
         entry: dict[Any, Any] = {"kind": kind, "payload": msgspec.json.encode(payload)}
         await self._ask(self._redis.xadd(EVENTS_KEY, entry, maxlen=EVENTS_KEPT, approximate=True))
 
-    async def events(self, count: int) -> tuple[Event, ...]:
-        """The newest `count` entries of the history, oldest first. Entries of strangers' making are left out."""
-        entries: list[tuple[bytes, dict[bytes, bytes]]] = await self._ask(
-            self._redis.xrevrange(EVENTS_KEY, count=count)
-        )
-        events = (_event(entry_id.decode(), fields) for entry_id, fields in reversed(entries))
-        return tuple(event for event in events if event is not None)
-
     async def close(self) -> None:
         await self._redis.aclose()
-
-    def _decoded(self, node_id: str, value: bytes) -> Report | None:
-        try:
-            report = self._decoder.decode(value)
-        except (msgspec.DecodeError, RecursionError) as error:
-            self._complain(node_id, str(error))
-            return None
-        if report.node_id != node_id:
-            self._complain(node_id, f"it is the report of node {report.node_id!r}")
-            return None
-        self._complained.discard(node_id)
-        return report
-
-    def _complain(self, node_id: str, problem: str) -> None:
-        """Once per node until its report is good again: heads read every second."""
-        if node_id not in self._complained:
-            self._complained.add(node_id)
-            log.warning("registry_value_skipped", redis_key=node_key(node_id), problem=problem)
 
     async def _ask(self, answer: Awaitable[Any]) -> Any:
         with _no_cancellation_lost():
@@ -285,11 +236,3 @@ def _no_cancellation_lost() -> Iterator[None]:
     finally:
         if task and task.cancelling() > before:
             raise asyncio.CancelledError
-
-
-def _event(event_id: str, fields: Mapping[bytes, bytes]) -> Event | None:
-    try:
-        kind, payload = fields[b"kind"].decode(), msgspec.json.decode(fields[b"payload"])
-    except (KeyError, UnicodeDecodeError, msgspec.DecodeError):
-        return None
-    return Event(event_id=event_id, unix_s=int(event_id.partition("-")[0]) / 1000, kind=kind, payload=payload)

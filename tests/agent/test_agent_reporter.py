@@ -29,6 +29,7 @@ from agent.config import AgentConfig
 from agent.ledger import Ledger
 from agent.materialised import anonymous_bytes, materialised
 from agent.reporter import Reporter
+from tests.notice_board import reports
 from tests.waiting import wait_until
 
 CPU = Device(device_id="CPU", kind=DeviceKind.CPU, total_bytes=1000, free_bytes=800, measured_free_bytes=800)
@@ -220,15 +221,15 @@ async def test_the_registry_has_the_report_while_the_agent_runs_and_not_afterwar
     registry = Registry(clean_redis)
     node = Node(registry)
 
-    async def published() -> bool:
-        return await registry.reports() == (node.reporter.current(),)
+    def published() -> bool:
+        return reports(clean_redis) == (node.reporter.current(),)
 
     async with running(node) as reporter:
         await wait_until(published, what="the first report is in the registry")
         reporter.changed()
         await until(reporter, lambda now: now.sequence > 1, "a newer report")
         await wait_until(published, what="the newer report is in the registry")
-    assert await registry.reports() == ()
+    assert reports(clean_redis) == ()
     await registry.close()
 
 

@@ -13,6 +13,7 @@ from sollol.errors import Reason
 from tests.e2e.cluster import RECITAL_20, chat_body, text_of
 from tests.e2e.daemons import gone
 from tests.e2e.models import RANDOM, RECITER
+from tests.notice_board import reports
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.engine
@@ -194,14 +195,8 @@ async def test_losing_redis_ends_no_stream_and_hides_no_known_node(cluster):
     await wait_until(lambda: is_published(cluster), within_s=10, what="the node is published again")
 
 
-async def is_published(cluster):
-    from sollol.registry import Registry
-
-    registry = Registry(cluster.redis_url)
-    try:
-        return [report.node_id for report in await registry.reports()] == ["node"]
-    finally:
-        await registry.close()
+def is_published(cluster):
+    return [report.node_id for report in reports(cluster.redis_url)] == ["node"]
 
 
 async def test_a_frozen_redis_delays_no_request(cluster):

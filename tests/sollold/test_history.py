@@ -10,6 +10,7 @@ from sollol.report import Decision
 
 from sollold import history as module
 from sollold.history import KEPT_UNWRITTEN, History
+from tests.notice_board import events
 from tests.waiting import wait_until
 
 
@@ -80,9 +81,9 @@ async def test_the_real_registry_takes_the_record_as_it_is(clean_redis):
             return redis.xlen("sollol:events")
 
     await wait_until(entries, what="one entry")
-    (event,) = await registry.events(10)
+    ((_, payload),) = events(clean_redis)
     task.cancel()
     await asyncio.wait({task})
     await registry.close()
 
-    assert event.payload["refusal"]["reason"] == "NO_FIT"
+    assert payload["refusal"]["reason"] == "NO_FIT"
