@@ -5,6 +5,9 @@ from sollol.channels import bind, new_server
 from sollol.errors import Reason, refuse
 from sollol.guard import Guard
 from sollol.tls import TlsFiles
+from sollol.v1.agent_pb2_grpc import add_RevocationServiceServicer_to_server
+
+from agent.revocation import RevocationService
 
 
 def listening(host: str, port: int, tls: TlsFiles | None) -> grpc.aio.Server:
@@ -14,6 +17,8 @@ def listening(host: str, port: int, tls: TlsFiles | None) -> grpc.aio.Server:
         SollolError: PORT_TAKEN.
     """
     server = new_server([Guard(tls)] if tls is not None else ())
+    if tls is not None:
+        add_RevocationServiceServicer_to_server(RevocationService(tls), server)
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
         bind(server, address, tls)

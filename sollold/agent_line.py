@@ -31,6 +31,7 @@ class Line:
         self.on_closed: Callable[[], None] = lambda: None
         self._channel = open_channel(address, material, name=name)
         self._stub = rpc.AgentServiceStub(self._channel)
+        self.revocation = rpc.RevocationServiceStub(self._channel)
         self._calls = 0
         self.relay = AgentRelay(self._stub, address)
 

@@ -8,12 +8,14 @@ from datetime import timedelta
 from typing import Literal, Protocol
 
 import grpc
+import structlog
 from msgspec import ValidationError
 from msgspec.structs import replace
 from sollol import wire
 from sollol.channels import refusal_of, unreachable
 from sollol.dial import who_listens
 from sollol.errors import Reason, Refusal, SollolError, refuse
+from sollol.exchange import exchange
 from sollol.identity import Identity, Role
 from sollol.link import Link
 from sollol.report import BackendEndpoint, CoordinatorPlan, Instance, Model, Report
@@ -24,6 +26,8 @@ from sollol.v1 import common_pb2
 
 from sollold.agent_line import Line
 from sollold.relay import AgentRelay
+
+log = structlog.get_logger(__name__)
 
 UNARY_TIMEOUT_S = 5.0
 BACKEND_TIMEOUT_S = 60.0  # longer than its agent waits, 20 s for each of its two processes: the agent knows why
@@ -69,7 +73,7 @@ class AgentLink:
             with self._calling() as stub:
                 call = stub.WatchReport(pb.WatchReportRequest(), wait_for_ready=False)
                 try:
-                    async with contextlib.aclosing(_reports(call)) as reports:
+                    async with contextlib.aclosing(_reports(call)) as reports, self._exchanging():
                         async for report in reports:
                             _check_named(report, who, self.address)
                             yield report
@@ -104,6 +108,28 @@ class AgentLink:
         task = asyncio.create_task(ending, name=f"let go of {self.address}")
         self._draining.add(task)
         task.add_done_callback(self._draining.discard)
+
+    @contextlib.asynccontextmanager
+    async def _exchanging(self) -> AsyncGenerator[None]:
+        """Meanwhile have the agent and us know of the same revoked certificates."""
+        if self._tls is None:
+            yield
+            return
+        task = asyncio.create_task(self._exchange(self._tls, self._connected()), name=f"exchange {self.address}")
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _exchange(self, tls: TlsFiles, line: Line) -> None:
+        call = line.revocation.ExchangeRevoked()
+        try:
+            await exchange(tls, call.read, call.write, pb.ExchangeRevokedRequest, peer=f"agent {self.address}")
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:  # the watch on the same line says why
+            log.debug("revoked_exchange_ended", address=self.address, error=str(error))
+        finally:
+            call.cancel()
 
     def _is_outdated(self) -> bool:
         return self._tls is not None and self._line is not None and self._line.material is not self._tls.current()

@@ -3,9 +3,10 @@
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from sollol.certificates import read
 from sollol.identity import checked
 
-from sollold.pki.authority import Authority, issue, new_authority, new_key
+from sollold.pki.authority import Authority, issue, new_authority, new_key, revocations
 
 
 def authority(cluster: str = "test") -> Authority:
@@ -32,6 +33,19 @@ def write_identity(
     replace_file(directory / "node.key", key)
     replace_file(directory / "node.pem", issue(signed_by, identity, key, days=days, now=now))
     return directory
+
+
+def revoke(directory: Path, signed_by: Authority, *who: Path, number: int = 1) -> None:
+    """Have `directory` refuse those whose directories these are, by a list of that number."""
+    replace_file(directory / "revoked", revoked_list(signed_by, *who, number=number))
+
+
+def revoked_list(signed_by: Authority, *who: Path, number: int = 1) -> bytes:
+    return revocations(signed_by, [serial_of(each) for each in who], number)
+
+
+def serial_of(directory: Path) -> str:
+    return read((directory / "node.pem").read_bytes()).serial
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -26,6 +26,7 @@ ACCESS: Mapping[str, frozenset[Role]] = {
         *("Stop", "SetCordoned", "Relay", "TailLog", "MeasureLink"),
     ),
     **_of("sollol.v1.AgentService", _DAEMONS, "ProbeLink"),
+    **_of("sollol.v1.RevocationService", _HEADS, "ExchangeRevoked"),
     **_of("sollol.v1.InferenceService", _USERS, "Chat", "Complete", "ListModels"),
     **_of(
         "sollol.v1.ClusterService",

@@ -55,11 +55,11 @@ def read_der(der: bytes) -> Certificate:
 
 
 def _read(der: bytes) -> Certificate:
-    fields = [item for item in _items(_one(_one(der, _SEQUENCE), _SEQUENCE)) if item[0] != _VERSION]
+    fields = [item for item in items(one(one(der, _SEQUENCE), _SEQUENCE)) if item[0] != _VERSION]
     # serialNumber, signature, issuer, validity, subject, subjectPublicKeyInfo, then what is optional
     if len(fields) < 6:
         raise ValueError("not an X.509 certificate: fields are missing")
-    before, after = (_time(*item) for item in _items(fields[3][1]))
+    before, after = (_time(*item) for item in items(fields[3][1]))
     extensions = next((content for tag, content in fields[6:] if tag == _EXTENSIONS), None)
     uris = _uris(extensions) if extensions is not None else ()
     identities = [identity for identity in map(parse, uris) if identity is not None]
@@ -73,10 +73,10 @@ def _read(der: bytes) -> Certificate:
 
 
 def _uris(extensions: bytes) -> tuple[str, ...]:
-    for _, extension in _items(_one(extensions, _SEQUENCE)):
-        parts = [item for item in _items(extension) if item[0] != _BOOLEAN]
+    for _, extension in items(one(extensions, _SEQUENCE)):
+        parts = [item for item in items(extension) if item[0] != _BOOLEAN]
         if parts[0] == (_OID, _ALTERNATIVE_NAMES):
-            names = _items(_one(parts[1][1], _SEQUENCE))
+            names = items(one(parts[1][1], _SEQUENCE))
             return tuple(content.decode("ascii") for tag, content in names if tag == _URI)
     return ()
 
@@ -90,14 +90,14 @@ def _time(tag: int, content: bytes) -> float:
     return datetime.strptime(text, "%Y%m%d%H%M%SZ").replace(tzinfo=UTC).timestamp()
 
 
-def _one(data: bytes, tag: int) -> bytes:
-    found, content = next(_items(data), (None, b""))
+def one(data: bytes, tag: int) -> bytes:
+    found, content = next(items(data), (None, b""))
     if found != tag:
         raise ValueError("not an X.509 certificate")
     return content
 
 
-def _items(data: bytes) -> Iterator[tuple[int, bytes]]:
+def items(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Tag and content of each DER element of `data`, one after the other."""
     at = 0
     while at < len(data):

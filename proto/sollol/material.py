@@ -5,6 +5,7 @@ from msgspec import Struct
 from sollol.certificates import Certificate
 from sollol.errors import Reason, refuse
 from sollol.identity import Identity
+from sollol.revocations import Revocations
 
 
 class Material(Struct, frozen=True, kw_only=True):
@@ -12,13 +13,13 @@ class Material(Struct, frozen=True, kw_only=True):
 
     Attributes:
         chain: The certificate, PEM.
-        revoked: Serial numbers, and ids such as `agent/node-21`, that are refused whatever their certificate says.
+        revoked: Who is refused whatever their certificate says.
     """
 
     ca: bytes
     chain: bytes
     key: bytes
-    revoked: frozenset[str]
+    revoked: Revocations
     certificate: Certificate
     identity: Identity
 
@@ -39,6 +40,6 @@ def admitted(peer: Certificate, own: Material, *, now_s: float) -> Identity:
         raise refuse(
             Reason.CERTIFICATE_EXPIRED, f"the certificate of {identity} has expired: `sollol pki rotate` renews it"
         )
-    if not own.revoked.isdisjoint((peer.serial, f"{identity.role}/{identity.node_id}")):
+    if peer.serial in own.revoked.serials:
         raise refuse(Reason.CERTIFICATE_REVOKED, f"the certificate {peer.serial} of {identity} has been revoked")
     return identity

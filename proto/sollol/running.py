@@ -16,8 +16,7 @@ class Running:
     Expiry ends none of them: whoever renews in time shall not lose the streams that began before.
     """
 
-    def __init__(self, seen: Material) -> None:
-        self._seen = seen
+    def __init__(self) -> None:
         self._ends: dict[object, tuple[Certificate, End]] = {}
 
     def add(self, peer: Certificate, end: End) -> Callable[[], None]:
@@ -28,9 +27,6 @@ class Running:
 
     def take(self, material: Material) -> list[tuple[Identity | None, Refusal, End]]:
         """What may not go on by the newest files: whose it is, why, and how to end it. Each is returned once."""
-        if material is self._seen:
-            return []
-        self._seen = material
         found = []
         for key, (peer, end) in tuple(self._ends.items()):
             try:

@@ -3,7 +3,6 @@
 gRPC's credentials are in `sollol.channels`, which costs the import of grpc; small processes need only this.
 """
 
-import contextlib
 import os
 import ssl
 import threading
@@ -13,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
-from sollol import certificates
+from sollol import certificates, revocations
 from sollol.certificates import Certificate
 from sollol.errors import Reason, SollolError, refuse
 from sollol.identity import Identity, Role, role_name
 from sollol.material import Material, admitted
+from sollol.revocations import Revocations
 from sollol.running import Running
 
 __all__ = ["Identity", "Material", "Role", "TlsFiles", "admitted", "load_chain", "own_files", "role_name", "shown"]
@@ -50,7 +51,9 @@ class TlsFiles:
         self._lock = threading.Lock()
         self._stamp, self._material = self._first()
         self._contexts: dict[_Kind, tuple[Material, ssl.SSLContext]] = {}
-        self.running = Running(self._material)
+        self.running = Running()
+        self._looked_at = self._material
+        self._listeners: list[Callable[[], None]] = []
 
     @property
     def identity(self) -> Identity:
@@ -65,10 +68,53 @@ class TlsFiles:
             return self._material
 
     def look(self) -> None:
-        """Follow the files now, and end what is `running` for peers that count no more. Always from one thread."""
-        for peer, refusal, end in self.running.take(self.current()):
+        """Follow the files now; if they have changed, end what is `running` for peers that count no more, and say so.
+
+        Always from one thread.
+        """
+        material = self.current()
+        if material is self._looked_at:
+            return
+        self._looked_at = material
+        for peer, refusal, end in self.running.take(material):
             self._tell("warning", "peer_cut", peer=str(peer), reason=refusal.reason, message=refusal.message)
             end(refusal)
+        for listener in tuple(self._listeners):
+            listener()
+
+    def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Have `listener` called when `look` has seen a change; returns what ends that."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    def take_revoked(self, pem: bytes) -> Revocations | None:
+        """Use, and keep, the list of revoked certificates that a peer has sent; None: it is the one in use. Blocks.
+
+        Raises:
+            SollolError: INVALID_REQUEST; it is none, or an older one. FOREIGN_CERTIFICATE; another authority's.
+        """
+        sent = revocations.verified(pem, self.current().ca)
+        with self._lock:
+            if (stamp := self._stamps()) != self._stamp:
+                self._follow(stamp)  # a newer one may have been put there meanwhile
+            ours = self._material.revoked
+            if sent.number == ours.number:
+                return None
+            if sent.number < ours.number:
+                raise refuse(
+                    Reason.INVALID_REQUEST, f"list {sent.number} of revoked certificates is older than {ours.number}"
+                )
+            self._material = replace(self._material, revoked=sent)
+            self._keep_revoked(sent.pem)
+        return sent
+
+    def _keep_revoked(self, pem: bytes) -> None:
+        path, draft = self.directory / REVOKED, self.directory / f".{REVOKED}.taken"
+        try:
+            draft.write_bytes(pem)
+            draft.replace(path)
+        except OSError as error:
+            self._tell("error", "revoked_list_not_kept", path=str(path), problem=str(error.strerror))
 
     def server_context(self) -> ssl.SSLContext:
         """TLS 1.3; peers show a certificate of our CA. A listener made with it follows the files by itself."""
@@ -120,6 +166,10 @@ class TlsFiles:
                 "warning", "certificate_not_followed", reason=error.refusal.reason, message=error.refusal.message
             )
         else:
+            ours = self._material.revoked
+            if material.revoked.number < ours.number:
+                self._tell("warning", "revoked_list_older", number=material.revoked.number, in_use=ours.number)
+                material = replace(material, revoked=ours)
             if material != self._material:
                 self._tell(
                     "info", "certificate_followed", identity=material.identity.uri, serial=material.certificate.serial
@@ -152,11 +202,9 @@ class TlsFiles:
             ) from error
         return material
 
-    def _revoked(self) -> frozenset[str]:
-        with contextlib.suppress(FileNotFoundError):
-            lines = (self.directory / REVOKED).read_text().splitlines()
-            return frozenset(line.split("#")[0].strip() for line in lines) - {""}
-        return frozenset()
+    def _revoked(self) -> Revocations:
+        path = self.directory / REVOKED
+        return revocations.read(path.read_bytes()) if path.exists() else Revocations()
 
 
 def _named(certificate: Certificate) -> Identity:

@@ -86,7 +86,8 @@ def revoke(options: argparse.Namespace) -> int:
     print(
         f"revoked {len(serials)} certificate(s) of {options.role} {options.id}; daemons of this machine follow at once."
     )
-    print(f"Copy {store.directory / 'revoked'} into the tls_dir of daemons on other machines.")
+    print("Heads and agents hand the list on: one of them has to run here, or get a copy of")
+    print(f"{store.directory / 'revoked'} into its tls_dir.")
     return 0
 
 
@@ -95,7 +96,7 @@ def show(options: argparse.Namespace) -> int:
     held = store.held()
     if not held and not store.exists():
         raise refuse(Reason.CERTIFICATE_UNREADABLE, f"nothing in {store.base} that this user can read")
-    revoked = store.revoked().decode().split()
+    revoked = store.revoked().serials
     print_table(("WHO", "ROLE", "CLUSTER", "EXPIRES", "SERIAL", "DIRECTORY"), [_row(item, revoked) for item in held])
     return 0
 
@@ -163,7 +164,7 @@ def _store(options: argparse.Namespace) -> Store:
     return Store(_base(options))
 
 
-def _row(held: Held, revoked: list[str]) -> tuple[str, ...]:
+def _row(held: Held, revoked: frozenset[str]) -> tuple[str, ...]:
     certificate = held.certificate
     identity = certificate.identity
     expires = _day(certificate.not_after_s)

@@ -3,6 +3,7 @@
 Keys are P-256: every TLS stack has it, and signing is cheap on small machines.
 """
 
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 
 from cryptography import x509
@@ -78,6 +79,23 @@ def issue_requested(authority: Authority, identity: Identity, asked: bytes, *, d
     if not valid or not isinstance(public, ec.EllipticCurvePublicKey):
         raise refuse(Reason.INVALID_REQUEST, "the signing request is not signed by a P-256 key of its own")
     return _issue(authority, identity, public, days, None)
+
+
+def revocations(authority: Authority, serials: Iterable[str], number: int) -> bytes:
+    """A signed list of revoked serial numbers (hexadecimal), PEM. Of two the one with the higher number counts."""
+    now, private = datetime.now(UTC), _private(authority.key)
+    builder = (
+        x509.CertificateRevocationListBuilder()
+        .issuer_name(x509.load_pem_x509_certificate(authority.certificate).subject)
+        .last_update(now - BACKDATED)
+        .next_update(now + timedelta(days=AUTHORITY_DAYS))
+        .add_extension(x509.CRLNumber(number), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(private.public_key()), critical=False)
+    )
+    for serial in sorted(serials):
+        entry = x509.RevokedCertificateBuilder().serial_number(int(serial, 16)).revocation_date(now)
+        builder = builder.add_revoked_certificate(entry.build())
+    return builder.sign(private, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
 def cluster_of(certificate: bytes) -> str:

@@ -1,8 +1,8 @@
 """The authority's files, and the directories of identities beside them.
 
 `authority/` has `ca.pem` and `ca.key`, while another one takes over also `next.pem` and `next.key`, or `old.pem`; what
-was issued (`issued`), to whom a machine was invited (`invitations.json`) and which serial numbers are `revoked`. Only
-root, or the user, reads it: whoever has `ca.key` is everybody.
+was issued (`issued`), to whom a machine was invited (`invitations.json`) and the list of certificates that are
+`revoked`. Only root, or the user, reads it: whoever has `ca.key` is everybody.
 """
 
 import contextlib
@@ -14,13 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from msgspec import Struct
-from sollol import certificates
+from sollol import certificates, revocations
 from sollol.certificates import Certificate
 from sollol.errors import Reason, refuse
 from sollol.identity import Identity, Role, checked, parse
+from sollol.revocations import Revocations
 from sollol.tls import CA, CERTIFICATE, KEY, REVOKED
 
 from sollold.pki.authority import LEAF_DAYS, Authority, cluster_of, issue, new_authority, new_key
+from sollold.pki.authority import revocations as signed_revocations
 
 SERVICE_USER = "sollol"
 _SERVED = (Role.HEAD, Role.AGENT)  # what daemons read
@@ -89,7 +91,7 @@ class Store:
         identity, key = named(authority.cluster, role, node_id), new_key()
         chain = issue(authority, identity, key, days=days)
         self.record(chain)
-        place(directory, role, key=key, chain=chain, ca=self.bundle(), revoked=self.revoked())
+        place(directory, role, key=key, chain=chain, ca=self.bundle(), revoked=self.revoked().pem)
         return certificates.read(chain)
 
     def record(self, chain: bytes) -> None:
@@ -110,8 +112,8 @@ class Store:
 
     def counting(self) -> list[Issued]:
         """What was issued here and is neither over nor revoked."""
-        revoked, now_s = self.revoked(), time.time()
-        return [each for each in self.issued() if each.ends_s > now_s and f"{each.serial}\n".encode() not in revoked]
+        revoked, now_s = self.revoked().serials, time.time()
+        return [each for each in self.issued() if each.ends_s > now_s and each.serial not in revoked]
 
     def is_taken(self, identity: Identity) -> bool:
         """Somebody has a certificate that still counts, of that name or of one that TLS takes for the same."""
@@ -155,6 +157,8 @@ class Store:
         (self.directory / _NEXT_KEY).replace(self.directory / _CA_KEY)
         (self.directory / _NEXT).replace(self.directory / "ca.pem")
         self._tell_all()
+        if serials := self.revoked().serials:
+            self._sign_revoked(serials)
 
     def drop_authority(self, *, force: bool = False) -> None:
         """The former one is trusted no more.
@@ -184,9 +188,13 @@ class Store:
         for held in self.held():
             write(held.directory / CA, self.bundle(), 0o644)
 
-    def revoked(self) -> bytes:
+    def revoked(self) -> Revocations:
+        """Raises CERTIFICATE_UNREADABLE."""
         path = self.directory / REVOKED
-        return path.read_bytes() if path.exists() else b""
+        try:
+            return revocations.read(path.read_bytes()) if path.exists() else Revocations()
+        except ValueError as error:
+            raise refuse(Reason.CERTIFICATE_UNREADABLE, f"{path}: {error}") from error
 
     def revoke(self, role: Role, node_id: str) -> list[str]:
         """Refuse every certificate that this name has got so far; returns the serial numbers.
@@ -198,12 +206,17 @@ class Store:
         serials = [each.serial for each in self.issued() if each.identity == identity]
         if not serials:
             raise refuse(Reason.INVALID_REQUEST, f"nobody has a certificate as {identity}: `sollol pki show` lists all")
-        lines = b"".join(f"{serial}\n".encode() for serial in serials if f"{serial}\n".encode() not in self.revoked())
-        write(self.directory / REVOKED, self.revoked() + lines, 0o644)
-        for held in self.held():
-            write(held.directory / REVOKED, self.revoked(), 0o644)
-            _own(held.directory, held.certificate.identity.role if held.certificate.identity else Role.ADMIN)
+        self._sign_revoked(self.revoked().serials | set(serials))
         return serials
+
+    def _sign_revoked(self, serials: frozenset[str]) -> None:
+        # The time: an authority that was restored from a copy must not number a list anew.
+        number = max(self.revoked().number + 1, int(time.time()))
+        pem = signed_revocations(self.authority(), serials, number)
+        write(self.directory / REVOKED, pem, 0o644)
+        for held in self.held():
+            write(held.directory / REVOKED, pem, 0o644)
+            _own(held.directory, held.certificate.identity.role if held.certificate.identity else Role.ADMIN)
 
 
 def named(cluster: str, role: Role, node_id: str) -> Identity:

@@ -14,14 +14,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from sollol import certificates
 from sollol.identity import Identity, Role
-from sollol.tls import CERTIFICATE, REVOKED, TlsFiles
+from sollol.tls import TlsFiles
 
 from agent.forwarder.status import NO_FREE_PORT, NO_TLS_FILES
 from agent.forwarder.tls import Pool
 from sollold.pki.authority import Authority
-from tests.certificates import authority, replace_file, write_identity
+from tests.certificates import authority, replace_file, revoke, write_identity
 from tests.forwarding import (
     MIB,
     Forwarding,
@@ -271,9 +270,8 @@ async def test_the_secret_is_told_to_nobody_but_the_lender(nodes: Nodes, tmp_pat
 
 
 async def test_the_secret_is_not_told_to_a_lender_whose_certificate_is_revoked(nodes, tmp_path: Path, ports) -> None:
-    serial = certificates.read((nodes.lender / CERTIFICATE).read_bytes()).serial
     wary = nodes.of("agent", COORDINATOR)
-    (wary / REVOKED).write_text(f"{serial}\n")
+    revoke(wary, nodes.ca, nodes.lender)
     async with both(nodes, tmp_path, ports(), tls=wary) as (tunnel, forwarder):
         assert await is_cut(await tunnel.connect())
         failed = await wait_until(lambda: tunnel.route.failed, what="it says why")
@@ -335,11 +333,13 @@ async def test_a_certificate_that_is_renewed_is_used_from_the_next_connection_on
 @pytest.mark.parametrize("revoked", ["the lender", "the coordinator"])
 async def test_a_connection_of_a_node_that_is_revoked_is_cut_and_opened_no_more(tmp_path, ports, revoked) -> None:
     nodes = Nodes(tmp_path)
-    other, told = (LENDER, nodes.coordinator) if revoked == "the lender" else (COORDINATOR, nodes.lender)
+    other, theirs, told = LENDER, nodes.lender, nodes.coordinator
+    if revoked == "the coordinator":
+        other, theirs, told = COORDINATOR, nodes.coordinator, nodes.lender
     async with both(nodes, tmp_path, ports()) as (tunnel, forwarder):
         link = await tunnel.connect()
         assert await ask(link, b"x") == b"x"
-        replace_file(told / "revoked", f"agent/{other}\n".encode())
+        revoke(told, nodes.ca, theirs)
         assert await is_cut(link, within_s=5)
         end = tunnel if revoked == "the lender" else forwarder
         (line,) = [line for line in end.logged() if line["event"] == "peer_cut"]

@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager
 
 import grpc.aio
 import pytest
-from sollol.certificates import read
 from sollol.channels import open_channel, refusal_of
 from sollol.client import Client
 from sollol.errors import Reason, SollolError
@@ -15,7 +14,8 @@ from sollol.inference import Message, Piece, Sampling
 from sollol.tls import TlsFiles
 from sollol.v1 import agent_pb2, agent_pb2_grpc
 
-from tests.certificates import authority, replace_file, write_identity
+from sollold.pki.authority import revocations
+from tests.certificates import authority, replace_file, revoke, serial_of, write_identity
 from tests.daemon import write_engine
 from tests.e2e.cluster import text_of
 from tests.e2e.daemons import ByHand, short_home
@@ -102,7 +102,7 @@ async def test_nodes_say_how_long_their_certificates_last(secured):
 async def test_whoever_is_revoked_is_refused_at_the_next_call(secured):
     async with secured.client() as operator:
         await operator.nodes()
-        replace_file(secured.pki / "head" / "revoked", b"admin/operator # left us\n")
+        revoke(secured.pki / "head", secured.ours, secured.pki / "admin")
         with pytest.raises(SollolError, match="CERTIFICATE_REVOKED"):
             await operator.nodes()
     assert logged(secured, "head", "peer_refused")[0]["reason"] == "CERTIFICATE_REVOKED"
@@ -119,7 +119,7 @@ async def test_the_running_stream_of_a_user_who_is_revoked_ends_at_once_with_the
                 if isinstance(event, Piece):
                     pieces.append(event)
                     if len(pieces) == 1:
-                        replace_file(secured.pki / "head" / "revoked", b"client/someone\n")
+                        revoke(secured.pki / "head", secured.ours, client)
 
     with pytest.raises(SollolError, match="has been revoked") as raised:
         await asyncio.wait_for(ask(), 30)
@@ -132,7 +132,7 @@ async def test_the_running_stream_of_a_user_who_is_revoked_ends_at_once_with_the
 async def test_a_head_that_is_revoked_loses_its_streams_and_its_view_of_every_node(secured):
     async with answering(secured) as stream:
         for node in ("n3", "n4"):
-            replace_file(secured.pki / node / "revoked", b"head/h\n")
+            revoke(secured.pki / node, secured.ours, secured.pki / "head")
         text, last = await asyncio.wait_for(stream, 15)
     assert len(text.split()) < TOKENS
     assert last["error"]["code"] == "CERTIFICATE_REVOKED"
@@ -150,7 +150,7 @@ async def test_a_head_that_is_revoked_loses_its_streams_and_its_view_of_every_no
 
 async def test_an_agent_that_is_revoked_is_let_go_of_with_the_streams_on_it(secured):
     async with answering(secured) as stream:
-        replace_file(secured.pki / "head" / "revoked", b"agent/n3\nagent/n4\n")
+        revoke(secured.pki / "head", secured.ours, secured.pki / "n3", secured.pki / "n4")
         text, last = await asyncio.wait_for(stream, 15)
     assert len(text.split()) < TOKENS
     assert last["error"]["code"] == "AGENT_UNREACHABLE"
@@ -184,16 +184,12 @@ async def answering(cluster):
         await asyncio.gather(task, return_exceptions=True)
 
 
-def serial(directory):
-    return read((directory / "node.pem").read_bytes()).serial
-
-
 async def test_certificates_and_authority_change_in_the_middle_of_a_stream_that_loses_nothing(secured):
     old, new = secured.ours, authority()
     both = old.certificate + new.certificate
     names = {"head": ("head", "h"), "n3": ("agent", "n3"), "n4": ("agent", "n4")}
     async with answering(secured) as stream:
-        former = {name: serial(secured.pki / name) for name in names}
+        former = {name: serial_of(secured.pki / name) for name in names}
         for name in (*names, "admin"):
             replace_file(secured.pki / name / "ca.pem", both)
         for name, (role, node_id) in names.items():
@@ -205,7 +201,7 @@ async def test_certificates_and_authority_change_in_the_middle_of_a_stream_that_
     assert last == {"done": True}
     # From here on nobody admits a certificate from before: whatever still works has been made anew.
     for name in names:
-        replace_file(secured.pki / name / "revoked", "\n".join(former.values()).encode())
+        replace_file(secured.pki / name / "revoked", revocations(new, former.values(), 1))
     await secured.nodes_seen(2)
     text = await secured.say(MODEL, max_tokens=5)
     assert text.split() == ["t0", "t1", "t2", "t3", "t4"]
@@ -224,7 +220,7 @@ async def test_a_node_that_is_revoked_is_not_watched_and_the_log_says_why(secure
     secured.processes["n4"].terminate()
     secured.processes["n4"].wait(15)
     await secured.nodes_seen(1)
-    replace_file(secured.pki / "head" / "revoked", b"agent/n4\n")
+    revoke(secured.pki / "head", secured.ours, secured.pki / "n4")
     secured.start_agent("n4", "--listen", "127.0.0.4", "--host", "127.0.0.4", "--tls-dir", str(secured.pki / "n4"))
     await wait_until(
         lambda: any(line["reason"] == "CERTIFICATE_REVOKED" for line in logged(secured, "head", "agent_not_watched")),
@@ -232,6 +228,26 @@ async def test_a_node_that_is_revoked_is_not_watched_and_the_log_says_why(secure
         what="the head says that n4 is revoked",
     )
     await secured.nodes_seen(1)
+
+
+async def test_the_list_of_the_revoked_reaches_every_daemon_by_itself(secured, ports):
+    client = write_identity(secured.pki / "client", secured.ours, "client", "someone")
+    other = write_identity(secured.pki / "other", secured.ours, "head", "other")
+    port = ports()
+    secured.start_another_head("other", "--tls-dir", str(other), "--grpc-port", str(port))
+    async with Client(f"127.0.0.1:{port}", tls_dir=client) as user:
+        await wait_until(lambda: len(logged(secured, "other", "node_connected")) == 2, within_s=20, what="it sees both")
+        assert [model.name for model in await user.list_models()] == [MODEL]
+        revoke(secured.pki / "head", secured.ours, client, number=2)
+        for name in ("n3", "n4", "other"):
+            kept = secured.pki / name / "revoked"
+            await wait_until(kept.exists, within_s=10, what=f"{name} has the list")
+            assert kept.read_bytes() == (secured.pki / "head" / "revoked").read_bytes()
+        with pytest.raises(SollolError, match="CERTIFICATE_REVOKED"):
+            await user.list_models()
+    (taken,) = logged(secured, "other", "revoked_list_taken")
+    assert (taken["number"], taken["revoked"]) == (2, 1)
+    assert taken["peer"].startswith("agent ")
 
 
 async def test_an_agent_may_measure_the_link_to_another_agent_and_nothing_else(secured):

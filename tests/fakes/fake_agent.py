@@ -16,6 +16,7 @@ from sollol.tls import TlsFiles
 from sollol.v1 import agent_pb2 as pb
 from sollol.v1 import agent_pb2_grpc
 
+from agent.revocation import RevocationService
 from tests.placement_cases import node
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ class FakeAgent(agent_pb2_grpc.AgentServiceServicer):
     async def start(self) -> None:
         self._server = new_server()
         agent_pb2_grpc.add_AgentServiceServicer_to_server(self, self._server)
+        if self.tls is not None:
+            agent_pb2_grpc.add_RevocationServiceServicer_to_server(RevocationService(self.tls), self._server)
         assert bind(self._server, self.address, self.tls)
         await self._server.start()
 

@@ -16,7 +16,7 @@ from sollol.identity import Role, checked
 from sollol.tls import TlsFiles
 from structlog.testing import capture_logs
 
-from tests.certificates import authority, replace_file, write_identity
+from tests.certificates import authority, revoke, write_identity
 from tests.waiting import wait_until
 
 KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
@@ -106,6 +106,9 @@ class Guarded:
     def __init__(self, port, directory, ours, seen, told):
         self.port, self.directory, self.ours, self.seen, self.told = port, directory, ours, seen, told
 
+    def revoke(self, name):
+        revoke(self.directory / "server", self.ours, self.directory / name)
+
     @asynccontextmanager
     async def as_(self, role, name):
         tls = TlsFiles(write_identity(self.directory / f"{role}-{name}", self.ours, role, name))
@@ -160,13 +163,13 @@ async def test_a_method_that_the_table_lacks_is_denied_to_everybody(guarded):
 async def test_a_connection_does_not_outlive_what_its_certificate_is_worth(guarded, monkeypatch):
     async with guarded.as_("head", "h") as channel:
         assert await call(channel, "unary_unary") == b"ok"
-        replace_file(guarded.directory / "server" / "revoked", b"head/h\n")
-        assert await refused(channel, "unary_unary") is Reason.CERTIFICATE_REVOKED
-        replace_file(guarded.directory / "server" / "revoked", b"")
-        assert await call(channel, "unary_unary") == b"ok"
         now_s = time.time()
         monkeypatch.setattr(guard.time, "time", lambda: now_s + 91 * 86_400)
         assert await refused(channel, "unary_unary") is Reason.CERTIFICATE_EXPIRED
+        monkeypatch.undo()
+        assert await call(channel, "unary_unary") == b"ok"
+        guarded.revoke("head-h")
+        assert await refused(channel, "unary_unary") is Reason.CERTIFICATE_REVOKED
 
 
 @pytest.mark.parametrize("method", KINDS)
@@ -180,7 +183,7 @@ async def test_calls_of_whoever_is_revoked_end_at_once_with_the_reason_and_those
         calls = {name: asyncio.create_task(endlessly(channel, method)) for name, channel in (("b", bad), ("g", good))}
         await wait_until(lambda: len(begun) == 2, what="both run")
         with capture_logs() as logs:
-            replace_file(tmp_path / "server" / "revoked", b"head/bad\n")
+            guarded.revoke("head-bad")
             error = await asyncio.wait_for(calls["b"], 5)
         assert refusal_of(error).reason is Reason.CERTIFICATE_REVOKED
         assert error.code() is grpc.StatusCode.PERMISSION_DENIED
@@ -215,7 +218,7 @@ async def test_a_call_that_has_ended_is_not_cut_later(guarded):
     async with guarded.as_("head", "h") as channel:
         assert await call(channel, "unary_stream") == b"ok"
         with capture_logs() as logs:
-            replace_file(guarded.directory / "server" / "revoked", b"head/h\n")
+            guarded.revoke("head-h")
             await wait_until(lambda: any(entry["event"] == "certificate_followed" for entry in logs), what="followed")
         assert [entry["event"] for entry in logs] == ["certificate_followed"]
 
@@ -228,7 +231,8 @@ async def test_a_call_outlives_the_end_of_its_callers_certificate(tmp_path, monk
         now_s = time.time()
         monkeypatch.setattr(guard.time, "time", lambda: now_s + 91 * 86_400)
         with capture_logs() as logs:
-            replace_file(tmp_path / "server" / "revoked", b"head/other\n")
+            write_identity(tmp_path / "other", guarded.ours, "head", "other")
+            guarded.revoke("other")
             await wait_until(lambda: any(entry["event"] == "certificate_followed" for entry in logs), what="followed")
         assert await refused(channel, "unary_unary") is Reason.CERTIFICATE_EXPIRED
         assert not running.done()

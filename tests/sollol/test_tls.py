@@ -15,7 +15,7 @@ from sollol.identity import Role, checked, parse, role_name
 from sollol.tls import TlsFiles, admitted
 from structlog.testing import capture_logs
 
-from tests.certificates import authority, replace_file, write_identity
+from tests.certificates import authority, revoke, write_identity
 
 
 @pytest.fixture
@@ -128,9 +128,8 @@ def test_what_is_revoked_foreign_or_expired_is_not_admitted(tmp_path, ours):
     assert refused(certificates.read((other / "node.pem").read_bytes())) is Reason.FOREIGN_CERTIFICATE
     assert refused(certificates.read(ours.certificate)) is Reason.FOREIGN_CERTIFICATE
     assert refused(peer, now_s=peer.not_after_s + 1) is Reason.CERTIFICATE_EXPIRED
-    for line in (peer.serial, "agent/n1  # sold"):
-        replace_file(tmp_path / "head" / "revoked", f"# who\n{line}\n".encode())
-        assert refused(peer) is Reason.CERTIFICATE_REVOKED
+    revoke(tmp_path / "head", ours, tmp_path / "n1")
+    assert refused(peer) is Reason.CERTIFICATE_REVOKED
 
 
 class Tls:

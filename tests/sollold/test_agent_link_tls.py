@@ -5,11 +5,15 @@ import contextlib
 
 import pytest
 from sollol.certified import follow
+from sollol.channels import open_channel
 from sollol.errors import Reason, Retry, SollolError
 from sollol.tls import TlsFiles
+from sollol.v1 import agent_pb2 as pb
+from sollol.v1 import agent_pb2_grpc as rpc
+from structlog.testing import capture_logs
 
 from sollold.agent_link import AgentLink
-from tests.certificates import authority, replace_file, write_identity
+from tests.certificates import authority, revoke, revoked_list, write_identity
 from tests.fakes.fake_agent import FakeAgent
 from tests.waiting import wait_until
 
@@ -139,7 +143,7 @@ async def test_an_agent_that_is_revoked_is_let_go_of_at_once_with_all_that_runs_
         stream = link.relay.open("i", "POST", "/v1/completions", {}, b"{}")
         await wait_until(lambda: {("Release", "p"), ("Relay", "")} <= set(agent.calls), what="both have arrived")
         following = asyncio.create_task(follow(head))
-        replace_file(tmp_path / "head" / "revoked", b"agent/n1\n")
+        revoke(tmp_path / "head", ours, tmp_path / "n1")
         for waiting in (slow, stream.response(), anext(reports)):
             with pytest.raises(SollolError, match=r"is cut off: the certificate .* has been revoked") as raised:
                 await asyncio.wait_for(waiting, 5)
@@ -150,3 +154,97 @@ async def test_an_agent_that_is_revoked_is_let_go_of_at_once_with_all_that_runs_
         assert (await reason(link)).reason is Reason.CERTIFICATE_REVOKED
         await wait_until(lambda: agent.watchers == 0, what="the agent is not watched")
         following.cancel()
+
+
+@contextlib.asynccontextmanager
+async def watching(link, tls):
+    """A head that watches an agent, as `Nodes` does."""
+
+    async def watch():
+        async with contextlib.aclosing(link.watch_report()) as reports:
+            async for _ in reports:
+                pass
+
+    tasks = [asyncio.create_task(watch()), asyncio.create_task(follow(tls))]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def revoked_by(tls):
+    return tls.current().revoked.number
+
+
+async def test_a_list_goes_from_one_head_to_an_agent_and_from_there_to_another_head(tmp_path, ours, head, ports):
+    agents, bad = TlsFiles(write_identity(tmp_path / "n1", ours, "agent", "n1")), tmp_path / "bad"
+    write_identity(bad, ours, "agent", "bad")
+    other = TlsFiles(write_identity(tmp_path / "other", ours, "head", "other"))
+    agent = FakeAgent("n1", ports(), tls=agents)
+    following = asyncio.create_task(follow(agents))
+    async with linked(agent, head) as link, watching(link, head):
+        second = AgentLink(agent.address, other)
+        async with watching(second, other):
+            await wait_until(lambda: agent.watchers == 2, what="both heads watch it")
+            with capture_logs() as logs:
+                revoke(tmp_path / "head", ours, bad, number=7)
+                await wait_until(lambda: revoked_by(agents) == revoked_by(other) == 7, what="both have the list")
+                await wait_until(lambda: taken(logs) == ["agent " + agent.address, "head h of test"], what="it is told")
+            revoke(tmp_path / "other", ours, number=8)
+            await wait_until(lambda: revoked_by(agents) == revoked_by(head) == 8, what="the other way, too")
+        await second.close()
+    following.cancel()
+
+
+def taken(logs):
+    return sorted(entry["peer"] for entry in logs if entry["event"] == "revoked_list_taken")
+
+
+async def test_a_head_that_comes_later_is_told_and_an_agent_that_knows_less_is_told(tmp_path, ours, head, ports):
+    agents = TlsFiles(write_identity(tmp_path / "n1", ours, "agent", "n1"))
+    revoke(tmp_path / "n1", ours, number=3)
+    async with linked(FakeAgent("n1", ports(), tls=agents), head) as link:
+        async with watching(link, head):
+            await wait_until(lambda: revoked_by(head) == 3, what="the head is told")
+        revoke(tmp_path / "head", ours, number=4)
+        async with watching(link, head):
+            await wait_until(lambda: revoked_by(agents) == 4, what="the agent is told")
+
+
+async def test_an_agent_that_is_told_that_it_is_revoked_itself_is_let_go_of(tmp_path, ours, head, ports):
+    agents = TlsFiles(write_identity(tmp_path / "n1", ours, "agent", "n1"))
+    agent = FakeAgent("n1", ports(), tls=agents)
+    async with linked(agent, head) as link, watching(link, head):
+        await wait_until(lambda: agent.watchers == 1, what="it is watched")
+        revoke(tmp_path / "head", ours, tmp_path / "n1")
+        await wait_until(lambda: agent.watchers == 0, what="it is let go of")
+        assert (await reason(link)).reason is Reason.CERTIFICATE_REVOKED
+
+
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [("another authority's", "FOREIGN_CERTIFICATE"), ("older", "INVALID_REQUEST"), ("garbled", "INVALID_REQUEST")],
+)
+async def test_a_list_that_must_not_count_is_refused_and_told_of(tmp_path, ours, ports, what, why):
+    agents = TlsFiles(write_identity(tmp_path / "n1", ours, "agent", "n1"))
+    revoke(tmp_path / "n1", ours, tmp_path / "n1", number=5)
+    sent = {
+        "another authority's": revoked_list(authority(), number=9),
+        "older": revoked_list(ours, number=4),
+        "garbled": b"nobody",
+    }[what]
+    agent = FakeAgent("n1", ports(), tls=agents)
+    head = TlsFiles(write_identity(tmp_path / "h", ours, "head", "h"))
+    async with agent.running(), open_channel(agent.address, head.current()) as channel:
+        call = rpc.RevocationServiceStub(channel).ExchangeRevoked()
+        with capture_logs() as logs:
+            await call.write(pb.ExchangeRevokedRequest(number=9, revoked=sent))
+            await wait_until(lambda: any(entry["event"] == "revoked_list_refused" for entry in logs), what="it says so")
+        (line,) = [entry for entry in logs if entry["event"] == "revoked_list_refused"]
+        assert (line["reason"], line["peer"]) == (why, "head h of test")
+        assert (await call.read()).number == 5
+        call.cancel()
+    assert revoked_by(agents) == 5
+    assert TlsFiles(tmp_path / "n1").current().revoked.number == 5

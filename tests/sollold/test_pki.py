@@ -6,7 +6,7 @@ import subprocess
 import time
 
 import pytest
-from sollol import certificates
+from sollol import certificates, revocations
 from sollol.errors import Reason, SollolError
 from sollol.identity import Role, checked
 from sollol.tls import TlsFiles, admitted
@@ -83,7 +83,7 @@ async def test_what_is_issued_is_shown_renewed_with_a_new_key_and_revoked(tmp_pa
 
     assert (await sollol("pki", "revoke", "n1", *at))[0] == 0
     head = TlsFiles(base / "head").current()
-    assert {former, serial(n1)} <= head.revoked
+    assert {former, serial(n1)} <= head.revoked.serials
     with pytest.raises(SollolError, match="CERTIFICATE_REVOKED"):
         admitted(certificates.read((n1 / "node.pem").read_bytes()), head, now_s=time.time())
     assert "revoked" in (await sollol("pki", "show", *at))[1]
@@ -217,6 +217,33 @@ def test_daemons_get_their_own_files_and_nobody_elses_and_links_are_not_followed
     assert (store.base / "agent" / "node.key").stat().st_uid == nobody
     assert victim.stat().st_uid == 0
     assert {path.stat().st_uid for path in (store.base / "issued").rglob("*")} == {0}
+
+
+def test_whoever_is_revoked_stays_so_in_each_newer_list_under_a_new_authority_and_where_more_is_issued(store, tmp_path):
+    remote = {name: tmp_path / name for name in ("n1", "n2")}
+    for name, directory in remote.items():
+        store.issue(Role.AGENT, name, directory)
+    gone, numbers = {name: serial(directory) for name, directory in remote.items()}, []
+    for name in remote:
+        store.revoke(Role.AGENT, name)
+        numbers.append(store.revoked().number)
+    assert store.revoked().serials == set(gone.values())
+    store.add_authority()
+    store.switch_authority()
+    numbers.append(store.revoked().number)
+    assert numbers == sorted(set(numbers))
+    assert revocations.verified(store.revoked().pem, store.authority().certificate).serials == set(gone.values())
+    store.issue(Role.AGENT, "n1", tmp_path / "again")
+    files = TlsFiles(tmp_path / "again").current()
+    assert files.revoked == store.revoked()
+    assert files.certificate.serial not in files.revoked.serials
+
+
+def test_a_list_that_cannot_be_read_is_not_replaced_by_a_shorter_one(store, tmp_path):
+    store.issue(Role.AGENT, "n1", tmp_path / "n1")
+    (store.directory / "revoked").write_text("a serial number\n")
+    with pytest.raises(SollolError, match="no list of revoked certificates"):
+        store.revoke(Role.AGENT, "n1")
 
 
 def test_a_half_replaced_authority_is_not_replaced_again(store):

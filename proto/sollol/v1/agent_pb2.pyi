@@ -20,6 +20,46 @@ else:
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
 @typing.final
+class ExchangeRevokedRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: builtins.int
+    REVOKED_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    """0: none yet."""
+    revoked: builtins.bytes
+    """An X.509 CRL, PEM. Empty: not sent."""
+    def __init__(
+        self,
+        *,
+        number: builtins.int = ...,
+        revoked: builtins.bytes = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["number", b"number", "revoked", b"revoked"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ExchangeRevokedRequest: typing_extensions.TypeAlias = ExchangeRevokedRequest
+
+@typing.final
+class ExchangeRevokedResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: builtins.int
+    REVOKED_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    revoked: builtins.bytes
+    def __init__(
+        self,
+        *,
+        number: builtins.int = ...,
+        revoked: builtins.bytes = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["number", b"number", "revoked", b"revoked"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ExchangeRevokedResponse: typing_extensions.TypeAlias = ExchangeRevokedResponse
+
+@typing.final
 class GetReportRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

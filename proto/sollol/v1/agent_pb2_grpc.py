@@ -638,3 +638,80 @@ class AgentService(object):
             timeout,
             metadata,
             _registered_method=True)
+
+
+class RevocationServiceStub(object):
+    """Served by agents with certificates, to heads.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.ExchangeRevoked = channel.stream_stream(
+                '/sollol.v1.RevocationService/ExchangeRevoked',
+                request_serializer=sollol_dot_v1_dot_agent__pb2.ExchangeRevokedRequest.SerializeToString,
+                response_deserializer=sollol_dot_v1_dot_agent__pb2.ExchangeRevokedResponse.FromString,
+                _registered_method=True)
+
+
+class RevocationServiceServicer(object):
+    """Served by agents with certificates, to heads.
+    """
+
+    def ExchangeRevoked(self, request_iterator, context):
+        """One per head, kept open. Both sides say the number of their newest list of revoked certificates at once, and later of
+        each newer one; a side whose number is lower is sent the list, and takes it when its authority has signed it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_RevocationServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'ExchangeRevoked': grpc.stream_stream_rpc_method_handler(
+                    servicer.ExchangeRevoked,
+                    request_deserializer=sollol_dot_v1_dot_agent__pb2.ExchangeRevokedRequest.FromString,
+                    response_serializer=sollol_dot_v1_dot_agent__pb2.ExchangeRevokedResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'sollol.v1.RevocationService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('sollol.v1.RevocationService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class RevocationService(object):
+    """Served by agents with certificates, to heads.
+    """
+
+    @staticmethod
+    def ExchangeRevoked(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/sollol.v1.RevocationService/ExchangeRevoked',
+            sollol_dot_v1_dot_agent__pb2.ExchangeRevokedRequest.SerializeToString,
+            sollol_dot_v1_dot_agent__pb2.ExchangeRevokedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

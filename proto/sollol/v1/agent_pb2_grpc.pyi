@@ -242,3 +242,40 @@ class AgentServiceServicer(metaclass=abc.ABCMeta):
         """
 
 def add_AgentServiceServicer_to_server(servicer: AgentServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
+
+class RevocationServiceStub:
+    """Served by agents with certificates, to heads."""
+
+    @typing.overload
+    def __new__(cls, channel: grpc.Channel) -> RevocationServiceStub: ...
+    @typing.overload
+    def __new__(cls, channel: grpc.aio.Channel) -> RevocationServiceAsyncStub: ...
+    ExchangeRevoked: grpc.StreamStreamMultiCallable[sollol.v1.agent_pb2.ExchangeRevokedRequest, sollol.v1.agent_pb2.ExchangeRevokedResponse]
+    """One per head, kept open. Both sides say the number of their newest list of revoked certificates at once, and later of
+    each newer one; a side whose number is lower is sent the list, and takes it when its authority has signed it.
+    """
+
+@typing.type_check_only
+class RevocationServiceAsyncStub(RevocationServiceStub):
+    """Served by agents with certificates, to heads."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None: ...
+    ExchangeRevoked: grpc.aio.StreamStreamMultiCallable[sollol.v1.agent_pb2.ExchangeRevokedRequest, sollol.v1.agent_pb2.ExchangeRevokedResponse]  # type: ignore[assignment]
+    """One per head, kept open. Both sides say the number of their newest list of revoked certificates at once, and later of
+    each newer one; a side whose number is lower is sent the list, and takes it when its authority has signed it.
+    """
+
+class RevocationServiceServicer(metaclass=abc.ABCMeta):
+    """Served by agents with certificates, to heads."""
+
+    @abc.abstractmethod
+    def ExchangeRevoked(
+        self,
+        request_iterator: _MaybeAsyncIterator[sollol.v1.agent_pb2.ExchangeRevokedRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[sollol.v1.agent_pb2.ExchangeRevokedResponse], collections.abc.AsyncIterator[sollol.v1.agent_pb2.ExchangeRevokedResponse]]:
+        """One per head, kept open. Both sides say the number of their newest list of revoked certificates at once, and later of
+        each newer one; a side whose number is lower is sent the list, and takes it when its authority has signed it.
+        """
+
+def add_RevocationServiceServicer_to_server(servicer: RevocationServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
