@@ -124,14 +124,14 @@ class AgentServiceServicer(object):
 
     def Reserve(self, request, context):
         """Any time. Idempotent by pool_id: asking again with the same bytes renews the time-out; all devices or none.
-        A reservation lapses after ttl_s unless a coordinator is started on it.
+        A reservation lapses after ttl_s unless a coordinator or a backend is started on it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Release(self, request, context):
-        """Any time. Gives back a reservation that no coordinator runs on; unknown pools are a success.
+        """Any time. Gives back a reservation that nothing runs on; unknown pools are a success.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -35,10 +35,10 @@ class AgentServiceStub:
     """Any time. The full report first, then a new one on every change and at least every heartbeat."""
     Reserve: grpc.UnaryUnaryMultiCallable[sollol.v1.agent_pb2.ReserveRequest, sollol.v1.agent_pb2.ReserveResponse]
     """Any time. Idempotent by pool_id: asking again with the same bytes renews the time-out; all devices or none.
-    A reservation lapses after ttl_s unless a coordinator is started on it.
+    A reservation lapses after ttl_s unless a coordinator or a backend is started on it.
     """
     Release: grpc.UnaryUnaryMultiCallable[sollol.v1.agent_pb2.ReleaseRequest, sollol.v1.agent_pb2.ReleaseResponse]
-    """Any time. Gives back a reservation that no coordinator runs on; unknown pools are a success."""
+    """Any time. Gives back a reservation that nothing runs on; unknown pools are a success."""
     StartBackend: grpc.UnaryUnaryMultiCallable[sollol.v1.agent_pb2.StartBackendRequest, sollol.v1.agent_pb2.StartBackendResponse]
     """After Reserve, before StartCoordinator on the coordinator's node. Returns when the backend answers and its forwarder
     listens; idempotent by pool_id. The backend ends by itself, and its reservation with it, when no coordinator has
@@ -83,10 +83,10 @@ class AgentServiceAsyncStub(AgentServiceStub):
     """Any time. The full report first, then a new one on every change and at least every heartbeat."""
     Reserve: grpc.aio.UnaryUnaryMultiCallable[sollol.v1.agent_pb2.ReserveRequest, sollol.v1.agent_pb2.ReserveResponse]  # type: ignore[assignment]
     """Any time. Idempotent by pool_id: asking again with the same bytes renews the time-out; all devices or none.
-    A reservation lapses after ttl_s unless a coordinator is started on it.
+    A reservation lapses after ttl_s unless a coordinator or a backend is started on it.
     """
     Release: grpc.aio.UnaryUnaryMultiCallable[sollol.v1.agent_pb2.ReleaseRequest, sollol.v1.agent_pb2.ReleaseResponse]  # type: ignore[assignment]
-    """Any time. Gives back a reservation that no coordinator runs on; unknown pools are a success."""
+    """Any time. Gives back a reservation that nothing runs on; unknown pools are a success."""
     StartBackend: grpc.aio.UnaryUnaryMultiCallable[sollol.v1.agent_pb2.StartBackendRequest, sollol.v1.agent_pb2.StartBackendResponse]  # type: ignore[assignment]
     """After Reserve, before StartCoordinator on the coordinator's node. Returns when the backend answers and its forwarder
     listens; idempotent by pool_id. The backend ends by itself, and its reservation with it, when no coordinator has
@@ -146,7 +146,7 @@ class AgentServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[sollol.v1.agent_pb2.ReserveResponse, collections.abc.Awaitable[sollol.v1.agent_pb2.ReserveResponse]]:
         """Any time. Idempotent by pool_id: asking again with the same bytes renews the time-out; all devices or none.
-        A reservation lapses after ttl_s unless a coordinator is started on it.
+        A reservation lapses after ttl_s unless a coordinator or a backend is started on it.
         """
 
     @abc.abstractmethod
@@ -155,7 +155,7 @@ class AgentServiceServicer(metaclass=abc.ABCMeta):
         request: sollol.v1.agent_pb2.ReleaseRequest,
         context: _ServicerContext,
     ) -> typing.Union[sollol.v1.agent_pb2.ReleaseResponse, collections.abc.Awaitable[sollol.v1.agent_pb2.ReleaseResponse]]:
-        """Any time. Gives back a reservation that no coordinator runs on; unknown pools are a success."""
+        """Any time. Gives back a reservation that nothing runs on; unknown pools are a success."""
 
     @abc.abstractmethod
     def StartBackend(

@@ -871,7 +871,7 @@ class Reservation(google.protobuf.message.Message):
     EXPIRES_IN_S_FIELD_NUMBER: builtins.int
     pool_id: builtins.str
     expires_in_s: builtins.float
-    """Seconds until it lapses unless a coordinator starts on it; absent once one has."""
+    """Seconds until it lapses unless a coordinator or a backend starts on it; absent once one has."""
     @property
     def bytes(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
         """Device id to bytes."""
