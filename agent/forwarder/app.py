@@ -20,12 +20,12 @@ from agent.forwarder.stream import Opening, Stream, connect
 # be seen before the end of the last one is, by as much as one lost packet takes to come again.
 HANDOVER_S = 0.3
 STATUS_EVERY_S = 0.5
-# More that have come and not yet said who they are are cut.
+# When more have come and not said who they are, the one that has not for longest is cut: silence keeps nobody out.
 _MOST_UNKNOWN = 16
 
 
 class Ended(StrEnum):
-    """Why a forwarder ended."""
+    """Why a forwarder, or a tunnel, ended."""
 
     NOBODY_ATTACHED = "nobody_attached"
     COORDINATOR_GONE = "coordinator_gone"
@@ -52,7 +52,7 @@ class Forwarder:
         self._waiting: Link | None = None
         self._handover: Timer | None = None
         self._links: set[Link] = set()
-        self._unknown: set[Link] = set()
+        self._unknown: dict[Link, None] = {}  # in the order in which they came
         self._ended: Ended | None = None
         self._patience: Timer | None = None
 
@@ -76,16 +76,14 @@ class Forwarder:
 
     def _came(self, connection: socket.socket, peer: str) -> None:
         if len(self._unknown) >= _MOST_UNKNOWN:
-            connection.close()
-            self._refused(peer, BUSY)
-            return
+            next(iter(self._unknown)).refuse(BUSY)
         admitted = self._rules.admit(connection, peer)
         link = Link(self._loop, peer, admitted, on_arrived=self._arrived, on_end=self._link_ended)
         self._links.add(link)
-        self._unknown.add(link)
+        self._unknown[link] = None
 
     def _arrived(self, link: Link) -> None:
-        self._unknown.discard(link)
+        self._unknown.pop(link, None)
         if self._attached is None:
             self._attach(link)
         elif self._waiting is not None:
@@ -112,7 +110,7 @@ class Forwarder:
 
     def _link_ended(self, link: Link) -> None:
         self._links.discard(link)
-        self._unknown.discard(link)
+        self._unknown.pop(link, None)
         if link.refused:
             self._refused(link.peer, link.refused, link.who)
         if link is self._waiting:

@@ -9,11 +9,12 @@ from pathlib import Path
 from sollol.tls import TlsFiles
 
 from agent.forwarder import tls
+from agent.forwarder.app import Ended
 from agent.forwarder.entrance import addresses_of, listen_on_first_free
 from agent.forwarder.loop import Loop
 from agent.forwarder.status import NO_FREE_PORT, NO_TLS_FILES, StatusFile, log
 from agent.forwarder.stream import Opening, Stream
-from agent.tunnel.app import Ended, Patience, Route, Tunnel
+from agent.tunnel.app import Patience, Route, Tunnel
 
 _LOOPBACK = "127.0.0.1"
 

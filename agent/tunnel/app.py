@@ -6,11 +6,10 @@ and ends by itself when its coordinator is gone.
 
 import socket
 from collections.abc import Callable
-from enum import StrEnum
 from functools import partial
 from typing import NamedTuple
 
-from agent.forwarder.app import STATUS_EVERY_S
+from agent.forwarder.app import STATUS_EVERY_S, Ended
 from agent.forwarder.entrance import Entrance, admit_own_user
 from agent.forwarder.link import Link
 from agent.forwarder.loop import Loop, Timer
@@ -20,14 +19,6 @@ from agent.tunnel.status import RouteStatus, TunnelStatus
 
 # The engine opens one at a time to each backend; the next one may come before we have seen the last one end.
 _MOST_LINKS = 64
-
-
-class Ended(StrEnum):
-    """Why a tunnel ended."""
-
-    NOBODY_ATTACHED = "nobody_attached"
-    COORDINATOR_GONE = "coordinator_gone"
-    TERMINATED = "terminated"
 
 
 class Route(NamedTuple):
@@ -91,6 +82,7 @@ class Tunnel:
     def _arrived(self, number: int, link: Link) -> None:
         if self._waits is not None:
             self._waits.cancel()
+            self._waits = None
         self._of[number] = self._of[number]._replace(connections=self._of[number].connections + 1)
         link.pump(self._routes[number].reach())
 
@@ -108,7 +100,7 @@ class Tunnel:
         )
         if link.failed or link.refused:
             self._publish()
-        if not self._links and not link.refused:
+        if not self._links and self._waits is None:  # who is refused changes nothing about a wait, nor ends it
             self._wait(self._patience.gone_after_s, Ended.COORDINATOR_GONE)
 
     def _wait(self, patience_s: float, then: Ended) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import ssl
+import struct
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -237,14 +238,14 @@ async def test_one_who_speaks_no_tls_or_nothing_at_all_is_cut(nodes: Nodes, tmp_
         assert backend.served == 0
 
 
-async def test_a_crowd_that_says_nothing_keeps_nobody_out_for_long_and_costs_little(
-    nodes: Nodes, tmp_path: Path
-) -> None:
+async def test_a_crowd_that_says_nothing_keeps_nobody_out_and_costs_little(nodes: Nodes, tmp_path: Path) -> None:
     async with backend_that() as backend, lending(nodes, tmp_path, backend.port) as forwarder:
-        crowd = await asyncio.gather(*(forwarder.connect() for _ in range(30)))
+        crowd = [await forwarder.connect() for _ in range(30)]
         await wait_until(lambda: forwarder.status.refused >= 14, what="all but sixteen are cut at once")
-        await wait_until(lambda: forwarder.status.refused == 30, within_s=7, what="the rest a little later")
+        assert await is_cut(crowd[0]), "who has been silent for longest is cut first"
         assert await asyncio.to_thread(is_let_in, forwarder.status.port, nodes.coordinator, Pool(POOL, SECRET).preamble)
+        assert {line["why"] for line in forwarder.logged()} == {"busy"}, "the crowd was still there"
+        await wait_until(lambda: forwarder.status.refused == 30, within_s=15, what="the rest a little later")
         for _, writer in crowd:
             writer.close()
 
@@ -410,3 +411,22 @@ async def run(told: bytes, module: str, *argv: str) -> tuple[int | None, bytes]:
 def test_a_name_in_a_certificate_is_compared_without_its_case() -> None:
     """DNS names are lower case, node ids need not be: two ids that differ in case only are told apart by the URI."""
     assert Identity("test", Role.AGENT, "BigBox").dns_name == "bigbox.agent.sollol"
+
+
+async def test_a_tunnel_whose_coordinator_leaves_while_somebody_is_being_refused_ends_too(
+    nodes: Nodes, tmp_path: Path, ports
+) -> None:
+    """Whoever has gone before they are looked at belongs to no user: they are refused, a moment after both came."""
+    async with both(nodes, tmp_path, ports(), gone_after=0.3) as (tunnel, _):
+        port = tunnel.route.port
+        with socket.create_connection(("127.0.0.1", port)) as engine, socket.socket() as gone:
+            engine.sendall(b"x")
+            assert await asyncio.to_thread(engine.recv, 1) == b"x"
+            tunnel.process.send_signal(signal.SIGSTOP)
+            gone.connect(("127.0.0.1", port))
+            for each in (gone, engine):
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                each.close()
+            tunnel.process.send_signal(signal.SIGCONT)
+        assert await tunnel.ended(within_s=10) == "coordinator_gone"
+        assert tunnel.status.refused == 1
