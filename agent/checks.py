@@ -8,6 +8,7 @@ import msgspec
 from google.protobuf.message import Message
 from sollol import wire
 from sollol.errors import Reason, SollolError, refuse
+from sollol.identity import POOL_SECRET_BYTES
 from sollol.memory import KV_TYPES
 from sollol.names import check_model_name
 from sollol.report import BackendEndpoint, CoordinatorPlan, DeviceShare
@@ -35,7 +36,6 @@ _MAX_LAYERS = 4096
 _MAX_MS_PER_TOKEN = 1e9
 _MAX_NODE_ID = 255
 _MAX_PORT = 65535
-SECRET_BYTES = 32
 
 
 def check_id(found: str, what: str) -> str:
@@ -119,8 +119,8 @@ def check_tunnel(coordinator_node: str, secret: bytes) -> None:
     """
     if len(coordinator_node) > _MAX_NODE_ID:
         raise _invalid(f"coordinator_node is longer than {_MAX_NODE_ID} characters")
-    if len(secret) not in (0, SECRET_BYTES):
-        raise _invalid(f"pool_secret has {len(secret)} bytes, not {SECRET_BYTES}")
+    if len(secret) not in (0, POOL_SECRET_BYTES):
+        raise _invalid(f"pool_secret has {len(secret)} bytes, not {POOL_SECRET_BYTES}")
     if secret and not coordinator_node:
         raise _invalid("pool_secret is of no use without the coordinator_node that shall show it")
 
@@ -188,9 +188,9 @@ def check_plan(plan: CoordinatorPlan) -> None:
 
 
 def _check_plans_secret(plan: CoordinatorPlan) -> None:
-    if len(plan.pool_secret) != (SECRET_BYTES if any(each.tunnelled for each in plan.backends) else 0):
+    if len(plan.pool_secret) != (POOL_SECRET_BYTES if any(each.tunnelled for each in plan.backends) else 0):
         raise _invalid(
-            f"plan.pool_secret has {len(plan.pool_secret)} bytes: {SECRET_BYTES} with tunnelled backends, else none"
+            f"plan.pool_secret has {len(plan.pool_secret)} bytes: {POOL_SECRET_BYTES} with a tunnelled backend, else 0"
         )
 
 

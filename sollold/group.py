@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 from msgspec.structs import replace
 from sollol.correction import CPU_ID
 from sollol.errors import SUSPECTED_BACKENDS, Reason, Refusal, Retry, SollolError
+from sollol.identity import POOL_SECRET_BYTES
 from sollol.report import (
     BackendEndpoint,
     CoordinatorPlan,
@@ -24,7 +25,6 @@ from sollol.report import (
 T = TypeVar("T")
 
 ATTACH_WITHIN_S = 60.0
-SECRET_BYTES = 32
 _OVER = frozenset({InstanceState.FAILED, InstanceState.STOPPED, InstanceState.BACKOFF})
 # Of a coordinator: its agent ends it. It holds its memory until then, and will never serve again.
 _GIVEN_UP = _OVER | {InstanceState.LOST}
@@ -119,7 +119,7 @@ async def start(
         NodeRefusedError: as `reserve`, of a backend.
         SollolError: why the coordinator was refused.
     """
-    secret = secrets.token_bytes(SECRET_BYTES) if transport is RpcTransport.TUNNEL else b""
+    secret = secrets.token_bytes(POOL_SECRET_BYTES) if transport is RpcTransport.TUNNEL else b""
     backends = await start_backends(parts, pool_id, coordinator_host, link, secret)
     shown = secret if any(backend.tunnelled for backend in backends) else b""
     plan = replace(plan, backends=backends, pool_secret=shown)

@@ -72,12 +72,6 @@ class Plain:
         return False
 
 
-def accepted(connection: socket.socket) -> Opening[Stream]:
-    """What needs no opening."""
-    yield from ()
-    return Plain(connection)
-
-
 @contextmanager
 def closed_unless_open(connection: socket.socket | Stream) -> Iterator[None]:
     """Close it when an opening fails, or is given up."""

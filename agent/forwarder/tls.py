@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from sollol.errors import Refusal, SollolError
-from sollol.identity import Identity, Role
+from sollol.identity import POOL_SECRET_BYTES, Identity, Role
 from sollol.tls import TlsFiles, shown
 
 from agent.forwarder.loop import READ, WRITE, Loop
@@ -32,7 +32,6 @@ from agent.forwarder.stream import (
     write_all,
 )
 
-SECRET_BYTES = 32
 FOLLOWED_EVERY_S = 0.5
 _MAGIC = b"SOLLOL1\n"
 _NO_CERTIFICATE = "PEER_DID_NOT_RETURN_A_CERTIFICATE"
@@ -103,12 +102,12 @@ class Pool:
     """What its two ends say to each other first: which pool, and that they belong to it.
 
     Args:
-        secret: `SECRET_BYTES` that nobody else knows.
+        secret: `POOL_SECRET_BYTES` that nobody else knows.
     """
 
     def __init__(self, pool_id: str, secret: bytes) -> None:
-        if len(secret) != SECRET_BYTES:
-            raise ValueError(f"a pool's secret has {SECRET_BYTES} bytes, not {len(secret)}")
+        if len(secret) != POOL_SECRET_BYTES:
+            raise ValueError(f"a pool's secret has {POOL_SECRET_BYTES} bytes, not {len(secret)}")
         self._named = _MAGIC + hashlib.sha256(pool_id.encode()).digest()
         self.preamble = self._named + secret
 
@@ -156,7 +155,7 @@ def reach(address: tuple[str, int], files: TlsFiles, pool: Pool, lender: str) ->
 def credentials(directory: Path, pool_id: str) -> tuple[TlsFiles, Pool] | None:
     """The files, and the pool with the secret that our standard input tells. None: logged why not."""
     try:
-        secret = sys.stdin.buffer.read(SECRET_BYTES + 1)
+        secret = sys.stdin.buffer.read(POOL_SECRET_BYTES + 1)
         return TlsFiles(directory, tell=lambda _, event, **fields: log(event, **fields)), Pool(pool_id, secret)
     except (SollolError, OSError, ValueError) as error:
         log("no_tls", error=str(error))

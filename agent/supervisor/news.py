@@ -16,7 +16,7 @@ class News:
     def tell(self, instance: Instance) -> None:
         for changes in self._watchers.get(instance.instance_id, ()):
             changes.put_nowait(instance)
-        for callback in tuple(self._subscribers):
+        for callback in self._subscribers:
             callback(instance)
 
     async def watch(self, first: Instance) -> AsyncIterator[Instance]:
@@ -37,7 +37,6 @@ class News:
             if not watchers and self._watchers.get(first.instance_id) is watchers:
                 del self._watchers[first.instance_id]
 
-    def subscribe(self, callback: Callable[[Instance], None]) -> Callable[[], None]:
-        """Call `callback` with every change; returns what ends that."""
+    def subscribe(self, callback: Callable[[Instance], None]) -> None:
+        """Call `callback` with every change."""
         self._subscribers.append(callback)
-        return lambda: self._subscribers.remove(callback)

@@ -1,4 +1,4 @@
-"""The life of one supervised engine, as a table. Pure: the owner task in `instance` acts on it.
+"""The life of one supervised engine, as a table. Pure: its `owner` acts on it.
 
 A process exists exactly in the live states: only START enters them and only EXITED leaves them, so no
 path through the code can forget a child. STOP changes nothing about a dead one: its record still says why it died.
@@ -42,7 +42,6 @@ _TABLE: dict[tuple[InstanceState, Event], InstanceState] = {
     (LOST, Event.STOP): STOPPING,
     (LOST, Event.EXITED): FAILED,
     (STOPPING, Event.EXITED): STOPPED,
-    (FAILED, Event.START): STARTING,
     (FAILED, Event.BACK_OFF): BACKOFF,
     (BACKOFF, Event.RETRY_DUE): FAILED,
 }

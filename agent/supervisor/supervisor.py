@@ -278,9 +278,9 @@ class Supervisor:
         """0 when it does not run; raises SollolError: INSTANCE_NOT_FOUND."""
         return self._owners.find(instance_id).view.pid
 
-    def subscribe(self, callback: Callable[[Instance], None]) -> Callable[[], None]:
-        """Call `callback` with every change of every instance; returns what ends that."""
-        return self._news.subscribe(callback)
+    def subscribe(self, callback: Callable[[Instance], None]) -> None:
+        """Call `callback` with every change of every instance."""
+        self._news.subscribe(callback)
 
     def _wait_after(self, instance: Instance) -> float:
         if instance.refusal is not None and instance.refusal.reason in NO_DEATH:

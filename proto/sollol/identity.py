@@ -10,6 +10,8 @@ _CLUSTER = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _ID = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
 _URI = re.compile(rf"spiffe://sollol/({_CLUSTER})/(head|agent|client|admin)/({_ID})")
 _DOMAIN = "sollol"
+POOL_SECRET_BYTES = 32
+"""Of what the nodes of one pool know beside their certificates: these say who they are, not in which pool."""
 
 
 class Role(StrEnum):

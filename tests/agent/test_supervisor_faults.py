@@ -279,10 +279,9 @@ async def test_a_pool_id_never_becomes_a_path(tmp_path: Path) -> None:
 async def test_a_pid_is_known_exactly_while_there_is_a_process(tmp_path: Path) -> None:
     async with supervising(tmp_path, fake_engine("load_s=0.1")) as supervisor:
         seen: list[Instance] = []
-        end = supervisor.subscribe(seen.append)
+        supervisor.subscribe(seen.append)
         await started(supervisor, "p", plan_of("m"))
         await supervisor.stop("p")
-        end()
     assert all(item.state in LIVE for item in seen if item.pid)
     assert not seen[-1].pid
 

@@ -21,8 +21,9 @@ def test_every_state_is_reachable_from_stopped() -> None:
     assert reachable(InstanceState.STOPPED) == set(InstanceState)
 
 
-def test_every_state_can_reach_stopped() -> None:
-    assert all(InstanceState.STOPPED in reachable(state) for state in InstanceState)
+def test_every_live_state_can_reach_stopped_and_what_died_never_lives_again() -> None:
+    assert all(InstanceState.STOPPED in reachable(state) for state in LIVE)
+    assert not reachable(InstanceState.FAILED) & LIVE
 
 
 def test_only_exited_leaves_the_live_states() -> None:
