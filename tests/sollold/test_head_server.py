@@ -13,6 +13,7 @@ from sollold.front.grpc import InferenceService
 from sollold.operators import ClusterService
 from sollold.server import HeadServer
 from tests.fakes.fake_keys import OPEN
+from tests.fakes.fake_metrics import counting
 from tests.waiting import wait_until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -40,7 +41,7 @@ def cluster():
 @asynccontextmanager
 async def serving(cluster, port):
     catalogue = Catalogue(cluster, stale_after_s=8.0)
-    inference = InferenceService(None, catalogue, OPEN)
+    inference = InferenceService(None, catalogue, OPEN, counting())
     operators = ClusterService(cluster, None, catalogue, decide=None)
     server = HeadServer(inference, operators, is_ready=catalogue.ready)
     await server.listen(f"127.0.0.1:{port}")
