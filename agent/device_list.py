@@ -13,7 +13,7 @@ from agent.engine_devices import EngineDevice
 log = structlog.get_logger(__name__)
 
 EVERY_S = 60.0
-_TAKES_OR_FREES = frozenset({InstanceState.READY, InstanceState.STOPPED, InstanceState.FAILED, InstanceState.BACKOFF})
+_FREES = frozenset({InstanceState.STOPPED, InstanceState.FAILED, InstanceState.BACKOFF})
 
 Listing = Callable[[], Awaitable[Sequence[EngineDevice] | None]]
 
@@ -27,6 +27,10 @@ class Listener(Protocol):
         ...
 
     def heard_engine(self, devices: Sequence[EngineDevice]) -> None: ...
+
+    def engine_outdated(self) -> None:
+        """Less is free than the last list says, nobody knows how much."""
+        ...
 
 
 class DeviceList:
@@ -46,9 +50,17 @@ class DeviceList:
         self._every_s = every_s
         self._due = asyncio.Event()
         self._silent = False
+        self._ready: set[str] = set()
 
     def instance_changed(self, instance: Instance) -> None:
-        if instance.state in _TAKES_OR_FREES:
+        """From READY on the ledger takes an instance's bytes for measured: a list from before must not count."""
+        became_ready = instance.state is InstanceState.READY and instance.instance_id not in self._ready
+        if became_ready:
+            self._ready.add(instance.instance_id)
+            self._listener.engine_outdated()
+        elif instance.state is not InstanceState.READY:
+            self._ready.discard(instance.instance_id)
+        if became_ready or instance.state in _FREES:
             self._due.set()
 
     async def run(self) -> None:
@@ -62,6 +74,8 @@ class DeviceList:
 
     async def _refresh(self) -> None:
         devices = await self._ask()
+        if self._due.is_set():
+            return  # something has changed meanwhile: the list may be from before, and is asked for again
         if devices is None:
             if not self._silent:  # the former figures stand, with their age
                 log.warning("engine_lists_no_devices", hint="what is free on its GPUs is as old as its last list")

@@ -60,6 +60,7 @@ class Probe:
         self._drivers = tuple(_DriverWatch(driver, clock) for driver in drivers)
         self._engine: tuple[EngineDevice, ...] = ()
         self._engine_heard_s = clock()
+        self._engine_is_outdated = False
         self._pairs: list[tuple[EngineDevice | None, Gpu | None]] = []
         self._told_alone: set[str] = set()
         self._told_caps: set[str] = set()
@@ -74,6 +75,11 @@ class Probe:
         """Take the engine's newest list of devices: these are the usable ones, under the engine's names."""
         self._engine = tuple(devices)
         self._engine_heard_s = self._clock()
+        self._engine_is_outdated = False
+
+    def engine_outdated(self) -> None:
+        """What it alone knows counts for nothing until its next list: an engine has taken memory since."""
+        self._engine_is_outdated = True
 
     @property
     def engine_alone(self) -> bool:
@@ -145,7 +151,7 @@ class Probe:
 
     def _slice(self, device: Device, engine: EngineDevice) -> Device:
         """The driver tells of the whole GPU, the engine of its part, as long ago as it was asked: the less counts."""
-        free = min(device.measured_free_bytes, engine.free_bytes)
+        free = min(device.measured_free_bytes, self._engines_free_bytes(engine))
         return replace(
             device,
             total_bytes=engine.total_bytes,
@@ -156,17 +162,21 @@ class Probe:
 
     def _engines_own(self, engine: EngineDevice, cpu: Device) -> Device:
         """A device that only the engine knows (Vulkan, Metal): its figures are as old as its list."""
+        free = self._engines_free_bytes(engine)
         device = Device(
             device_id=engine.device_id,
             kind=DeviceKind.GPU,
             name=engine.description,
             vendor=vendor_of(engine),
             total_bytes=engine.total_bytes,
-            free_bytes=engine.free_bytes,
-            measured_free_bytes=engine.free_bytes,
+            free_bytes=free,
+            measured_free_bytes=free,
             age_s=self._clock() - self._engine_heard_s,
         )
         return _on_ram(device, engine.total_bytes, None, cpu) if shares_ram(engine) else device
+
+    def _engines_free_bytes(self, engine: EngineDevice) -> int:
+        return 0 if self._engine_is_outdated else engine.free_bytes
 
     def _tell_caps_of_nothing(self, devices: Sequence[Device]) -> None:
         """Once each: a cap with a typing error protects nothing. A device can come later, with its driver."""

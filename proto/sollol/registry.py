@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import msgspec
-import structlog
 from msgspec import Struct
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
@@ -29,8 +28,6 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import RedisError
 
 from sollol.report import DeviceKind, Report
-
-log = structlog.get_logger(__name__)
 
 NODES_KEY = "sollol:nodes"
 EVENTS_KEY = "sollol:events"

@@ -171,6 +171,18 @@ async def test_a_device_that_only_the_engine_knows_has_its_figures_and_their_age
     assert (gpu.total_bytes, gpu.measured_free_bytes, gpu.age_s) == (16 * GIB, 15 * GIB, 90)
 
 
+async def test_until_its_next_list_an_outdated_engine_has_nothing_free(tmp_path: Path):
+    bench = Bench(tmp_path, FakeNvml([RTX]))
+    devices = [listed("Vulkan0", "Intel(R) Arc(tm) A770 Graphics (DG2)", 16 * GIB, 15 * GIB)]
+    devices += [listed("CUDA0", RTX.name, 10 * GIB, 9 * GIB), listed("Vulkan1", "Intel(R) UHD Graphics", GIB, GIB)]
+    bench.probe.heard_engine(devices)
+    assert [gpu.free_bytes // GIB for gpu in await bench.gpus()] == [15, 9, 1]
+    bench.probe.engine_outdated()
+    assert [gpu.free_bytes // GIB for gpu in await bench.gpus()] == [0, 0, 1]  # the last one has what the CPU has
+    bench.probe.heard_engine(devices)
+    assert [gpu.free_bytes // GIB for gpu in await bench.gpus()] == [15, 9, 1]
+
+
 @pytest.mark.parametrize(
     ("device_id", "description"),
     [("Metal", "Apple M2"), ("MTL0", "Apple M2 Max"), ("Vulkan0", "Intel(R) UHD Graphics 620 (KBL GT2)")],

@@ -31,10 +31,18 @@ class Bench:
         self.asked = 0
         self.heard: list[int] = []
         self.changes = 0
+        self.outdated = 0
+        self.go_on = asyncio.Event()
+        self.go_on.set()
 
     async def ask(self) -> tuple[EngineDevice, ...] | None:
         self.asked += 1
-        return None if self.free is None else (gpu(self.free),)
+        free = self.free
+        await self.go_on.wait()
+        return None if free is None else (gpu(free),)
+
+    def engine_outdated(self) -> None:
+        self.outdated += 1
 
     def heard_engine(self, devices: Sequence[object]) -> None:
         self.heard += [device.free_bytes // GIB for device in devices]
@@ -66,6 +74,29 @@ async def test_it_asks_when_an_instance_has_taken_or_freed_memory(state: Instanc
         devices.instance_changed(instance(state))
         await wait_until(lambda: bench.changes, what="a new report")
         assert (bench.heard, bench.asked) == ([3], 1)
+
+
+async def test_only_the_first_word_of_being_ready_makes_the_list_outdated():
+    bench = Bench()
+    async with bench.running() as devices:
+        for state in (InstanceState.STARTING, InstanceState.READY, InstanceState.READY, InstanceState.STOPPED):
+            devices.instance_changed(instance(state))
+        assert bench.outdated == 1
+        devices.instance_changed(instance(InstanceState.READY))
+        assert bench.outdated == 2
+
+
+async def test_a_list_from_before_an_instance_took_memory_is_not_heard():
+    bench = Bench()
+    bench.go_on.clear()
+    async with bench.running() as devices:
+        devices.instance_changed(instance(InstanceState.STOPPED))
+        await wait_until(lambda: bench.asked == 1, what="it asks")
+        bench.free = 2
+        devices.instance_changed(instance(InstanceState.READY))
+        bench.go_on.set()
+        await wait_until(lambda: bench.changes, what="it has asked again")
+        assert bench.heard == [2]
 
 
 async def test_it_asks_from_time_to_time_and_not_while_drivers_tell_everything():
