@@ -43,7 +43,7 @@ async def serving(cluster, port):
     catalogue = Catalogue(cluster, stale_after_s=8.0)
     inference = InferenceService(None, catalogue, OPEN, counting())
     operators = ClusterService(cluster, None, catalogue, decide=None)
-    server = HeadServer(inference, operators, is_ready=catalogue.ready)
+    server = HeadServer(inference, operators, is_ready=catalogue.ready, peer_refused=lambda _: None)
     await server.listen(f"127.0.0.1:{port}")
     following = asyncio.create_task(server.follow())
     try:
