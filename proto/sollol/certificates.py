@@ -16,18 +16,25 @@ from msgspec import Struct
 from sollol.identity import Identity, parse
 
 _PEM = re.compile(rb"-----BEGIN CERTIFICATE-----\s+([A-Za-z0-9+/=\s]+?)-----END CERTIFICATE-----")
-_SEQUENCE, _OCTETS, _BOOLEAN, _OID, _UTC_TIME, _TIME = 0x30, 0x04, 0x01, 0x06, 0x17, 0x18
-_VERSION, _EXTENSIONS, _URI = 0xA0, 0xA3, 0x86
-_ALTERNATIVE_NAMES = bytes((0x55, 0x1D, 0x11))
+_SEQUENCE, _OCTETS, _UTC_TIME, _TIME = 0x30, 0x04, 0x17, 0x18
+_VERSION, _EXTENSIONS, _URI, _KEY_ID = 0xA0, 0xA3, 0x86, 0x80
+_OWN_KEY, _ALTERNATIVE_NAMES, _SIGNERS_KEY = (bytes((0x55, 0x1D, last)) for last in (0x0E, 0x11, 0x23))
 
 
 class Certificate(Struct, frozen=True):
-    """`serial` is lower-case hexadecimal; times are seconds since 1970."""
+    """Serial number and ids of keys are lower-case hexadecimal; times are seconds since 1970.
+
+    Attributes:
+        key_id: Names the key of an authority; empty for others.
+        signed_by: The `key_id` of the authority that has signed it. TLS believes no other signature.
+    """
 
     identity: Identity | None
     serial: str
     not_before_s: float
     not_after_s: float
+    key_id: str = ""
+    signed_by: str = ""
 
 
 @lru_cache(maxsize=1024)
@@ -46,6 +53,11 @@ def read(pem: bytes) -> Certificate:
         raise ValueError(f"not a certificate in PEM form: {error}") from error
 
 
+def read_all(pem: bytes) -> tuple[Certificate, ...]:
+    """Every certificate of a PEM text. Raises ValueError as `read`."""
+    return tuple(read(found[0]) for found in _PEM.finditer(pem))
+
+
 def read_der(der: bytes) -> Certificate:
     """Raises ValueError: it is not X.509."""
     try:
@@ -60,25 +72,26 @@ def _read(der: bytes) -> Certificate:
     if len(fields) < 6:
         raise ValueError("not an X.509 certificate: fields are missing")
     before, after = (_time(*item) for item in items(fields[3][1]))
-    extensions = next((content for tag, content in fields[6:] if tag == _EXTENSIONS), None)
-    uris = _uris(extensions) if extensions is not None else ()
+    said = next((extensions(content) for tag, content in fields[6:] if tag == _EXTENSIONS), {})
+    names = items(one(said[_ALTERNATIVE_NAMES], _SEQUENCE)) if _ALTERNATIVE_NAMES in said else ()
+    uris = (content.decode("ascii") for tag, content in names if tag == _URI)
     identities = [identity for identity in map(parse, uris) if identity is not None]
+    signers = items(one(said[_SIGNERS_KEY], _SEQUENCE)) if _SIGNERS_KEY in said else ()
     return Certificate(
         # Two names would let their owner choose.
         identity=identities[0] if len(identities) == 1 else None,
         serial=fields[0][1].hex().lstrip("0"),
         not_before_s=before,
         not_after_s=after,
+        key_id=one(said[_OWN_KEY], _OCTETS).hex() if _OWN_KEY in said else "",
+        signed_by=next((content.hex() for tag, content in signers if tag == _KEY_ID), ""),
     )
 
 
-def _uris(extensions: bytes) -> tuple[str, ...]:
-    for _, extension in items(one(extensions, _SEQUENCE)):
-        parts = [item for item in items(extension) if item[0] != _BOOLEAN]
-        if parts[0] == (_OID, _ALTERNATIVE_NAMES):
-            names = items(one(parts[1][1], _SEQUENCE))
-            return tuple(content.decode("ascii") for tag, content in names if tag == _URI)
-    return ()
+def extensions(content: bytes) -> dict[bytes, bytes]:
+    """What each extension says, by its object identifier; whether it is critical lies between the two."""
+    found = (list(items(extension)) for _, extension in items(one(content, _SEQUENCE)))
+    return {parts[0][1]: parts[-1][1] for parts in found}
 
 
 def _time(tag: int, content: bytes) -> float:

@@ -12,11 +12,13 @@ class Material(Struct, frozen=True, kw_only=True):
     """What the files held at one moment, checked to belong together.
 
     Attributes:
+        authorities: The `key_id` of each in `ca`.
         chain: The certificate, PEM.
         revoked: Who is refused whatever their certificate says.
     """
 
     ca: bytes
+    authorities: frozenset[str]
     chain: bytes
     key: bytes
     revoked: Revocations
@@ -35,6 +37,10 @@ def admitted(peer: Certificate, own: Material, *, now_s: float) -> Identity:
         who = identity or "nobody that SOLLOL knows"
         raise refuse(
             Reason.FOREIGN_CERTIFICATE, f"the certificate is that of {who}; this is cluster {own.identity.cluster}"
+        )
+    if peer.signed_by not in own.authorities:
+        raise refuse(
+            Reason.FOREIGN_CERTIFICATE, f"the certificate of {identity} is of an authority that is trusted no more"
         )
     if now_s > peer.not_after_s:
         raise refuse(

@@ -9,12 +9,12 @@ import re
 
 from msgspec import Struct
 
-from sollol.certificates import items, one
+from sollol.certificates import extensions, items, one
 from sollol.errors import Reason, refuse
 
 _PEM = re.compile(rb"-----BEGIN X509 CRL-----\s+([A-Za-z0-9+/=\s]+?)-----END X509 CRL-----")
 _MOST_BYTES = 1 << 20
-_INTEGER, _SEQUENCE, _OCTETS, _OID, _EXTENSIONS = 0x02, 0x30, 0x04, 0x06, 0xA0
+_INTEGER, _SEQUENCE, _EXTENSIONS = 0x02, 0x30, 0xA0
 _CRL_NUMBER = bytes((0x55, 0x1D, 0x14))
 
 
@@ -42,19 +42,17 @@ def read(pem: bytes) -> Revocations:
         revoked = fields[5][1] if fields[5][0] == _SEQUENCE else b""
         serials = (one(entry, _INTEGER) for _, entry in items(revoked))
         return Revocations(
-            number=_number(fields[-1]), serials=frozenset(each.hex().lstrip("0") for each in serials), pem=pem
+            number=_number(*fields[-1]), serials=frozenset(each.hex().lstrip("0") for each in serials), pem=pem
         )
     except (IndexError, ValueError) as error:
         raise ValueError(f"not a list of revoked certificates: {error}") from error
 
 
-def _number(extensions: tuple[int, bytes]) -> int:
-    if extensions[0] == _EXTENSIONS:
-        for _, extension in items(one(extensions[1], _SEQUENCE)):
-            parts = list(items(extension))
-            if parts[0] == (_OID, _CRL_NUMBER):
-                return int.from_bytes(one(one(extension[len(_CRL_NUMBER) + 2 :], _OCTETS), _INTEGER), "big")
-    raise ValueError("it has no number")
+def _number(tag: int, content: bytes) -> int:
+    said = extensions(content) if tag == _EXTENSIONS else {}
+    if _CRL_NUMBER not in said:
+        raise ValueError("it has no number")
+    return int.from_bytes(one(said[_CRL_NUMBER], _INTEGER), "big")
 
 
 def verified(pem: bytes, ca: bytes) -> Revocations:

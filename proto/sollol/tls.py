@@ -186,6 +186,7 @@ class TlsFiles:
             certificate = certificates.read(chain)
             material = Material(
                 ca=ca,
+                authorities=frozenset(each.key_id for each in certificates.read_all(ca) if each.key_id),
                 chain=chain,
                 key=key,
                 revoked=self._revoked(),

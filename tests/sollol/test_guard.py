@@ -16,7 +16,7 @@ from sollol.identity import Role, checked
 from sollol.tls import TlsFiles
 from structlog.testing import capture_logs
 
-from tests.certificates import authority, revoke, write_identity
+from tests.certificates import authority, replace_file, revoke, write_identity
 from tests.waiting import wait_until
 
 KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
@@ -212,6 +212,25 @@ async def endlessly(channel, method):
                 pass
     except grpc.aio.AioRpcError as error:
         return error
+
+
+async def test_calls_under_an_authority_that_is_trusted_no_more_end_at_once(tmp_path):
+    begun, ended, former = [], [], authority()
+    async with guarding(tmp_path, [], endless(begun, ended)) as guarded:
+        both = guarded.ours.certificate + former.certificate
+        replace_file(tmp_path / "server" / "ca.pem", both)
+        old = TlsFiles(write_identity(tmp_path / "old", former, "head", "old", trusts=both))
+        new = TlsFiles(write_identity(tmp_path / "new", guarded.ours, "head", "new"))
+        address = f"127.0.0.1:{guarded.port}"
+        async with open_channel(address, old.current()) as before, open_channel(address, new.current()) as after:
+            calls = [asyncio.create_task(endlessly(channel, "stream_stream")) for channel in (before, after)]
+            await wait_until(lambda: len(begun) == 2, what="both run")
+            replace_file(tmp_path / "server" / "ca.pem", guarded.ours.certificate)
+            assert refusal_of(await asyncio.wait_for(calls[0], 5)).reason is Reason.FOREIGN_CERTIFICATE
+            assert await refused(before, "unary_unary") is Reason.FOREIGN_CERTIFICATE
+            assert not calls[1].done()
+            calls[1].cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
 
 
 async def test_a_call_that_has_ended_is_not_cut_later(guarded):

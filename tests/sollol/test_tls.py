@@ -53,6 +53,9 @@ def test_the_fields_read_are_those_that_cryptography_reads(tmp_path, ours):
         assert read.not_before_s == known.not_valid_before_utc.timestamp()
         assert read.not_after_s == known.not_valid_after_utc.timestamp()
         assert read.identity == checked("test", "agent", "n1")
+        signer = known.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
+        assert (read.signed_by, read.key_id) == (signer.hex(), "")
+        assert certificates.read(ours.certificate).key_id == signer.hex()
 
 
 def test_a_certificate_cut_off_anywhere_is_a_value_error(tmp_path, ours):
