@@ -19,6 +19,7 @@ from sollold.streams import Dispatcher, EngineRequest, EngineStream, ProgressSin
 
 # The last frame and the terminal event come in one chunk or two; perhaps the frame is cut.
 _LAST_CHUNKS = 4
+_TERMINAL = b"data: %s\n\n" % DONE
 
 
 class Tokens(Struct, frozen=True):
@@ -111,6 +112,9 @@ class MeteredStream:
     async def __aiter__(self) -> AsyncIterator[bytes]:
         async for chunk in self._stream:
             self._permit.charge(self._tally.feed(chunk))
+            if chunk.endswith(_TERMINAL):  # nothing is owed any more to whoever has read the end and asks again
+                self._permit.charge(self._tally.settle())
+                self._permit.release()
             yield chunk
 
     async def aclose(self) -> None:

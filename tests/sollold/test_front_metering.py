@@ -86,7 +86,6 @@ async def test_a_whole_stream_costs_its_usage_and_passes_unchanged(meter):
         stream = await opened_
         assert [chunk async for chunk in stream] == list(HELLO)
         assert (stream.node_id, stream.instance_id, stream.model, stream.status) == ("node-a", "pool-0", "tiny", 200)
-        assert meter.running == 1
     assert (meter.used, meter.running) == (7, 0)
     assert dispatcher.answer.closed
     assert dispatcher.requests[0].asker == "alice"
@@ -95,7 +94,13 @@ async def test_a_whole_stream_costs_its_usage_and_passes_unchanged(meter):
 async def test_a_running_stream_is_paid_for_as_it_goes(meter):
     async with opening(FakeDispatcher(FakeStream(chunks=HELLO)), meter.permit()) as opened_:
         used = [meter.used async for _ in await opened_]
-    assert used == [101, 102, 103, 104, 105, 106]
+    assert used == [101, 102, 103, 104, 105, 7]
+
+
+async def test_a_key_is_free_for_its_next_request_when_the_end_of_this_one_leaves(meter):
+    async with opening(FakeDispatcher(FakeStream(chunks=HELLO)), meter.permit()) as opened_:
+        running = [meter.running async for _ in await opened_]
+    assert running == [1, 1, 1, 1, 1, 0]
 
 
 async def test_whoever_leaves_early_has_paid_for_what_was_sent(meter):
