@@ -29,7 +29,7 @@ class Forwarding:
     async def connect(self, source: str = "127.0.0.1") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_connection("127.0.0.1", self.status.port, local_addr=(source, 0))
 
-    async def ended(self, within_s: float = 3) -> str:
+    async def ended(self, within_s: float = 10) -> str:
         assert await asyncio.wait_for(self.process.wait(), within_s) == 0
         return self.status.ended
 
@@ -114,7 +114,7 @@ async def ask(link: tuple[asyncio.StreamReader, asyncio.StreamWriter], data: byt
     return await asyncio.wait_for(reader.readexactly(len(data)), 5)
 
 
-async def is_cut(link: tuple[asyncio.StreamReader, asyncio.StreamWriter], within_s: float = 1) -> bool:
+async def is_cut(link: tuple[asyncio.StreamReader, asyncio.StreamWriter], within_s: float = 5) -> bool:
     try:
         return await asyncio.wait_for(link[0].read(1), within_s) == b""
     except ConnectionError:
@@ -142,7 +142,7 @@ class Tunnelling:
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_connection("127.0.0.1", self.route.port)
 
-    async def ended(self, within_s: float = 3) -> str:
+    async def ended(self, within_s: float = 10) -> str:
         assert await asyncio.wait_for(self.process.wait(), within_s) == 0
         return self.status.ended
 

@@ -258,7 +258,7 @@ def readable_or_refused(path):
         assert refusal.message.isprintable()
 
 
-FUZZ = settings(max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=150, deadline=20_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @FUZZ
