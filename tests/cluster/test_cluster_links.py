@@ -16,7 +16,7 @@ from tests.cluster.ask import TOKENS, Question
 from tests.cluster.seed import ADDRESSES, HEAD, LARGE, Cluster, await_true, seed_cluster
 from tests.tiny_model import PIECES
 
-pytestmark = [pytest.mark.engine, pytest.mark.root, pytest.mark.usefixtures("as_root"), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.engine, pytest.mark.root, pytest.mark.usefixtures("as_root"), pytest.mark.timeout(240)]
 
 MODEL = "recital"
 SLOW, FAST = "192.168.1.21", "192.168.1.22"

@@ -12,7 +12,7 @@ from tests.cluster.ask import TOKENS, Question
 from tests.cluster.seed import ADDRESSES, HEAD, Cluster, await_true, seed_cluster
 from tests.tiny_model import PIECES
 
-pytestmark = [pytest.mark.engine, pytest.mark.root, pytest.mark.usefixtures("as_root"), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.engine, pytest.mark.root, pytest.mark.usefixtures("as_root"), pytest.mark.timeout(240)]
 
 MODEL = "recital"
 CAPS = dict(zip(ADDRESSES, (100_000_000, 480_000_000, 480_000_000, 480_000_000), strict=True))
@@ -35,7 +35,7 @@ def cluster(reciting_model: Path, engine_binary: Path) -> Iterator[Cluster]:
 def test_hosts_with_certificates_serve_a_model_and_strangers_nothing(cluster: Cluster) -> None:
     (answer,) = cluster.ask([Question(head=f"{HEAD}:7461", model=MODEL)])
     assert (answer.reason, answer.text) == ("", "".join(PIECES[:TOKENS])), answer
-    await_true(lambda: cluster.sollol("links").returncode == 0, 10, "sollol links answers")
+    await_true(lambda: cluster.sollol("links").returncode == 0, 60, "sollol links answers")
 
     stranger = Cluster(cluster.hosts, cluster.directory)
     for command in (("nodes",), ("pools",), ("unload", MODEL)):

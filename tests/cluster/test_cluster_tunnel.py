@@ -23,11 +23,11 @@ from tests.cluster.test_cluster_loss import (
     body,
     engine_pids,
     lenders_of,
-    pool_of,
+    pool_seen,
     streaming,
 )
 
-pytestmark = [pytest.mark.engine, pytest.mark.root, pytest.mark.usefixtures("as_root")]
+pytestmark = [pytest.mark.engine, pytest.mark.root, pytest.mark.usefixtures("as_root"), pytest.mark.timeout(240)]
 
 MODEL = "overheard"
 PROMPT = "the-walls-have-ears-5f0c1a2b"
@@ -90,7 +90,7 @@ def running(engine: Path, model: Path, *, secured: bool) -> Iterator[tuple[Clust
                 asked = body(MODEL, max_tokens=50, messages=[{"role": "user", "content": PROMPT}])
                 said = cluster.hosts[HEAD].run(sys.executable, "-c", ASK, URL, asked)
                 assert '"choices"' in said.stdout, said.stdout + cluster.log_of("head")[-2000:]
-            assert len(lenders_of(pool_of(cluster, MODEL))) == 2
+            assert len(lenders_of(pool_seen(cluster, MODEL))) == 2
             yield cluster, capture
 
 
@@ -112,7 +112,7 @@ def test_with_certificates_a_listener_reads_nothing_and_nobody_else_gets_in(engi
         assert capture.stat().st_size > reciting_model.stat().st_size // 2
         assert PROMPT.encode() not in capture.read_bytes()
         assert seen_in(capture, weights(reciting_model)) == 0
-        pool = pool_of(cluster, MODEL)
+        pool = pool_seen(cluster, MODEL)
         lender = next(address for address in lenders_of(pool) if address not in (HEAD, address_of(pool["node_id"])))
         others = [address for address in ADDRESSES if address not in (lender, address_of(pool["node_id"]))]
         no_way_to_the_backend(cluster, lender, others)
@@ -143,21 +143,23 @@ def no_way_through_the_forwarder(cluster: Cluster, pool: dict[str, Any], lender:
             sys.executable, "-P", "-c", KNOCK, lender, str(port), identity, pool["pool_id"]
         )
         assert knocked.stdout.strip() == "b''", knocked
-    log = (cluster.directory / lender / "log" / f"{pool['pool_id']}.backend.forwarder.log").read_text()
-    print(log)
-    assert f'"why": "wrong_node", "who": "agent {node_id_of(third)} of seed"' in log
-    assert f'"why": "wrong_secret", "who": "agent {pool["node_id"]} of seed"' in log
+    log = cluster.directory / lender / "log" / f"{pool['pool_id']}.backend.forwarder.log"
+    for line in (
+        f'"why": "wrong_node", "who": "agent {node_id_of(third)} of seed"',
+        f'"why": "wrong_secret", "who": "agent {pool["node_id"]} of seed"',
+    ):
+        await_true(lambda line=line: line in log.read_text(), 10, lambda line=line: f"{line} in {log.read_text()}")
 
 
 def a_pulled_cable_is_told(cluster: Cluster, pool: dict[str, Any], lender: str) -> None:
     with streaming(cluster, MODEL) as stream:
         cluster.hosts[lender].link_down()
-        await_true(lambda: stream.ended_s, 11, "the stream ends")
+        await_true(lambda: stream.ended_s, 20, "the stream ends")
         assert stream.error is not None
         assert node_id_of(lender) in stream.error["message"]
     answered = cluster.hosts[HEAD].run(sys.executable, "-c", ASK, URL, body(MODEL, max_tokens=50))
     assert '"choices"' in answered.stdout
-    assert lender not in lenders_of(pool_of(cluster, MODEL))
+    assert lender not in lenders_of(pool_seen(cluster, MODEL, besides=pool["pool_id"]))
     cluster.hosts[lender].link_up()
 
 
