@@ -19,8 +19,8 @@ from agent.supervisor.files import Directories, files_of
 from tests.tiny_model import PIECES
 from tests.waiting import wait_until
 
-READY_WITHIN_S = 30
-CLI_WITHIN_S = 20
+READY_WITHIN_S = 60
+CLI_WITHIN_S = 60
 ANSWER_WITHIN_S = 60
 RECITED = 20
 RECITAL_20 = "".join(PIECES[:RECITED])
@@ -89,7 +89,7 @@ class Cluster:
                 assert response.status == 200, await response.text()
                 yield events_of(response)
 
-    async def cli(self, *words: str, stdin: bytes = b"") -> tuple[int, str, str]:
+    async def cli(self, *words: str, stdin: bytes = b"", within_s: float = CLI_WITHIN_S) -> tuple[int, str, str]:
         """Exit status, standard output and standard error of one `sollol` command."""
         process = await asyncio.create_subprocess_exec(
             *(
@@ -109,7 +109,7 @@ class Cluster:
             env=self.environ,
         )
         try:
-            out, err = await asyncio.wait_for(process.communicate(stdin), CLI_WITHIN_S)
+            out, err = await asyncio.wait_for(process.communicate(stdin), within_s)
         finally:
             if process.returncode is None:
                 process.kill()
@@ -126,7 +126,7 @@ class Cluster:
             found = [pool for pool in await self.pools(model) if pool.instance.state is InstanceState.READY]
             return found[0] if found else None
 
-        found = await wait_until(ready, within_s=10, what=f"a ready pool of {model} is reported")
+        found = await wait_until(ready, within_s=20, what=f"a ready pool of {model} is reported")
         assert found is not None
         return found
 
@@ -165,7 +165,13 @@ class Cluster:
                 for report in reports
             )
 
-        await wait_until(settled, within_s=5, what="bytes are reserved for ready pools only")
+        await wait_until(settled, within_s=20, what="bytes are reserved for ready pools only")
+
+    async def nothing_is_reserved(self) -> None:
+        async def none() -> bool:
+            return not await self.reserved()
+
+        await wait_until(none, within_s=20, what="no byte is reserved any more")
 
     async def nodes_seen(self, count: int) -> None:
         async def seen() -> bool:

@@ -17,7 +17,7 @@ from tests.e2e.cluster import READY_WITHIN_S, Cluster
 from tests.redis_fixture import redis_command, wait_for_redis
 from tests.waiting import wait_until
 
-STOPPED_WITHIN_S = 20
+STOPPED_WITHIN_S = 40
 
 
 class Up(Cluster):

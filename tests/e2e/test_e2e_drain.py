@@ -57,7 +57,7 @@ async def test_a_drain_lets_a_stream_end_sends_others_elsewhere_and_holds_throug
     running = asyncio.create_task(long_stream(cluster, begun))
     await asyncio.wait_for(begun.wait(), 20)
 
-    drain = asyncio.create_task(cluster.cli("drain", node, "--timeout", "60"))
+    drain = asyncio.create_task(cluster.cli("drain", node, "--timeout", "60", within_s=90))
 
     async def draining():
         return (await cordoned(cluster))[node] == (True, True)
@@ -132,7 +132,7 @@ async def test_draining_a_lender_lets_the_pool_it_lends_to_end_its_stream_first(
     running = asyncio.create_task(long_stream(by_hand, begun))
     await asyncio.wait_for(begun.wait(), 20)
 
-    drain = asyncio.create_task(by_hand.cli("drain", lender, "--timeout", "60"))
+    drain = asyncio.create_task(by_hand.cli("drain", lender, "--timeout", "60", within_s=90))
     events = await running
     status, _, err = await drain
 

@@ -140,6 +140,6 @@ async def test_a_device_with_the_commands_of_the_readme_hears_each_token_when_th
     assert len(device.pieces("long")) < 200
 
     assert await up.end() == 0, up.errors
-    assert heard.last("sollol/v1/default/node/node-1/status") == "offline"
-    assert heard.last(state) == ""
+    await heard.says("sollol/v1/default/node/node-1/status", "offline")
+    await heard.says(state, "")
     assert "homeassistant/device/sollol_default_node-1/config" in {topic for _, topic, _ in heard.messages}

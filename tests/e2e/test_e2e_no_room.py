@@ -86,7 +86,7 @@ def taken(ports):
 async def test_a_head_whose_port_is_taken_ends_with_that_reason(by_hand, taken, flag):
     head = by_hand.start_head(flag, str(taken))
 
-    assert head.wait(10) == SURFACES[Reason.PORT_TAKEN].exit_code
+    assert head.wait(30) == SURFACES[Reason.PORT_TAKEN].exit_code
     last = json.loads(by_hand.log("head").splitlines()[-1])
     assert (last["event"], last["reason"]) == ("ended_by_refusal", Reason.PORT_TAKEN)
     assert str(taken) in last["message"]
@@ -97,7 +97,7 @@ async def test_an_agent_whose_port_is_taken_ends_with_that_reason_and_is_not_lis
     agent = by_hand.start_agent("node", "--port", str(taken))
     by_hand.start_head()
 
-    assert agent.wait(20) == SURFACES[Reason.PORT_TAKEN].exit_code
+    assert agent.wait(30) == SURFACES[Reason.PORT_TAKEN].exit_code
     last = json.loads(by_hand.log("node").splitlines()[-1])
     assert (last["event"], last["reason"]) == ("ended_by_refusal", Reason.PORT_TAKEN)
     assert str(taken) in last["message"]
@@ -113,7 +113,7 @@ async def test_a_second_agent_on_the_same_state_is_turned_away_and_the_first_ser
 
     second = by_hand.start_agent("node", "--port", str(ports()))
 
-    assert second.wait(20) == SURFACES[Reason.PORT_TAKEN].exit_code
+    assert second.wait(30) == SURFACES[Reason.PORT_TAKEN].exit_code
     by_hand.processes["first"] = first
     assert await by_hand.say(RECITER)
 
@@ -122,5 +122,5 @@ async def test_a_second_agent_on_the_same_state_is_turned_away_and_the_first_ser
 async def test_an_agent_whose_configured_engine_is_not_there_says_so_and_ends(by_hand):
     agent = by_hand.start_agent("node", "--engine", str(Path("/no/such/llama-server")))
 
-    assert agent.wait(10) == SURFACES[Reason.ENGINE_MISSING].exit_code
+    assert agent.wait(30) == SURFACES[Reason.ENGINE_MISSING].exit_code
     assert json.loads(by_hand.log("node").splitlines()[-1])["reason"] == Reason.ENGINE_MISSING

@@ -87,13 +87,13 @@ async def test_a_request_that_meets_a_restarting_agent_is_served_warm_by_the_sam
     await by_hand.nodes_seen(2)
 
     by_hand.processes["node"].send_signal(number)
-    await asyncio.to_thread(by_hand.processes["node"].wait, 10)
+    await asyncio.to_thread(by_hand.processes["node"].wait, 20)
     by_hand.start_agent("node")
 
     _, last = await asyncio.wait_for(task, 5)
     word = Reason.AGENT_RESTARTING if number is signal.SIGTERM else Reason.AGENT_UNREACHABLE
     assert (last["error"]["code"], last["error"]["retry"]) == (word, "RETRYABLE")
-    assert await asyncio.wait_for(by_hand.say(RANDOM), 5)
+    assert await asyncio.wait_for(by_hand.say(RANDOM), 20)
     after = await by_hand.ready_pool(RANDOM)
     assert (after.instance.instance_id, after.instance.pid) == (before.instance.instance_id, before.instance.pid)
     assert len(await by_hand.pools(RANDOM)) == 1
@@ -122,8 +122,8 @@ async def test_a_stopped_agent_takes_its_engines_along_and_is_not_listed_any_mor
 
     cluster.processes["node"].terminate()
 
-    assert await asyncio.to_thread(cluster.processes["node"].wait, 10) == 0
-    await gone([engine], 0.5, "its engine has ended before it")
+    assert await asyncio.to_thread(cluster.processes["node"].wait, 20) == 0
+    await gone([engine], 2, "its engine has ended before it")
     await cluster.nodes_seen(0)
 
 
@@ -164,7 +164,7 @@ async def test_a_new_head_serves_warm_without_the_old_one_and_without_redis(clus
         except (aiohttp.ClientError, KeyError):
             return ""
 
-    assert await wait_until(answered, within_s=5, what="the new head answers") == RECITAL_20
+    assert await wait_until(answered, within_s=30, what="the new head answers") == RECITAL_20
     assert "pool_starting" not in cluster.log("next")
     cluster.start_head()
     await cluster.nodes_seen(1)
@@ -187,12 +187,12 @@ async def test_losing_redis_ends_no_stream_and_hides_no_known_node(cluster):
     assert await task == (800, {"done": True})
     assert await cluster.get("/readyz") == 200
     await wait_until(
-        lambda: "registry_lost" in cluster.log("head"), within_s=10, what="the head says that Redis is gone"
+        lambda: "registry_lost" in cluster.log("head"), within_s=30, what="the head says that Redis is gone"
     )
     await cluster.nodes_seen(1)
 
     cluster.start_redis()
-    await wait_until(lambda: is_published(cluster), within_s=10, what="the node is published again")
+    await wait_until(lambda: is_published(cluster), within_s=30, what="the node is published again")
 
 
 def is_published(cluster):
@@ -204,7 +204,7 @@ async def test_a_frozen_redis_delays_no_request(cluster):
     os.kill(cluster.processes["redis"].pid, signal.SIGSTOP)
     try:
         asked = [cluster.say(RECITER) for _ in range(20)]
-        assert await asyncio.wait_for(asyncio.gather(*asked), 5) == [RECITAL_20] * 20
-        assert await asyncio.wait_for(cluster.say(RANDOM), 5)
+        assert await asyncio.wait_for(asyncio.gather(*asked), 15) == [RECITAL_20] * 20
+        assert await asyncio.wait_for(cluster.say(RANDOM), 20)
     finally:
         os.kill(cluster.processes["redis"].pid, signal.SIGCONT)
