@@ -12,7 +12,7 @@ from redis import Redis
 from sollol.channels import open_channel
 from sollol.errors import SURFACES, Reason
 from sollol.lifecycle import Stop
-from sollol.v1 import agent_pb2, agent_pb2_grpc
+from sollol.v1 import agent_pb2, agent_pb2_grpc, common_pb2
 
 from agent.app import _before_stop
 from tests.daemon import agent_flags, daemon, start_engine, write_engine
@@ -63,6 +63,17 @@ async def report_of(port):
         return (await stub.GetReport(agent_pb2.GetReportRequest(), timeout=5)).report
 
 
+async def report_once_ready(port):
+    """A report that shows every instance ready: it follows the fact a moment later."""
+
+    async def shown():
+        report = await report_of(port)
+        states = {each.state for each in report.instances}
+        return report if states == {common_pb2.INSTANCE_STATE_READY} else None
+
+    return await wait_until(shown, within_s=20, what="the engine is reported ready")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 async def test_engines_outlive_an_agent_that_is_restarted_or_killed(ports, home, reciting_model, number):
     """And are ended by one that shall not leave them."""
@@ -71,7 +82,7 @@ async def test_engines_outlive_an_agent_that_is_restarted_or_killed(ports, home,
     async with daemon("agent", home, *flags, "--leave-engines") as agent:
         await agent.says("agent_ready")
         pid = (await start_engine(port)).pid
-        before = await report_of(port)
+        before = await report_once_ready(port)
         agent.process.send_signal(number)
         assert await agent.ended() == (0 if number is signal.SIGTERM else -number)
     assert runs(pid)

@@ -65,10 +65,10 @@ async def test_it_lends_reports_and_gives_everything_back(ports, home, engine_bi
 
             async def both():
                 found = {item.kind: item for item in (await report_of(stub)).instances}
-                return found if len(found) == 2 else None
+                states = [item.state for item in found.values()]
+                return found if states == [InstanceState.READY] * 2 else None
 
-            found = await wait_until(both, what="both are reported")
-            assert {item.state for item in found.values()} == {InstanceState.READY}
+            found = await wait_until(both, within_s=20, what="both are reported ready")
             assert {item.pool_id for item in found.values()} == {"p"}
 
             os.kill(found[InstanceKind.BACKEND].pid, signal.SIGKILL)

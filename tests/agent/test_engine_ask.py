@@ -31,7 +31,7 @@ async def test_a_binary_that_hangs_is_killed_with_its_children(tmp_path):
     answer = await ask(("/bin/sh", "-c", f"sleep 600 & echo $! $$ >{pids}; wait"), ENVIRONMENT, within_s=0.5)
     assert answer.status is None
     assert "within 0.5 s" in answer.trouble
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     await wait_until(lambda: not any(map(is_running, pids.read_text().split())), what="all are gone")
 
 

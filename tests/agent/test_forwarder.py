@@ -86,6 +86,7 @@ async def test_a_stranger_is_refused_and_logged(tmp_path: Path) -> None:
     async with backend_that() as backend, forwarding(tmp_path, backend.port) as forwarder:
         assert await is_cut(await forwarder.connect(source="127.0.0.2"))
         assert backend.served == 0
+        await wait_until(forwarder.logged, what="it is logged")
         assert [line["peer"] for line in forwarder.logged() if line["why"] == "stranger"] == ["127.0.0.2"]
         link = await forwarder.connect()
         assert await ask(link, b"friend") == b"friend"
@@ -107,13 +108,12 @@ async def test_it_ends_when_nobody_comes(tmp_path: Path) -> None:
 
 
 async def test_it_ends_some_time_after_the_last_client_left_and_not_between_two(tmp_path: Path) -> None:
-    async with backend_that() as backend, forwarding(tmp_path, backend.port, gone_after=0.4) as forwarder:
-        for _ in range(3):
+    async with backend_that() as backend, forwarding(tmp_path, backend.port, gone_after=3) as forwarder:
+        for _ in range(3):  # together longer than that, each pause alone much shorter
             link = await forwarder.connect()
             await ask(link, b"x")
-            await asyncio.sleep(0.2)
             link[1].close()
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(1.1)
         assert await forwarder.ended() == "coordinator_gone"
 
 
@@ -122,7 +122,7 @@ async def test_a_term_ends_it_and_cuts_its_client(tmp_path: Path) -> None:
         link = await forwarder.connect()
         await ask(link, b"x")
         forwarder.process.send_signal(signal.SIGTERM)
-        assert await forwarder.ended(within_s=1) == "terminated"
+        assert await forwarder.ended(within_s=5) == "terminated"
         assert await is_cut(link)
 
 
@@ -243,9 +243,14 @@ async def test_the_kernel_is_told_to_notice_a_vanished_peer(tmp_path: Path) -> N
         link = await forwarder.connect()
         await ask(link, b"x")
         port = f"{forwarder.status.port:04X}"
-        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-        (timer,) = [row[5] for row in rows if row[1].endswith(f":{port}") and row[3] == "01"]
-        assert timer.startswith("02:"), "timer 2 is the keepalive"
+
+        def keepalive() -> str:
+            """Timer 2; timer 1, a retransmission, stands there until what was sent has been acknowledged."""
+            rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+            (timer,) = [row[5] for row in rows if row[1].endswith(f":{port}") and row[3] == "01"]
+            return timer if timer.startswith("02:") else ""
+
+        timer = await wait_until(keepalive, what="the connection has a keepalive timer")
         assert int(timer[3:], 16) <= 300  # hundredths of a second
         link[1].close()
 

@@ -147,7 +147,7 @@ asyncio.run(main())
 
 
 async def test_a_load_goes_on_under_the_next_agent(tmp_path: Path) -> None:
-    pid = await leave_one(tmp_path, "load_s=1.5", ready=False)
+    pid = await leave_one(tmp_path, "load_s=6", ready=False)
     async with supervising(tmp_path, fake_engine()) as supervisor:
         supervisor.adopt()
         changes = [instance async for instance in supervisor.watch("p")]

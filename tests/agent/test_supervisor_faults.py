@@ -37,7 +37,7 @@ async def test_a_pool_says_which_of_its_models_pools_it_is(tmp_path: Path) -> No
 
 
 async def test_watchers_see_the_percent_rise(tmp_path: Path) -> None:
-    async with supervising(tmp_path, fake_engine("load_s=0.4")) as supervisor:
+    async with supervising(tmp_path, fake_engine("load_s=2")) as supervisor:
         await supervisor.start("p", plan_of("m"))
         percents = [change.percent for change in await changes_of(supervisor, "p")]
     assert percents == sorted(percents)
@@ -123,7 +123,7 @@ async def test_a_stop_of_an_unknown_instance_succeeds(tmp_path: Path) -> None:
 async def test_an_engine_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     async with supervising(tmp_path, fake_engine("ignore_term=1")) as supervisor:
         pid = (await started(supervisor, "p", plan_of("m"))).pid
-        await asyncio.wait_for(supervisor.stop("p"), QUICK.stop_grace_s + 2)
+        await asyncio.wait_for(supervisor.stop("p"), 3 * QUICK.stop_grace_s + 2)
         assert not runs(pid)
 
 
@@ -191,8 +191,8 @@ async def test_a_load_that_stands_still_is_given_up(tmp_path: Path) -> None:
 
 
 async def test_a_slow_load_that_moves_is_not_given_up(tmp_path: Path) -> None:
-    limits = Limits(start_timeout_s=0.4, stop_grace_s=0.5, poll_s=0.02)
-    async with supervising(tmp_path, fake_engine("load_s=1.5"), limits=limits) as supervisor:
+    limits = Limits(start_timeout_s=2, stop_grace_s=0.5, poll_s=0.02)
+    async with supervising(tmp_path, fake_engine("load_s=5"), limits=limits) as supervisor:
         await started(supervisor, "p", plan_of("m"))
 
 
@@ -211,7 +211,7 @@ async def test_an_engine_that_is_not_there_is_said_to_be_missing(tmp_path: Path)
 
 
 async def test_a_crash_loop_backs_off_and_says_for_how_long(tmp_path: Path) -> None:
-    policy = RestartPolicy(deaths=3, first_wait_s=0.3)
+    policy = RestartPolicy(deaths=3, first_wait_s=3)
     async with supervising(tmp_path, fake_engine("die=broken"), restarts=policy) as supervisor:
         for number in range(3):
             await supervisor.start(f"p{number}", plan_of("m"))
@@ -220,10 +220,11 @@ async def test_a_crash_loop_backs_off_and_says_for_how_long(tmp_path: Path) -> N
         with pytest.raises(SollolError) as refused:
             await supervisor.start("p3", plan_of("m"))
         assert refused.value.refusal.reason is Reason.BACKING_OFF
-        assert 0 < (refused.value.refusal.retry_after_s or 0) <= 0.3
+        assert 0 < (refused.value.refusal.retry_after_s or 0) <= 3
         await supervisor.start("other", plan_of("another-model"))
         await wait_until(
             lambda: all(item.state is not InstanceState.BACKOFF for item in supervisor.instances()),
+            within_s=20,
             what="the wait is over",
         )
         assert (await supervisor.start("p4", plan_of("m"))).state is InstanceState.STARTING
@@ -255,7 +256,7 @@ async def test_close_stops_all_at_once_and_refuses_new_starts(tmp_path: Path) ->
         for number in range(4):
             await started(supervisor, f"p{number}", plan_of("m"))
         pids = [item.pid for item in supervisor.instances()]
-        await asyncio.wait_for(supervisor.close(), QUICK.stop_grace_s + 2)
+        await asyncio.wait_for(supervisor.close(), 3 * QUICK.stop_grace_s + 2)
         assert not any(runs(pid) for pid in pids)
         with pytest.raises(SollolError) as refused:
             await supervisor.start("p9", plan_of("m"))

@@ -244,7 +244,7 @@ async def test_a_second_coordinator_is_refused_at_once_and_the_first_goes_on(
     refusal = (await settled(supervisor, "q")).refusal
     assert refusal is not None
     assert refusal.reason is Reason.ENGINE_DIED
-    assert time.monotonic() - began_s < 2
+    assert time.monotonic() - began_s < 5
     assert (await answer) > 400
     assert await recite(supervisor)
 
@@ -412,7 +412,7 @@ async def test_a_coordinator_that_hangs_at_a_silent_backend_is_given_up_early(
             port = silent.getsockname()[1]
             endpoint = BackendEndpoint(node_id="mute", host="127.0.0.1", port=port, device_ids=("CPU",))
             await supervisor.start("p", split(endpoint, layers=(9,)))
-            refusal = await wait_until(lambda: supervisor.failure_of("p"), within_s=3, what="it is given up")
+            refusal = await wait_until(lambda: supervisor.failure_of("p"), within_s=10, what="it is given up")
     assert refusal.reason is Reason.ENGINE_STALLED
     assert "backend on mute" in refusal.message
 

@@ -68,6 +68,6 @@ if __name__ == "__main__":
             return all(mark.exists() for mark in marks)
 
         up.HEAD_MODULE = up.AGENT_MODULE = "tests.fakes.up_with_fakes"
-        up.AGENT_STOP_S = 0.5
+        up.AGENT_STOP_S = 3
         up._Up._all_nodes_seen = all_seen
         sys.exit(run(sys.argv[1:]))

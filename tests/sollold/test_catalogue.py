@@ -153,13 +153,13 @@ def test_a_lookup_costs_the_same_in_a_cluster_of_a_thousand_nodes():
     assert it.canonical("alias-19") == "model-19"
     it.models()
 
-    began = time.perf_counter()
+    began = time.process_time()
     for _ in range(1000):
         it.canonical("alias-19")
-    lookups_s = time.perf_counter() - began
-    began = time.perf_counter()
+    lookups_s = time.process_time() - began
+    began = time.process_time()
     listed = it.models()
-    list_s = time.perf_counter() - began
+    list_s = time.process_time() - began
 
     assert lookups_s < 0.1, "1000 requests"
     assert list_s < 0.05, "one list"

@@ -353,7 +353,7 @@ async def test_at_shutdown_a_running_stream_gets_a_last_word(ports):
             await wait_until(lambda: len(dispatcher.requests) == 2, what="both requests run")
             started = time.monotonic()
             await asyncio.gather(runner.cleanup(), wait_until(waiting.done, what="the other request was answered"))
-            assert time.monotonic() - started < 2
+            assert time.monotonic() - started < 10
             rest = first + await streaming.read()
         async with await waiting as response:
             assert (response.status, (await response.json())["error"]["code"]) == (503, "SHUTTING_DOWN")

@@ -125,7 +125,7 @@ async def test_an_agent_that_vanishes_between_reserve_and_start_costs_no_wait(se
     pool = await it.load()
 
     assert pool.node_id == "b"
-    assert loop.time() - began < 2
+    assert loop.time() - began < 10
 
 
 async def test_an_agent_out_of_reach_for_a_moment_is_still_asked_to_clean_up(setup, monkeypatch):

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import time
 
 import pytest
 from sollol.errors import Reason, SollolError, refuse
@@ -51,14 +52,13 @@ async def test_a_thousand_waiters_of_a_cold_model_are_one_load_and_are_served_in
 
 
 async def test_a_thousand_waiters_that_leave_cost_little_and_leave_the_load_going(cluster):
-    loop = asyncio.get_running_loop()
-    began = loop.time()
+    began = time.process_time()
     waiting = [cluster.ask() for _ in range(1000)]
     ended = await cluster.loading()
     for task in reversed(waiting):
         task.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
-    assert loop.time() - began < 1.0
+    assert time.process_time() - began < 1.0
 
     ended.set_result(Pool(node_id="n0", instance=instance()))
     await settle()
@@ -454,15 +454,14 @@ async def test_news_of_one_node_cost_the_same_in_a_big_cluster(cluster):
     for number in range(1000):
         cluster.report(instance(f"p{number}", model=f"model-{number % 20}"), node_id=f"n{number}")
     waiting = [cluster.ask(model=f"model-{number % 20}") for number in range(2000)]
-    leases = await asyncio.wait_for(asyncio.gather(*waiting), 5)
+    leases = await asyncio.wait_for(asyncio.gather(*waiting), 20)
     gc.collect()
-    loop = asyncio.get_running_loop()
-    began = loop.time()
+    began = time.process_time()
     for _ in range(10):
         for number in range(100):
             cluster.report(instance(f"p{number}", model=f"model-{number % 20}"), node_id=f"n{number}")
 
-    assert loop.time() - began < 0.5, "1000 reports"
+    assert time.process_time() - began < 0.5, "1000 reports"
     assert len({lease.instance_id for lease in leases}) == 1000
 
 

@@ -170,7 +170,14 @@ async def test_a_lender_whose_agent_said_that_it_is_restarted_has_longer_to_be_b
 async def test_one_that_stays_away_is_lost_without_any_further_news(cluster, monkeypatch):
     monkeypatch.setattr(reaping, "LOOK_AGAIN_S", 0.02)
     cluster.goes("b", silent_s=1.0)
-    await asyncio.sleep(0.05)
+    looks, look = [], cluster.reaper._look
+
+    def counted():
+        looks.append(look())
+        return looks[-1]
+
+    monkeypatch.setattr(cluster.reaper, "_look", counted)
+    await wait_until(lambda: len(looks) > 2, what="it has been looked at again")
     assert not cluster.lost
 
     cluster.nodes["b"] = replace(cluster.nodes["b"], report_age_s=LOST_AFTER_S)
