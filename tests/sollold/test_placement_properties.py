@@ -133,8 +133,10 @@ def test_the_largest_possible_fit_is_less_than_the_whole(nodes):
 def test_a_thousand_nodes_are_decided_without_a_noticeable_pause():
     """The budget of 2 ms is watched by tests/bench; here only that nothing is quadratic or worse."""
     nodes = [node(f"n{at}", cpu(free=64 * GIB, bandwidth=20e9 + at), gpu(free=at * GIB // 50)) for at in range(1000)]
-    decide(PlacementWish(model=MODEL), nodes, PlacementDefaults())
-    before = time.process_time()
-    decide(PlacementWish(model=MODEL), nodes, PlacementDefaults())
 
-    assert time.process_time() - before < 0.25
+    def cpu_s() -> float:
+        before = time.process_time()
+        decide(PlacementWish(model=MODEL), nodes, PlacementDefaults())
+        return time.process_time() - before
+
+    assert min(cpu_s() for _ in range(4)) < 0.25, "of several, since a collection of this process's garbage counts too"
