@@ -1,10 +1,12 @@
 """Clusters and models drawn at random that often fit only together, the same ones for the same seed."""
 
+from collections.abc import Mapping
 from random import Random
 
 from msgspec.structs import replace
 from sollol.correction import UNCORRECTED, Correction, MemoryCorrection
 from sollol.engine import Engine, EngineSource
+from sollol.link import Link as Measured
 from sollol.report import (
     Device,
     Instance,
@@ -26,6 +28,7 @@ OTHERS = (
     replace(RPC, rpc_protocol="6.0.0"),
 )
 CONTEXT = 1024
+DEFAULTS = PlacementDefaults(parallel=1, context_per_slot=CONTEXT)
 
 
 def with_rpc(status: NodeStatus, engine: Engine | None = RPC, **changes) -> NodeStatus:
@@ -79,19 +82,26 @@ def _node(random: Random, at: int, of: ModelShape, count: int) -> NodeStatus:
     )
 
 
-def random_links(random: Random, count: int) -> Links:
-    return Links(
-        known={
-            (f"n{one}", f"n{other}"): Link(rtt_s=random.choice((1e-4, 5e-3)), bytes_per_s=random.choice((1e7, 1e9)))
-            for one in range(count)
-            for other in range(one)
-            if random.random() < 0.3
-        }
+def linked(random: Random, nodes: list[NodeStatus]) -> Links:
+    """Let nodes report links to some of the others; returns what placement then knows."""
+    known = {
+        (f"n{one}", f"n{other}"): Link(rtt_s=random.choice((1e-4, 5e-3)), bytes_per_s=random.choice((1e7, 1e9)))
+        for one in range(len(nodes))
+        for other in range(one)
+        if random.random() < 0.3
+    }
+    nodes[:] = [reporting(each, known) for each in nodes]
+    return Links(known=known)
+
+
+def reporting(status: NodeStatus, known: Mapping[tuple[str, str], Link]) -> NodeStatus:
+    """The node, with those of the links that begin at it."""
+    links = tuple(
+        Measured(node_id=other, rtt_s=link.rtt_s, bytes_per_s=link.bytes_per_s)
+        for (one, other), link in known.items()
+        if one == status.report.node_id
     )
-
-
-def defaults(random: Random, count: int) -> PlacementDefaults:
-    return PlacementDefaults(parallel=1, context_per_slot=CONTEXT, links=random_links(random, count))
+    return replace(status, report=replace(status.report, links=links))
 
 
 def learned(random: Random, nodes: list[NodeStatus]) -> Correction:

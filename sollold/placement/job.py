@@ -31,7 +31,6 @@ class PlacementDefaults(Struct, frozen=True, kw_only=True):
     stale_after_s: float = 8.0
     batch: int = 512
     ubatch: int = 512
-    links: Links = Links()
 
 
 class Job(Struct, frozen=True, kw_only=True):
@@ -99,7 +98,6 @@ def job_for(wish: PlacementWish, defaults: PlacementDefaults, *, head_host: str 
         max_nodes=_within("max_nodes", wish.max_nodes, MAX_NODES, MAX_NODES),
         backends_per_pool=_backends(wish.backends_per_pool, wish.max_nodes),
         allow_reduced_context=bool(wish.allow_reduced_context),
-        links=defaults.links,
         takes_any_node=not (wish.require or wish.min_cpus or wish.min_memory_bytes or wish.pinned_node or wish.local),
     )
 

@@ -12,9 +12,9 @@ from sollol.report import Decision, DeviceShare, Instance, InstanceState, NodeSt
 
 from sollold.placement import PlacementDefaults, decide
 from sollold.placement.explain import as_json, explain
-from sollold.placement.links import Link, Links
+from sollold.placement.links import Link
 from tests.placement_cases import GIB, cpu, gpu, model, node, shape
-from tests.random_clusters import OTHERS, RPC, wish, with_rpc
+from tests.random_clusters import OTHERS, RPC, reporting, wish, with_rpc
 
 DEFAULTS = PlacementDefaults(parallel=1, context_per_slot=1024)
 OUTPUT_ROOM = 3 * GIB // 2  # for half a GiB of output layer, its buffers and the margin
@@ -29,6 +29,11 @@ class Case:
     def add(self, node_id: str, *devices, file: bool = False, **more) -> "Case":
         status = node(node_id, *devices, models=(model(),) if file else (), **more)
         self.nodes.append(with_rpc(status))
+        return self
+
+    def link(self, one: str, other: str, **figures: float) -> "Case":
+        known = {(one, other): Link(**figures)}
+        self.nodes = [reporting(each, known) for each in self.nodes]
         return self
 
     def decide(self, defaults: PlacementDefaults = DEFAULTS, **wishes) -> Decision:
@@ -86,8 +91,7 @@ def test_the_score_is_reads_and_hops_and_the_turns_of_other_pools():
     case = two_halves()
     case.add("c", cpu(free=1 * GIB))
     case.nodes[1] = replace(case.nodes[1], report=replace(case.nodes[1].report, instances=(busy,)))
-    links = Links(known={("b", "a"): Link(rtt_s=0.002, bytes_per_s=1e8)}, hop_s=0.001)
-    decision = case.decide(replace(DEFAULTS, links=links))
+    decision = case.link("b", "a", rtt_s=0.002, bytes_per_s=1e8).decide()
 
     (best,) = (verdict for verdict in decision.nodes if verdict.best)
     share = {part.name: part.value for part in best.parts}
@@ -129,10 +133,9 @@ def test_a_slow_node_is_left_out_where_the_rest_can_do_without():
 
 
 def test_a_far_node_is_left_out_for_a_near_one():
-    case = two_halves().add("c", cpu(free=6 * GIB))
-    far = Links(known={("a", "b"): Link(rtt_s=0.2, bytes_per_s=1e6)})
+    case = two_halves().add("c", cpu(free=6 * GIB)).link("a", "b", rtt_s=0.2, bytes_per_s=1e6)
 
-    assert ("c", "CPU", 4) in held(case.decide(replace(DEFAULTS, links=far)))
+    assert ("c", "CPU", 4) in held(case.decide())
 
 
 def test_a_coordinator_may_hold_no_layer_at_all():
@@ -142,10 +145,9 @@ def test_a_coordinator_may_hold_no_layer_at_all():
 
 
 def test_the_last_share_is_with_the_coordinator_where_that_saves_the_way_of_the_answer():
-    case = two_halves()
-    slow = Links(default=Link(rtt_s=0.0005, bytes_per_s=1e6))
+    case = two_halves().link("a", "b", rtt_s=0.0005, bytes_per_s=1e6)
 
-    assert held(case.decide(replace(DEFAULTS, links=slow)))[-1][0] == "a"
+    assert held(case.decide())[-1][0] == "a"
 
 
 @pytest.mark.parametrize("engine", OTHERS)

@@ -12,7 +12,7 @@ from sollol.report import Decision, NodeStatus
 from sollold.placement import decide
 from sollold.placement.explain import as_json, explain
 from tests import brute_force, random_clusters
-from tests.random_clusters import CONTEXT, wish
+from tests.random_clusters import CONTEXT, DEFAULTS, wish
 
 BATCHES = 20
 EACH = int(os.environ.get("SOLLOL_TEST_CLUSTERS", "1000")) // BATCHES
@@ -69,13 +69,13 @@ def test_plans_are_within_5_percent_of_the_best_there_is_and_take_only_what_is_f
     for random in rounds(batch):
         most_nodes, most_layers = random.choice(((3, 5), (4, 3)))
         nodes = random_clusters.cluster(random, most_nodes=most_nodes, most_layers=most_layers)
-        defaults = random_clusters.defaults(random, len(nodes))
+        links = random_clusters.linked(random, nodes)
         correction = random_clusters.learned(random, nodes)
-        decision = decide(wish(), nodes, defaults)
-        solo = [v.score for v in decide(wish(max_nodes=1), nodes, defaults).nodes if v.score is not None]
+        decision = decide(wish(), nodes, DEFAULTS)
+        solo = [v.score for v in decide(wish(max_nodes=1), nodes, DEFAULTS).nodes if v.score is not None]
         able = [at for at, each in enumerate(nodes) if each.report.models]
         shape = nodes[0].report.models[0].shape
-        problem = brute_force.Problem(shape, nodes, (CONTEXT, 1), defaults.links, correction)
+        problem = brute_force.Problem(shape, nodes, (CONTEXT, 1), links, correction)
         least = min([*solo, brute_force.best_ms(problem, able)])
 
         assert score(decision) <= least * 1.05 or isclose(score(decision), least * 1.05)
@@ -89,11 +89,11 @@ def test_plans_are_within_5_percent_of_the_best_there_is_and_take_only_what_is_f
 def test_no_node_of_a_plan_makes_it_slower_and_the_order_of_nodes_does_not_matter(batch):
     for random in rounds(batch):
         nodes = random_clusters.cluster(random, most_nodes=6, most_layers=24, others=0.2)
-        defaults = random_clusters.defaults(random, len(nodes))
-        decision = decide(wish(), nodes, defaults)
+        random_clusters.linked(random, nodes)
+        decision = decide(wish(), nodes, DEFAULTS)
         shuffled = list(nodes)
         random.shuffle(shuffled)
-        assert decision == decide(wish(), shuffled, defaults)
+        assert decision == decide(wish(), shuffled, DEFAULTS)
         if decision.plan is None:
             continue
         assert_respects(decision, nodes)
@@ -102,7 +102,7 @@ def test_no_node_of_a_plan_makes_it_slower_and_the_order_of_nodes_does_not_matte
         assert len(chosen) == 1 or (len(engines) == 1 and engines.pop().rpc)
         for left_out in chosen - {decision.coordinator}:
             rest = [each for each in nodes if each.report.node_id in chosen - {left_out}]
-            fewer = decide(wish(pinned_node=decision.coordinator), rest, defaults)
+            fewer = decide(wish(pinned_node=decision.coordinator), rest, DEFAULTS)
             assert score(fewer) >= score(decision) or isclose(score(fewer), score(decision))
 
 
@@ -110,11 +110,11 @@ def test_no_node_of_a_plan_makes_it_slower_and_the_order_of_nodes_does_not_matte
 def test_wishes_about_nodes_are_kept(batch):
     for random in rounds(batch):
         nodes = random_clusters.cluster(random, most_nodes=5, most_layers=8)
-        defaults = random_clusters.defaults(random, len(nodes))
+        random_clusters.linked(random, nodes)
         most, backends = random.randint(1, 4), random.randint(0, 3)
-        limited = decide(wish(max_nodes=most), nodes, defaults)
+        limited = decide(wish(max_nodes=most), nodes, DEFAULTS)
         assert sum(verdict.best or bool(verdict.shares) for verdict in limited.nodes) <= most
-        counted = decide(wish(backends_per_pool=backends), nodes, defaults)
+        counted = decide(wish(backends_per_pool=backends), nodes, DEFAULTS)
         if counted.plan is not None:
             lenders = {share.node_id for share in counted.plan.shares} - {""}
             assert len(lenders) == backends
@@ -125,7 +125,8 @@ def test_wishes_about_nodes_are_kept(batch):
 def test_less_context_is_given_only_where_it_is_allowed_and_never_less_than_fits(batch):
     for random in rounds(batch):
         nodes = random_clusters.cluster(random, most_nodes=4, most_layers=8)
-        defaults = replace(random_clusters.defaults(random, len(nodes)), parallel=16, context_per_slot=8192)
+        random_clusters.linked(random, nodes)
+        defaults = replace(DEFAULTS, parallel=16, context_per_slot=8192)
         decision = decide(wish(), nodes, defaults)
         allowed = decide(wish(allow_reduced_context=True), nodes, defaults)
         if decision.plan is not None or allowed.plan is None:
