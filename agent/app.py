@@ -50,6 +50,7 @@ from agent.speeds import FILE_NAME as SPEEDS_FILE
 from agent.speeds import Speeds
 from agent.streams import Streams
 from agent.supervisor import files
+from agent.supervisor.cgroups import EngineCgroups, delegation
 from agent.supervisor.endpoints import TcpSite
 from agent.supervisor.owner import Limits
 from agent.supervisor.supervisor import Supervisor
@@ -82,21 +83,22 @@ async def serve(live: Live[AgentConfig], environ: Mapping[str, str], stop: Stop)
             ledger = Ledger(clock=time.monotonic, journal=lambda event: _journal(event, reporter))
             inventory, probe = Inventory(_model_roots(config, environ)), _probe(config, environ, places, found)
             streams, learned, key = Streams(), Learned(places.state), config.coordinator_key()
+            cordon, cgroups = Cordon(places.state), EngineCgroups(delegation())
             supervisor = _supervisor(
                 config, environ, places,
                 found=found, inventory=inventory, ledger=ledger, streams=streams, key=key, learned=learned, tls=tls,
+                cgroups=cgroups,
             )  # fmt: skip
             relay = Relay(supervisor.socket_of, supervisor.failure_of, streams, key)
             speeds = _speeds(places, found, supervisor, inventory, key, on_change=lambda: reporter.changed())  # noqa: PLW0108 - defined below
             streams.subscribe(speeds.streams_changed)
             sink = link_probe.Sink()
             links = Links(probe=partial(link_probe.probe, tls=tls), who=partial(link_probe.who_answers, tls=tls))
-            cordon = Cordon(places.state)
             reporter = Reporter(
                 config=config, probe=probe, inventory=inventory, ledger=ledger, links=links, learned=learned,
                 supervisor=Busy(supervisor, streams, speeds), speeds=speeds, cordon=cordon,
                 engine=found.engine if found else None, rpc_transport=supervisor.transport, tls=tls,
-                registry=registry, token=token,
+                registry=registry, token=token, engines_unlimited=cgroups.unlimited,
             )  # fmt: skip
             supervisor.subscribe(lambda _: reporter.changed())
             links.subscribe(reporter.changed)
@@ -236,6 +238,7 @@ def _supervisor(
     key: str,
     learned: Learned,
     tls: TlsFiles | None,
+    cgroups: EngineCgroups,
 ) -> Supervisor:
     tcp = TcpSite(listen=config.listen, host=_reached_at(config), ports=config.coordinator_ports(), key=key)
     return Supervisor(
@@ -255,6 +258,7 @@ def _supervisor(
         tcp=tcp if config.coordinator_listen == "tcp" else None,
         promises=ledger,
         on_logged=MemoryAccount(inventory.model, learned).loaded,
+        cgroups=cgroups,
     )
 
 

@@ -86,6 +86,7 @@ class Reporter:
     Args:
         registry: None: reports go to watching heads only.
         token: Which agent of this node's name it is.
+        engines_unlimited: Why the kernel enforces no memory limit on engines; empty: it does.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Reporter:
         rpc_transport: RpcTransport = RpcTransport.DIRECT,
         tls: TlsFiles | None = None,
         token: str = "",
+        engines_unlimited: str = "",
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._config = config
@@ -118,7 +120,7 @@ class Reporter:
         self._engine = engine
         self._rpc_transport = rpc_transport
         self._tls = tls
-        self._registry, self._token = registry, token
+        self._registry, self._token, self._engines_unlimited = registry, token, engines_unlimited
         self._wall_clock = wall_clock
         self._boot_id = boot_id()
         self._scan: SlowReading[tuple[Model, ...]] = SlowReading(
@@ -248,6 +250,7 @@ class Reporter:
             rpc_transport=self._rpc_transport,
             certificate_expires_in_s=expires_in_s(self._tls) if self._tls is not None else None,
             agent_token=self._token,
+            engines_unlimited=self._engines_unlimited,
         )
         news, self._news = self._news, asyncio.Event()
         news.set()

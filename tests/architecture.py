@@ -44,6 +44,7 @@ PURE = (
     "agent/supervisor/state.py",
     "agent/supervisor/restarts.py",
     "agent/supervisor/command.py",
+    "agent/supervisor/allowance.py",
     "agent/engine/environment.py",
     "sollold/scaling.py",
     "sollold/decision_event.py",

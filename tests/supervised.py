@@ -11,6 +11,7 @@ from sollol.errors import SollolError
 from sollol.report import CoordinatorPlan, DeviceShare, Instance, InstanceState
 
 from agent.supervisor import records
+from agent.supervisor.cgroups import NO_CGROUPS, EngineCgroups
 from agent.supervisor.endpoints import TcpSite
 from agent.supervisor.files import Directories, files_of
 from agent.supervisor.lending import BackendSite, BackendWish
@@ -97,6 +98,7 @@ async def supervising(
     tcp: TcpSite | None = None,
     streams: Callable[[str], int] = lambda _: 0,
     on_logged: OnLogged = nobody_asks,
+    cgroups: EngineCgroups = NO_CGROUPS,
 ) -> AsyncIterator[Supervisor]:
     supervisor = Supervisor(
         engine=engine,
@@ -112,6 +114,7 @@ async def supervising(
         restarts=restarts,
         promises=promises or Promised(),
         on_logged=on_logged,
+        cgroups=cgroups,
     )
     try:
         yield supervisor

@@ -14,7 +14,7 @@ from sollol.report import BackendEndpoint, DeviceShare, Instance, InstanceKind, 
 
 from agent.forwarder.status import NO_FREE_PORT, Status, read_status
 from agent.supervisor.command import CPU, backend_argv
-from agent.supervisor.failure import KEPT_LINES, ended
+from agent.supervisor.failure import KEPT_LINES, ended, killed_for_memory
 from agent.supervisor.files import last_lines
 from agent.supervisor.freeze import FreezeWatch, look_at
 from agent.supervisor.handshake import HandshakeFailedError, greet, listens
@@ -62,7 +62,14 @@ class Backend(Owner):
         )
         # It does not wait after a death: it is its pool, and the model in it, that may be at fault.
         super().__init__(
-            view, launch.record, launch.files, limits, on_change=on_change, on_gone=on_gone, wait_after=lambda _: 0.0
+            view,
+            launch.record,
+            launch.files,
+            limits,
+            launch.cgroup,
+            on_change=on_change,
+            on_gone=on_gone,
+            wait_after=lambda _: 0.0,
         )
 
     async def endpoint(self) -> BackendEndpoint:
@@ -251,6 +258,8 @@ class Backend(Owner):
         return None
 
     def _died(self, exited: Exited) -> Refusal:
+        if (limit_bytes := self._launch.cgroup.out_of_memory()) is not None:
+            return self._failed(Reason.OUT_OF_MEMORY, killed_for_memory(limit_bytes), limit_bytes=limit_bytes)
         exit_code = exited.result()
         numbers = {} if exit_code is None else {"exit_code": exit_code}
         return self._failed(Reason.ENGINE_DIED, f"ended ({ended(exit_code)})", **numbers)

@@ -9,6 +9,7 @@ from sollol.report import BackendEndpoint, CoordinatorPlan, DeviceShare
 from agent.engine.environment import engine_environment
 
 CPU = "CPU"
+CACHE_RAM_MIB = 0  # for the prompts of those who were served; the default would take 8 GiB that nobody reserved
 
 # What a child in router mode takes on its standard input as a request to end.
 EXIT_LINE = b"cmd_router_to_child:exit\n"
@@ -75,7 +76,7 @@ def coordinator_argv(
         *_threads(1 if plan.backends else plan.threads or threads),
         *("-ctk", plan.kv_type),
         *("-ctv", plan.kv_type),
-        *("--cache-ram", "0", "--ctx-checkpoints", "0"),  # the defaults take gigabytes that nobody reserved
+        *("--cache-ram", str(CACHE_RAM_MIB), "--ctx-checkpoints", "0"),  # those too would take gigabytes
         "--jinja",
         "--metrics",
         "--slots",

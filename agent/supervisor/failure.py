@@ -183,6 +183,23 @@ def no_tunnel(model: str, wrong: str, log_tail: tuple[str, ...]) -> Refusal:
     return Refusal(reason=Reason.ENGINE_DIED, message=message, retry=Retry.RETRYABLE, log_lines=log_tail[-KEPT_LINES:])
 
 
+def over_limit(model: str, limit_bytes: int, log_tail: tuple[str, ...]) -> Refusal:
+    """Say that the kernel ended an engine that has a memory limit of its own."""
+    advice = "use fewer slots, a shorter context or another node"
+    return Refusal(
+        reason=Reason.OUT_OF_MEMORY,
+        message=f"the engine of {model} {killed_for_memory(limit_bytes)}; {advice}",
+        retry=Retry.RETRYABLE,
+        numbers={"limit_bytes": limit_bytes},
+        log_lines=log_tail[-KEPT_LINES:],
+    )
+
+
+def killed_for_memory(limit_bytes: int) -> str:
+    """The kernel's counters do not tell which of the two ran out."""
+    return f"was ended by the kernel: the {limit_bytes} bytes that it may use, or the node's memory, ran out"
+
+
 def _stalled(message: str, waited_s: float, log_tail: tuple[str, ...]) -> Refusal:
     return Refusal(
         reason=Reason.ENGINE_STALLED,

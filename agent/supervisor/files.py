@@ -53,8 +53,7 @@ def files_of(instance_id: str, directories: Directories) -> InstanceFiles:
     Raises:
         SollolError: ENGINE_START_FAILED when the socket's path would be longer than the kernel takes.
     """
-    digest = hashlib.sha256(instance_id.encode()).hexdigest()[:12]
-    name = instance_id if _SAFE_ID.fullmatch(instance_id) else digest
+    digest, name = _digest(instance_id), plain_name(instance_id)
     socket = directories.run / f"{digest}.sock"
     if len(os.fsencode(socket)) > _SOCKET_PATH_BYTES:
         raise refuse(
@@ -70,6 +69,15 @@ def files_of(instance_id: str, directories: Directories) -> InstanceFiles:
         status=directories.run / f"{digest}.status",
         state=directories.instances / f"{name}.json",
     )
+
+
+def plain_name(instance_id: str) -> str:
+    """The id itself where it is a plain file name, else a digest of it."""
+    return instance_id if _SAFE_ID.fullmatch(instance_id) else _digest(instance_id)
+
+
+def _digest(instance_id: str) -> str:
+    return hashlib.sha256(instance_id.encode()).hexdigest()[:12]
 
 
 def last_lines(log: Path, count: int) -> tuple[str, ...]:

@@ -9,8 +9,18 @@ import structlog
 from sollol.errors import Refusal
 from sollol.report import CoordinatorPlan, Instance, InstanceState
 
+from agent.supervisor.cgroups import EngineCgroup
 from agent.supervisor.comparison import with_logged
-from agent.supervisor.failure import KEPT_LINES, backend_lost, classify, frozen, no_tunnel, stalled, unreachable
+from agent.supervisor.failure import (
+    KEPT_LINES,
+    backend_lost,
+    classify,
+    frozen,
+    no_tunnel,
+    over_limit,
+    stalled,
+    unreachable,
+)
 from agent.supervisor.files import InstanceFiles, last_lines
 from agent.supervisor.health import health
 from agent.supervisor.links import backend_links
@@ -50,6 +60,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     node_id: str
     streams: Callable[[], int]
     on_logged: OnLogged
+    cgroup: EngineCgroup
     running: Mapping[str, EngineProcess] = msgspec.field(default_factory=dict)
     key: str = ""
     tunnel: TunnelLaunch | None = None
@@ -87,7 +98,14 @@ class Coordinator(Owner):
         self._launch = launch
         self._tunnel: TunnelWatch | None = None
         super().__init__(
-            view, record, launch.files, limits, on_change=on_change, on_gone=on_gone, wait_after=wait_after
+            view,
+            record,
+            launch.files,
+            limits,
+            launch.cgroup,
+            on_change=on_change,
+            on_gone=on_gone,
+            wait_after=wait_after,
         )
 
     async def _serve_until_gone(self) -> Refusal | None:
@@ -237,6 +255,8 @@ class Coordinator(Owner):
             return known
         if self._tunnel is not None and (wrong := self._tunnel.dead()):
             return no_tunnel(self.view.model, wrong, last_lines(self.files.log, KEPT_LINES))
+        if (limit_bytes := self._launch.cgroup.out_of_memory()) is not None:
+            return over_limit(self.view.model, limit_bytes, last_lines(self.files.log, KEPT_LINES))
         backends = self._launch.plan.backends
         return classify(
             exit_code,

@@ -11,6 +11,8 @@ from sollol.errors import Reason, refuse
 from sollol.report import CoordinatorPlan, InstanceKind
 
 from agent.engine.environment import engine_environment
+from agent.supervisor.allowance import limit_bytes, received_bytes, sent_bytes
+from agent.supervisor.cgroups import EngineCgroups
 from agent.supervisor.command import coordinator_argv, coordinator_environment
 from agent.supervisor.endpoints import Endpoint, Endpoints
 from agent.supervisor.files import Directories, files_of
@@ -40,12 +42,14 @@ class Launches:
         tunnels: Tunnels,
         streams: Callable[[str], int],
         on_logged: OnLogged,
+        cgroups: EngineCgroups,
     ) -> None:
         self._engine, self._gpu_devices, self._threads = engine, gpu_devices, threads
         self._resolve = resolve
         self._environment = dict(environment)
         self._directories, self._site, self._endpoints = directories, site, endpoints
         self._tunnels, self._streams, self._on_logged = tunnels, streams, on_logged
+        self._cgroups = cgroups
 
     def coordinator(self, pool_id: str, plan: CoordinatorPlan, reserved: Mapping[str, int]) -> Launch:
         """Claims an endpoint and the ports of a tunnel; whoever sees the coordinator gone gives them back.
@@ -141,6 +145,7 @@ class Launches:
             node_id=self._site.node_id,
             streams=partial(self._streams, record.instance_id),
             on_logged=self._on_logged,
+            cgroup=self._cgroups.of(record.instance_id, limit_bytes(record.reserved, sent_bytes(plan))),
         )
 
     def backend(self, instance_id: str, wish: BackendWish, reserved: Mapping[str, int]) -> BackendLaunch:
@@ -182,6 +187,7 @@ class Launches:
             environment=marked(engine_environment(self._environment), self._directories.state),
             files=files_of(record.instance_id, self._directories),
             forwarder_files=files_of(forwarder_id(wish.pool_id), self._directories),
+            cgroup=self._cgroups.of(record.instance_id, limit_bytes(record.reserved, received_bytes(wish))),
         )
 
     def _check_place(self, record: Record) -> None:

@@ -13,6 +13,7 @@ from agent.supervisor.files import InstanceFiles
 from agent.supervisor.ports import LOOPBACK
 
 if TYPE_CHECKING:
+    from agent.supervisor.cgroups import EngineCgroup
     from agent.supervisor.process import EngineProcess
     from agent.supervisor.records import Record
 
@@ -99,6 +100,7 @@ class BackendLaunch(Struct, frozen=True, kw_only=True):
     environment: Mapping[str, str]
     files: InstanceFiles
     forwarder_files: InstanceFiles
+    cgroup: "EngineCgroup"
     running: "Mapping[str, EngineProcess]" = field(default_factory=dict)
 
 

@@ -12,9 +12,10 @@ from sollol.errors import Reason, Refusal, Retry
 from sollol.report import Instance, InstanceState
 
 from agent.supervisor import records
+from agent.supervisor.cgroups import EngineCgroup
 from agent.supervisor.files import InstanceFiles
 from agent.supervisor.process import EngineProcess
-from agent.supervisor.records import Record
+from agent.supervisor.records import ENGINE, Record
 from agent.supervisor.state import LIVE, Event, after
 
 log = structlog.get_logger(__name__)
@@ -46,6 +47,7 @@ class Owner(abc.ABC):
 
     Args:
         record: What the next agent needs to know of it; kept in its state file while it has processes.
+        cgroup: The engine's.
         on_change: Called with every new view.
         on_gone: Called once, when no process is left and before anybody is told: gives the reservation back.
         wait_after: Called with the final view of one that ended unasked; the seconds its model must wait here.
@@ -57,6 +59,7 @@ class Owner(abc.ABC):
         record: Record,
         files: InstanceFiles,
         limits: Limits,
+        cgroup: EngineCgroup,
         *,
         on_change: Callable[[Instance], None],
         on_gone: Callable[[Instance], None],
@@ -65,7 +68,7 @@ class Owner(abc.ABC):
         self.files = files
         self.ended_s: float | None = None
         self.view = view
-        self._record, self._leaving = record, False
+        self._record, self._cgroup, self._leaving = record, cgroup, False
         self._limits, self._grace_s = limits, limits.stop_grace_s
         self._on_change, self._on_gone, self._wait_after = on_change, on_gone, wait_after
         self._asked_to_stop: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -128,6 +131,9 @@ class Owner(abc.ABC):
         However long that takes: its memory is its own until then.
         """
         if (identity := process.identity()) is not None:  # else it has ended already: its owner will say so
+            if role == ENGINE and self._record.processes.get(ENGINE) != identity:  # an earlier agent has not done it
+                process.end_first()
+                self._cgroup.take_in(process.pid)
             self._note(processes={**self._record.processes, role: identity})
         exited = asyncio.create_task(process.wait(), name=f"exit of {process.pid}")
         self._processes.add(process)
@@ -138,6 +144,8 @@ class Owner(abc.ABC):
                 if not self._leaving:
                     process.kill()
                     await asyncio.wait({exited})
+                    if role == ENGINE:
+                        await self._cgroup.remove()
             except asyncio.CancelledError:  # the agent itself ends and has waited long enough
                 self._leaving = True
                 raise

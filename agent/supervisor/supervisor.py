@@ -11,6 +11,7 @@ from sollol.report import BackendEndpoint, CoordinatorPlan, Instance, InstanceKi
 from agent.supervisor import adoption
 from agent.supervisor.adoption import Found
 from agent.supervisor.backend import Backend
+from agent.supervisor.cgroups import NO_CGROUPS, EngineCgroups
 from agent.supervisor.endpoints import Endpoints, TcpSite
 from agent.supervisor.files import Directories, files_of
 from agent.supervisor.instance import Coordinator, Launch
@@ -45,6 +46,7 @@ class Supervisor:
         threads: Per engine, when nobody says; 0 leaves it to the engine.
         promises: Those of the ledger. An instance's is given back when its process is gone, before anybody is told.
         on_logged: Told what memory a coordinator has taken, as its log says, once it serves.
+        cgroups: Those of engines.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Supervisor:
         threads: int = 0,
         restarts: RestartPolicy | None = None,
         on_logged: OnLogged = nobody_asks,
+        cgroups: EngineCgroups = NO_CGROUPS,
     ) -> None:
         self._ports, self._endpoints = Ports(site.loopback_ports), Endpoints(tcp)
         self._site, self._tunnels = site, Tunnels(site, self._ports)
@@ -78,6 +81,7 @@ class Supervisor:
             tunnels=self._tunnels,
             streams=streams,
             on_logged=on_logged,
+            cgroups=cgroups,
         )
         self._directories, self._limits = directories, limits
         self._deaths = Deaths(restarts or RestartPolicy())

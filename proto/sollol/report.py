@@ -1,7 +1,4 @@
-"""What nodes say of themselves and what heads decide: frozen values, field for field those of `sollol.v1`.
-
-Sizes are bytes, durations seconds (`_s`). `common.proto` documents each field; here are rules of code only.
-"""
+"""What nodes say and heads decide: frozen values, field for field as `common.proto` documents them. `_s`: seconds."""
 
 from enum import StrEnum
 
@@ -213,6 +210,7 @@ class Report(Struct, frozen=True, kw_only=True):
     rpc_transport: RpcTransport = RpcTransport.DIRECT
     certificate_expires_in_s: float | None = None
     agent_token: str = ""
+    engines_unlimited: str = ""
 
     @property
     def address(self) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from sollol.inference import AvailableModel
 from sollol.link import Link
-from sollol.report import Device, DeviceShare, NodeStatus, Pool
+from sollol.report import Device, DeviceShare, NodeStatus, Pool, Report
 
 from sollold.cli.connection import ask
 from sollold.cli.output import print_json, print_table
@@ -99,8 +99,14 @@ def _node_row(status: NodeStatus) -> tuple[str, ...]:
         str(len(report.models)),
         str(len(report.instances)),
         _days_text(report.certificate_expires_in_s),
-        report.engine.build if report.engine else "none: run `sollol engine build` there",
+        _engine_text(report),
     )
+
+
+def _engine_text(report: Report) -> str:
+    if report.engine is None:
+        return "none: run `sollol engine build` there"
+    return f"{report.engine.build} (no memory limit)" if report.engines_unlimited else report.engine.build
 
 
 def _node_state(status: NodeStatus) -> str:

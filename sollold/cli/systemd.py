@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sollol.errors import Reason, refuse
 
-from sollold.cli.units import SERVICES, Site, UnitFile, common_files, in_a_home, is_plain, unit_files
+from sollold.cli.units import SERVICES, Site, UnitFile, common_files, in_a_home, is_plain, unit_files, version_in
 
 _PACKAGE = Path(__file__).parents[1]
 _SYSTEM_WIDE = (
@@ -79,7 +79,18 @@ def _site(options: argparse.Namespace) -> Site:
         interpreter=Path(sys.executable),
         configuration=_configuration_home() if options.user else None,
         home=any(in_a_home(path) for path in _needed()),
+        systemd=_version() if root == Path("/") else 0,
     )
+
+
+def _version() -> int:
+    """Of the systemd that is here; 0 when it does not say."""
+    if shutil.which("systemctl") is None:
+        return 0
+    done = subprocess.run(
+        ("systemctl", "--version"), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    return version_in(done.stdout)
 
 
 def _shipped() -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 HEAD, AGENT = "sollold.service", "sollol-agent.service"
 _ENGINES = "sollol-engines.service"
+_WITH_SUBGROUPS = 254  # systemd's version; earlier ones complain about DelegateSubgroup
 _SYSTEM = Path("etc")
 _HOMES = tuple(map(Path, ("/home", "/root", "/run/user")))
 _PROGRAMS = {"/usr/bin/sollold": "sollold", "/usr/bin/sollol-agent": "agent"}
@@ -43,6 +44,7 @@ class Site:
         root: `/`, or the directory that is to become one.
         configuration: For one user's services only: their `$XDG_CONFIG_HOME`.
         home: A directory that the interpreter needs lies in somebody's home.
+        systemd: The version that is to read the units; 0: any may be.
     """
 
     shipped: Path
@@ -50,6 +52,7 @@ class Site:
     interpreter: Path
     configuration: Path | None = None
     home: bool = False
+    systemd: int = 0
 
     def under_root(self, path: Path) -> Path:
         return self.root / path.relative_to(path.anchor)
@@ -95,11 +98,19 @@ def for_this_machine(text: str, site: Site) -> str:
         return re.sub("|".join(_PROGRAMS), lambda each: f"{site.interpreter} -P -m {_PROGRAMS[each[0]]}", found[0])
 
     text = re.sub(r"(?m)^Exec\w+=.*$", started, text)
+    if site.systemd >= _WITH_SUBGROUPS and site.configuration is None:
+        text = re.sub(r"(?m)^Delegate=yes$", "Delegate=yes\nDelegateSubgroup=agent", text)
     if site.home:
         text = re.sub(
             r"(?m)^ProtectHome=yes$", "# ProtectHome: the interpreter lies in a home.\nProtectHome=read-only", text
         )
     return text
+
+
+def version_in(text: str) -> int:
+    """The number in what `systemctl --version` prints, as in "systemd 252 (252.39-1)"; 0 when there is none."""
+    found = re.match(r"systemd (\d+)\b", text)
+    return int(found[1]) if found else 0
 
 
 def is_plain(path: Path) -> bool:

@@ -50,6 +50,13 @@ def test_the_units_run_as_they_were_installed(services):
         ]
 
 
+def test_where_systemd_gives_the_agent_no_place_for_limited_engines_log_and_report_say_so(services):
+    for address, machine in services.machines.items():
+        said = next(node["engines_unlimited"] for node in services.nodes() if node["host"] == address)
+        assert said.startswith(("the agent's cgroup, ", "this system has no cgroup v2"))
+        assert "engines_unlimited" in machine.journal("sollol-agent")
+
+
 def test_a_model_on_three_nodes_answers_and_systemd_knows_what_is_done(services, loaded):
     assert {address: len(found) for address, found in loaded.items()} == PARTS
 

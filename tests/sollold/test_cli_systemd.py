@@ -8,7 +8,7 @@ import pytest
 from sollol.errors import SollolError
 
 from sollold.cli import systemd
-from sollold.cli.units import Site, for_this_machine, is_plain
+from sollold.cli.units import Site, for_this_machine, is_plain, version_in
 from tests.sollol_command import sollol
 
 SHIPPED = Path(__file__).parents[2] / "systemd"
@@ -16,6 +16,32 @@ SHIPPED = Path(__file__).parents[2] / "systemd"
 
 def site(interpreter="/opt/sollol/bin/python", *, home=False):
     return Site(shipped=SHIPPED, root=Path("/"), interpreter=Path(interpreter), home=home)
+
+
+@pytest.mark.parametrize("systemd", [254, 257])
+def test_where_systemd_knows_how_the_agent_gets_a_cgroup_beside_its_engines(systemd):
+    shipped = (SHIPPED / "sollol-agent.service").read_text()
+
+    text = for_this_machine(shipped, Site(SHIPPED, Path("/"), Path("/opt/sollol/bin/python"), systemd=systemd))
+
+    assert "\nDelegate=yes\nDelegateSubgroup=agent\n" in text
+
+
+@pytest.mark.parametrize(
+    "site",
+    [Site(SHIPPED, Path("/"), Path("/p"), systemd=253), Site(SHIPPED, Path("/"), Path("/p"), Path("/c"), systemd=257)],
+)
+def test_an_older_systemd_and_a_users_own_get_no_setting_that_they_complain_about_or_that_limits_nothing(site):
+    for folder in (SHIPPED, SHIPPED / "user"):
+        text = for_this_machine((folder / "sollol-agent.service").read_text(), site)
+        assert "\nDelegate=yes\n" in text
+        assert "\nDelegateSubgroup" not in text
+
+
+def test_systemds_version_is_read_from_what_it_prints():
+    assert version_in("systemd 252 (252.39-1~deb12u1)\n+PAM +AUDIT\n") == 252
+    assert version_in("systemd 257 (257~rc1)") == 257
+    assert version_in("") == version_in("System has not been booted with systemd\n") == 0
 
 
 def files_below(root):

@@ -985,6 +985,7 @@ class Report(google.protobuf.message.Message):
     AGENT_TOKEN_FIELD_NUMBER: builtins.int
     RPC_TRANSPORT_FIELD_NUMBER: builtins.int
     CERTIFICATE_EXPIRES_IN_S_FIELD_NUMBER: builtins.int
+    ENGINES_UNLIMITED_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     host: builtins.str
     """Address other nodes reach this one at, and the agent's gRPC port there."""
@@ -1003,6 +1004,8 @@ class Report(google.protobuf.message.Message):
     """Two nodes whose transports differ cannot hold one pool together."""
     certificate_expires_in_s: builtins.float
     """Seconds that the agent's certificate has left, below 0 once it is over; absent without one."""
+    engines_unlimited: builtins.str
+    """Why the kernel enforces no memory limit on each engine here; empty: it does."""
     @property
     def devices(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Device]:
         """The CPU first, then the GPUs."""
@@ -1054,10 +1057,11 @@ class Report(google.protobuf.message.Message):
         agent_token: builtins.str = ...,
         rpc_transport: Global___RpcTransport.ValueType | None = ...,
         certificate_expires_in_s: builtins.float | None = ...,
+        engines_unlimited: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_certificate_expires_in_s", b"_certificate_expires_in_s", "_engine", b"_engine", "_rpc_transport", b"_rpc_transport", "certificate_expires_in_s", b"certificate_expires_in_s", "engine", b"engine", "rpc_transport", b"rpc_transport"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_certificate_expires_in_s", b"_certificate_expires_in_s", "_engine", b"_engine", "_rpc_transport", b"_rpc_transport", "agent_token", b"agent_token", "boot_id", b"boot_id", "certificate_expires_in_s", b"certificate_expires_in_s", "cordoned", b"cordoned", "cpu_count", b"cpu_count", "devices", b"devices", "draining", b"draining", "engine", b"engine", "host", b"host", "instances", b"instances", "labels", b"labels", "links", b"links", "measured_unix_s", b"measured_unix_s", "memory", b"memory", "models", b"models", "node_id", b"node_id", "port", b"port", "reservations", b"reservations", "rpc_transport", b"rpc_transport", "sequence", b"sequence", "speeds", b"speeds", "version", b"version"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_certificate_expires_in_s", b"_certificate_expires_in_s", "_engine", b"_engine", "_rpc_transport", b"_rpc_transport", "agent_token", b"agent_token", "boot_id", b"boot_id", "certificate_expires_in_s", b"certificate_expires_in_s", "cordoned", b"cordoned", "cpu_count", b"cpu_count", "devices", b"devices", "draining", b"draining", "engine", b"engine", "engines_unlimited", b"engines_unlimited", "host", b"host", "instances", b"instances", "labels", b"labels", "links", b"links", "measured_unix_s", b"measured_unix_s", "memory", b"memory", "models", b"models", "node_id", b"node_id", "port", b"port", "reservations", b"reservations", "rpc_transport", b"rpc_transport", "sequence", b"sequence", "speeds", b"speeds", "version", b"version"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__certificate_expires_in_s: typing_extensions.TypeAlias = typing.Literal["certificate_expires_in_s"]
     _WhichOneofArgType__certificate_expires_in_s: typing_extensions.TypeAlias = typing.Literal["_certificate_expires_in_s", b"_certificate_expires_in_s"]
