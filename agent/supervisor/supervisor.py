@@ -278,10 +278,6 @@ class Supervisor:
         owner = self._owners.get(instance_id)
         return owner.plan if isinstance(owner, Coordinator) else None
 
-    def pid_of(self, instance_id: str) -> int:
-        """0 when it does not run; raises SollolError: INSTANCE_NOT_FOUND."""
-        return self._owners.find(instance_id).view.pid
-
     def subscribe(self, callback: Callable[[Instance], None]) -> None:
         """Call `callback` with every change of every instance."""
         self._news.subscribe(callback)

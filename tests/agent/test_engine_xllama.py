@@ -51,9 +51,15 @@ class Wheel:
     async def ready(self) -> None:
         async def is_ready():
             assert self.process.returncode is None, self.log
-            return (await self.get("/health"))[0] == 200
+            return (await self.get("/health"))[0] == 200 and self.catches_term()
 
         await wait_until(is_ready, within_s=20, what="the wheel serves")
+
+    def catches_term(self) -> bool:
+        """It answers a moment before it does; until then TERM ends it at once."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        (caught,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+        return bool(int(caught, 16) >> signal.SIGTERM - 1 & 1)
 
     async def busy(self) -> int:
         slots = json.loads((await self.get("/slots"))[1].split(b"\r\n\r\n", 1)[1])

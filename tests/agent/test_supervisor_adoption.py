@@ -24,6 +24,7 @@ from agent.supervisor.identity import Identity, boot_id, identity_of, is_running
 from agent.supervisor.lending import forwarder_id
 from agent.supervisor.orphans import end_everything
 from agent.supervisor.records import ENGINE, FORWARDER, Record
+from agent.supervisor.supervisor import Supervisor
 from agent.supervisor.tunnelling import tunnel_id
 from tests.fakes.fake_engine import fake_engine
 from tests.supervised import (
@@ -49,6 +50,12 @@ def stranger() -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
+def pid_of(supervisor: Supervisor, instance_id: str) -> int:
+    """0 when it does not run."""
+    (instance,) = (each for each in supervisor.instances() if each.instance_id == instance_id)
+    return instance.pid
+
+
 async def leave_one(tmp_path: Path, *knobs: str, ready: bool = True, **options: object) -> int:
     """An agent starts pool p and ends in order, leaving it; returns the pid."""
     async with supervising(tmp_path, fake_engine(*knobs), **options) as supervisor:
@@ -57,7 +64,7 @@ async def leave_one(tmp_path: Path, *knobs: str, ready: bool = True, **options: 
         else:
             await supervisor.start("p", plan_of("m"))
             await wait_until(lambda: supervisor.instances()[0].percent > 0, what="it loads")
-        pid = supervisor.pid_of("p")
+        pid = pid_of(supervisor, "p")
         await supervisor.close(leave=True)
     assert runs(pid)
     return pid
@@ -120,7 +127,7 @@ async def test_the_next_agent_takes_up_what_a_crashed_one_left(tmp_path: Path) -
         assert (instance.state, instance.percent, instance.model) == (InstanceState.READY, 100.0, "m")
         assert promises.restored == [("p", {"CPU": 1 << 20})]
         assert supervisor.socket_of("p").exists()
-        await wait_until(lambda: supervisor.pid_of("p") == pid, what="the same process")
+        await wait_until(lambda: pid_of(supervisor, "p") == pid, what="the same process")
         assert (await supervisor.start("p", plan_of("m"))).pid == pid, "a repeated start is the one that serves"
         await supervisor.stop("p")
         assert not runs(pid)
@@ -179,7 +186,7 @@ async def test_the_death_of_one_that_was_taken_up_is_seen_and_told_from_its_log(
     pid = await leave_one(tmp_path)
     async with supervising(tmp_path, fake_engine()) as supervisor:
         supervisor.adopt()
-        await wait_until(lambda: supervisor.pid_of("p"), what="it is watched")
+        await wait_until(lambda: pid_of(supervisor, "p"), what="it is watched")
         os.kill(pid, signal.SIGKILL)
         await wait_until(lambda: supervisor.failure_of("p"), within_s=1, what="its death is seen")
         refusal = supervisor.failure_of("p")
@@ -197,7 +204,7 @@ async def test_engines_can_be_left_again_and_again(tmp_path: Path) -> None:
             await supervisor.close(leave=True)
     async with supervising(tmp_path, fake_engine()) as supervisor:
         assert supervisor.adopt() == 1
-        await wait_until(lambda: supervisor.pid_of("p") == pid, what="the same process")
+        await wait_until(lambda: pid_of(supervisor, "p") == pid, what="the same process")
 
 
 async def test_one_that_is_just_stopping_is_not_left(tmp_path: Path) -> None:
