@@ -57,6 +57,18 @@ def test_where_systemd_gives_the_agent_no_place_for_limited_engines_log_and_repo
         assert "engines_unlimited" in machine.journal("sollol-agent")
 
 
+def test_the_list_of_the_revoked_reaches_every_machine_although_their_etc_is_read_only(services):
+    head = services.machines[HEAD]
+    head.must("sollol", "pki", "issue", "client", "somebody")
+    head.must("sollol", "pki", "revoke", "somebody", "--role", "client")
+    signed = head.must("cat", "/etc/sollol/pki/authority/revoked")
+    kept = "/etc/sollol/pki/agent/revoked"
+    for address, machine in services.machines.items():
+        await_true(lambda there=machine: there.run("cat", kept).stdout == signed, 10, f"{address} has the list")
+        assert machine.must("stat", "-c", "%U", kept).strip() == "sollol"
+        assert "revoked_list_not_kept" not in machine.journal("sollol-agent")
+
+
 def test_a_model_on_three_nodes_answers_and_systemd_knows_what_is_done(services, loaded):
     assert {address: len(found) for address, found in loaded.items()} == PARTS
 
