@@ -31,7 +31,7 @@ async def secured(reciting_model, ports):
     with short_home() as home:
         (home / "models").mkdir()
         shutil.copy(reciting_model, home / "models" / f"{MODEL}.gguf")
-        engine = write_engine(home / "engine", f"rate={RATE}", f"tokens={TOKENS}")
+        engine = write_engine(home / "engine", f"rate={RATE}", f"tokens={TOKENS}", "computes_s=0.005")
         cluster = ByHand(home, ports, models=home / "models", engine=engine)
         cluster.pki, cluster.ours = home / "pki", authority()
         cluster.tls_dir = write_identity(cluster.pki / "admin", cluster.ours, "admin", "operator")

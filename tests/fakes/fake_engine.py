@@ -9,6 +9,7 @@ Knobs are `name=value`, each given as `--fake name=value` or as a marker in the 
 
   tokens=16         most tokens of an answer, ended with finish_reason "stop"; a request's own limit gives "length"
   rate=0            tokens per second and stream; 0: as fast as possible
+  computes_s=0      CPU seconds that each token takes; one that takes none for seconds stands still
   prompt_s=0        seconds before the first token (headers are sent at once, as llama-server does)
   load_s=0          seconds that loading takes, with 503 on /health and progress lines in child mode
   progress=1        0: no progress lines, as older engines
@@ -37,6 +38,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -262,6 +264,9 @@ class Engine:
                 await reply.client_gone.wait()
             due = begin + number / rate if rate else 0
             await asyncio.sleep(max(0, due - asyncio.get_running_loop().time()))
+            computed_s = time.process_time() + self.flags.number("computes_s", 0)
+            while time.process_time() < computed_s:
+                pass
             self.decodes += 1
             slot.decoded, slot.remaining = number + 1, answer.count - number - 1
             if answer.stream:
