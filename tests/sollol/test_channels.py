@@ -88,9 +88,11 @@ def test_a_newer_peers_reason_is_named_and_its_word_on_trying_again_holds(retry)
 
 
 async def test_a_connection_lost_in_the_middle_of_a_write_is_agent_unreachable_and_no_bug(tmp_path):
-    reasons = {await reason_of_a_write_to_a_lost_server(f"unix:{tmp_path}/{number}") for number in range(20)}
+    for number in range(200):
+        if reason := await reason_of_a_write_to_a_lost_server(f"unix:{tmp_path}/{number}"):
+            break
 
-    assert reasons - {None} == {Reason.AGENT_UNREACHABLE}
+    assert reason is Reason.AGENT_UNREACHABLE
 
 
 async def reason_of_a_write_to_a_lost_server(address):

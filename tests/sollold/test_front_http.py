@@ -110,31 +110,35 @@ async def test_the_openai_package_streams_and_does_not(serving):
 
 
 async def test_the_openai_package_sees_an_error_in_mid_stream(serving, impatient):
+    read = asyncio.Event()
+
     async def late(request, on_progress):
-        await asyncio.sleep(0.1)
+        await read.wait()
         return FakeStream(chunks=HELLO[:3], error=DIED)
 
     _, session = await serving(late)
     async with openai.AsyncOpenAI(**openai_options(session)) as client:
         stream = await client.chat.completions.create(model="tiny", messages=ASK["messages"], stream=True)
+        read.set()
         with pytest.raises(openai.APIError, match="died"):
             async for _ in stream:
                 pass
 
 
 async def test_who_waits_for_a_load_reads_its_progress_and_then_the_answer(serving, impatient):
-    loaded = asyncio.Event()
+    read, loaded = asyncio.Event(), asyncio.Event()
 
     async def slow(request, on_progress):
         on_progress(Progress(state="queued"))
-        await asyncio.sleep(0.1)
+        await read.wait()
         on_progress(Progress(state="loading", percent=42.4, node_id="node-a"))
         await loaded.wait()
         return FakeStream()
 
     _, session = await serving(slow)
     async with session.post(CHAT, json={**ASK, "stream": True}) as response:
-        body = b""
+        body = await response.content.readany()
+        read.set()
         while b": loading 42% on node-a\n\n" not in body:
             body += await response.content.readany()
         loaded.set()
@@ -144,12 +148,15 @@ async def test_who_waits_for_a_load_reads_its_progress_and_then_the_answer(servi
 
 
 async def test_a_load_that_fails_after_the_headers_ends_in_an_error_event(serving, impatient):
+    begun = asyncio.Event()
+
     async def failing(request, on_progress):
-        await asyncio.sleep(0.1)
+        await begun.wait()
         raise refuse(Reason.ENGINE_START_FAILED, "it does not start", log_lines=("bad magic",))
 
     _, session = await serving(failing)
     async with session.post(CHAT, json={**ASK, "stream": True}) as response:
+        begun.set()
         body = await response.read()
     assert response.status == 200
     (event,) = events_of(body)
@@ -158,12 +165,15 @@ async def test_a_load_that_fails_after_the_headers_ends_in_an_error_event(servin
 
 
 async def test_a_bug_after_the_headers_ends_in_an_error_event_too(serving, impatient):
+    begun = asyncio.Event()
+
     async def broken(request, on_progress):
-        await asyncio.sleep(0.1)
+        await begun.wait()
         raise ZeroDivisionError
 
     _, session = await serving(broken)
     async with session.post(CHAT, json={**ASK, "stream": True}) as response:
+        begun.set()
         *_, last = (await response.read()).rstrip().rpartition(b"\n\n")
 
     assert response.status == 200

@@ -33,7 +33,7 @@ async def test_it_is_online_while_it_serves_and_offline_at_its_end_however_it_co
     async with daemon("sollold", home, *words) as head:
         await heard.says(STATUS, "online", within_s=20)
         head.process.terminate()
-        await heard.says(STATUS, "offline", within_s=1)
+        await heard.says(STATUS, "offline", within_s=5)
         assert await head.ended() == 0
     async with daemon("sollold", home, *words) as head:
         await heard.says(STATUS, "online", within_s=20)
@@ -71,11 +71,12 @@ async def test_what_cannot_be_placed_is_told_with_the_reason(home, flags, broker
     ):
         await agent.says("agent_ready")
         await head.says("node_connected")
+        await head.says("head_ready")
         body = {"model": "tiny-reciter", "prompt": "x"}
         url = f"http://127.0.0.1:{flags[flags.index('--http-port') + 1]}/v1/completions"
         async with aiohttp.ClientSession() as session, session.post(url, json=body) as response:
             assert response.status == 503
-        await wait_until(lambda: heard.on("sollol/v1/home/event"), what="told")
+        await wait_until(lambda: heard.on("sollol/v1/home/event"), within_s=20, what="told")
     event = json.loads(heard.on("sollol/v1/home/event")[0])
     assert (event["event"], event["model"], event["reason"], event["head_id"]) == (
         "refused",

@@ -158,16 +158,31 @@ async def test_another_agent_at_the_same_address_keeps_its_watch_when_the_former
         assert view.nodes.link("latter") is link
 
 
+def second_ones(view):
+    """Grows with every report that comes from a second agent of a known node."""
+    seen, twin = [], view.nodes._twin
+
+    def looked_at(*given):
+        seen.append(given)
+        return twin(*given)
+
+    view.nodes._twin = looked_at
+    return seen
+
+
 async def test_a_second_node_of_the_same_id_is_refused_and_the_first_untouched(watching, ports):
     first, second = FakeAgent("a", ports()), FakeAgent("a", ports(), boot_id="other machine")
     async with first.running(), second.running():
         with capture_logs() as logs:
             view = await watching(first.address)
             await view.sees("a")
+            seen = second_ones(view)
             view.nodes._static = (first.address, second.address)
-            await wait_until(lambda: second.watchers, what="the second is watched")
+            await wait_until(lambda: second.told, what="the second is watched, and told")
             for _ in range(3):
+                before = len(seen)
                 second.tell(cordoned=True)
+                await wait_until(lambda before=before: len(seen) > before, what="the second is heard")
                 first.tell()
                 await wait_until(
                     lambda: view.nodes.status("a").report.sequence == first.report.sequence, what="the first is heard"
@@ -190,9 +205,11 @@ async def test_an_agent_is_the_same_by_its_token_wherever_it_is(watching, ports,
     async with first.running(), second.running():
         view = await watching(first.address)
         await view.sees("a")
+        seen = second_ones(view)
         view.nodes._static = (first.address, second.address)
-        await wait_until(lambda: second.watchers, what="the second is watched")
+        await wait_until(lambda: seen, what="the second is watched")
         second.tell()
+        await wait_until(lambda: len(seen) > 1, what="the second is heard")
         first.tell()
         await wait_until(
             lambda: view.nodes.status("a").report.sequence == first.report.sequence, what="the first is heard"
