@@ -10,6 +10,7 @@ from sollol.errors import SURFACES, Reason, SollolError
 
 from tests.e2e.cluster import chat_body
 from tests.e2e.models import RECITER
+from tests.waiting import wait_until
 
 CAPS = {"small": 40_000_000, "smaller": 20_000_000}
 
@@ -59,7 +60,7 @@ async def test_a_model_that_fits_nowhere_is_refused_with_what_each_node_lacks_in
 @pytest.mark.engine
 async def test_no_node_at_all_is_refused_as_that_on_every_surface(by_hand):
     by_hand.start_head()
-    await by_hand.nodes_seen(0)
+    await wait_until(lambda: '"head_ready"' in by_hand.log("head"), within_s=60, what="the head serves")
 
     status, answer = await by_hand.post("/v1/chat/completions", chat_body(RECITER))
     ran, _, said = await by_hand.cli("run", RECITER, "?")
@@ -101,7 +102,10 @@ async def test_an_agent_whose_port_is_taken_ends_with_that_reason_and_is_not_lis
     last = json.loads(by_hand.log("node").splitlines()[-1])
     assert (last["event"], last["reason"]) == ("ended_by_refusal", Reason.PORT_TAKEN)
     assert str(taken) in last["message"]
-    await by_hand.nodes_seen(0)
+    by_hand.start_agent("other")
+    await by_hand.nodes_seen(1)
+    async with by_hand.client() as client:
+        assert [node.report.node_id for node in await client.nodes()] == ["other"]
 
 
 @pytest.mark.engine

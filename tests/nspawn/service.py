@@ -173,7 +173,7 @@ class Services:
             reader = threading.Thread(target=stream.read)
             reader.start()
             try:
-                await_true(lambda: len(stream.events) > 5, 10, lambda: f"{model} speaks: {stream.events}")
+                await_true(lambda: len(stream.events) > 5, 30, lambda: f"{model} speaks: {stream.events}")
                 yield stream
             finally:
                 process.kill()

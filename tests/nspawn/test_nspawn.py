@@ -74,8 +74,8 @@ def test_a_model_on_three_nodes_answers_and_systemd_knows_what_is_done(services,
 
     assert services.answer(MODEL) == RECITAL
     head = services.machines[HEAD]
-    await_true(lambda: head.shows("sollold", "StatusText") == "3 nodes, 1 pools, 0 streams", 10, "the head's status")
-    await_true(lambda: "1 engines" in services.machines[LARGE].shows("sollol-agent", "StatusText"), 10, "its agent's")
+    await_true(lambda: head.shows("sollold", "StatusText") == "3 nodes, 1 pools, 0 streams", 30, "the head's status")
+    await_true(lambda: "1 engines" in services.machines[LARGE].shows("sollol-agent", "StatusText"), 30, "its agent's")
 
 
 @pytest.mark.parametrize("address", [LARGE, SMALL])
@@ -117,10 +117,10 @@ def test_a_reload_changes_settings_and_nothing_else(services, loaded):
     def labels():
         return next(node["labels"] for node in services.nodes() if node["host"] == SMALL)
 
-    await_true(lambda: labels() == {"rack": "7"}, 5, "the label is reported")
+    await_true(lambda: labels() == {"rack": "7"}, 20, "the label is reported")
     machine.write("/etc/sollol/agent.toml", services.agent_settings(SMALL) + "lables = {}\n")
     machine.must("systemctl", "reload", "sollol-agent")
-    await_true(lambda: "reload_refused" in machine.journal("sollol-agent"), 5, "the wrong setting is refused")
+    await_true(lambda: "reload_refused" in machine.journal("sollol-agent"), 20, "the wrong setting is refused")
     assert labels() == {"rack": "7"}
     assert machine.shows("sollol-agent", "ActiveState") == "active"
     assert machine.shows("sollol-agent", "MainPID") == main_pid
@@ -137,12 +137,12 @@ def test_an_agent_that_hangs_is_ended_by_the_watchdog_and_the_next_one_takes_ove
 
     machine.must("systemctl", "kill", "--kill-whom=main", f"--signal={signal.SIGSTOP.name}", "sollol-agent")
 
-    await_true(lambda: int(machine.shows("sollol-agent", "NRestarts")) == restarts + 1, 20, "it was started again")
-    await_true(lambda: machine.shows("sollol-agent", "SubState") == "running", 20, "it serves")
-    assert "Watchdog timeout" in machine.journal("sollol-agent")
-    assert "instance_adopted" in machine.journal("sollol-agent", lines=20)
+    await_true(lambda: int(machine.shows("sollol-agent", "NRestarts")) == restarts + 1, 60, "it was started again")
+    await_true(lambda: machine.shows("sollol-agent", "SubState") == "running", 60, "it serves")
+    for line in ("Watchdog timeout", "instance_adopted"):
+        await_true(lambda line=line: line in machine.journal("sollol-agent"), 20, f"the journal has {line}")
     head.must("systemctl", "start", "sollold")
-    await_true(lambda: len(services.instances(MODEL)) == len(PARTS), 20, "the new head sees all parts")
+    await_true(lambda: len(services.instances(MODEL)) == len(PARTS), 60, "the new head sees all parts")
     assert parts(services) == loaded
     assert services.answer(MODEL) == RECITAL
     assert pool(services)["instance_id"] == before["instance_id"]
@@ -158,10 +158,11 @@ def test_an_agent_whose_settings_are_wrong_is_not_tried_again_and_again(services
     assert machine.shows("sollol-agent", "ActiveState") == "failed"
     assert machine.shows("sollol-agent", "ExecMainStatus") == "2"
     assert machine.shows("sollol-agent", "NRestarts") in ("0", restarts)
-    assert 'unknown setting "prot"; the closest one is "port"' in machine.journal("sollol-agent", lines=20)
+    line = 'unknown setting "prot"; the closest one is "port"'
+    await_true(lambda: line in machine.journal("sollol-agent", lines=20), 20, "the journal says what is wrong")
     machine.write("/etc/sollol/agent.toml", services.agent_settings(SMALL))
     machine.must("systemctl", "restart", "sollol-agent")
-    await_true(lambda: services.instances(MODEL).get(SMALL), 10, "it is back, and its backend is still there")
+    await_true(lambda: services.instances(MODEL).get(SMALL), 60, "it is back, and its backend is still there")
     assert parts(services) == loaded
 
 
@@ -173,8 +174,8 @@ def test_a_stop_of_everything_leaves_no_process(services, loaded):
         machine.must("systemctl", "stop", *units, timeout_s=90)
 
     for machine in services.machines.values():
-        await_true(lambda machine=machine: not machine.pids_of("sollol"), 10, "every process of ours is gone")
-        await_true(lambda machine=machine: machine.shows("sollol-engines", "ActiveState") == "inactive", 10, "stopped")
+        await_true(lambda machine=machine: not machine.pids_of("sollol"), 30, "every process of ours is gone")
+        await_true(lambda machine=machine: machine.shows("sollol-engines", "ActiveState") == "inactive", 30, "stopped")
         assert machine.shows("sollol-engines", "Result") == "success"
 
 
