@@ -151,10 +151,10 @@ async def test_streams_of_two_coordinators_at_once_do_not_count(tmp_path: Path):
 
 
 async def test_the_first_seconds_of_a_pool_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(speed_meter, "SETTLE_S", 0.5)
+    monkeypatch.setattr(speed_meter, "SETTLE_S", 2.0)
     async with running(tmp_path) as node:
         await node.start()
-        await nothing_comes_of(node, node.generate(), settled_s=asyncio.get_running_loop().time() + 0.5)
+        await nothing_comes_of(node, node.generate(), settled_s=asyncio.get_running_loop().time() + 2.0)
 
 
 async def test_what_was_observed_outlives_the_agent_but_not_its_engine(tmp_path: Path):

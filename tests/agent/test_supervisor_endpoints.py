@@ -145,7 +145,7 @@ async def keyed(tmp_path: Path, engine_binary: Path, reciting_model: Path, first
         limits=REAL,
         tcp=replace(site_at(first), key=KEY),
     ) as supervisor:
-        yield supervisor, await started(supervisor, "p", plan_of("m"))
+        yield supervisor, await started(supervisor, "p", plan_of("m", context_per_slot=4096))
 
 
 @pytest.mark.engine
@@ -170,7 +170,7 @@ async def test_what_watches_an_engine_knows_its_key(keyed: tuple[Supervisor, Ins
     supervisor, pool = keyed
     plan, path = plan_of("m"), supervisor.socket_of("p")
     async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {KEY}"}) as session:
-        body = {"prompt": "x", "n_predict": 400, "stream": True, "ignore_eos": True}
+        body = {"prompt": "x", "n_predict": 3500, "stream": True, "ignore_eos": True}
         async with session.post(f"{pool.endpoint}/completion", json=body) as response:
             assert await response.content.readline()
             watches = {
