@@ -20,6 +20,7 @@ log = structlog.get_logger(__name__)
 _GROUP_END_S = 2.0  # a killed process is gone in milliseconds, unless the kernel itself is stuck
 _POLL_S = 0.01
 _OOM_SCORE_ADJ = 300  # as if it took another 30 % of the node's memory
+_HEARS_WITHIN_S = 0.5
 
 
 class EngineProcess:
@@ -64,13 +65,19 @@ class EngineProcess:
             await asyncio.sleep(_POLL_S)
 
     async def stop(self, exited: "asyncio.Task[int | None]", grace_s: float) -> None:
-        """Ask the engine to end, and after `grace_s` end its group by force. Returns when `exited` is done."""
+        """Ask the engine to end, and after `grace_s` end its group by force. Returns when `exited` is done.
+
+        It is asked twice: the first time llama-server ends its streams, which takes 0.1 s, or for ever where a client
+        does not read; the second time it leaves.
+        """
         if exited.done():
             return
         _say_exit(self.pid)
-        _signal_group(self.pid, signal.SIGTERM)
-        done, _ = await asyncio.wait({exited}, timeout=grace_s)
-        if not done:
+        for patience_s in (min(_HEARS_WITHIN_S, grace_s), max(0.0, grace_s - _HEARS_WITHIN_S)):
+            if not exited.done():
+                _signal_group(self.pid, signal.SIGTERM)
+                await asyncio.wait({exited}, timeout=patience_s)
+        if not exited.done():
             log.warning("engine_killed", pid=self.pid, grace_s=grace_s)
             _signal_group(self.pid, signal.SIGKILL)
             await asyncio.wait({exited})

@@ -1,11 +1,15 @@
 """The supervisor over real llama.cpp and a real, tiny model."""
 
+import asyncio
+import json
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import aiohttp
+import msgspec
 import pytest
 from sollol.errors import Reason, Refusal
 from sollol.report import InstanceState
@@ -133,3 +137,25 @@ async def failure(supervisor: Supervisor, model: str, context_per_slot: int = 51
     instance = await settled(supervisor, "p")
     assert instance.refusal is not None
     return instance.refusal
+
+
+async def test_a_stop_does_not_wait_for_a_client_that_does_not_read(
+    tmp_path: Path, engine_binary: Path, reciting_model: Path
+) -> None:
+    """The engine waits for it when it is asked once: what it has written for it does not fit into the socket."""
+    patient = msgspec.structs.replace(REAL, stop_grace_s=600)
+    engine = (str(engine_binary),)
+    async with supervising(tmp_path, engine, resolve=lambda _: reciting_model, limits=patient) as supervisor:
+        pid = (await started(supervisor, "p", plan_of("tiny", context_per_slot=16_384))).pid
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(supervisor.socket_of("p")))
+            body = json.dumps({"prompt": "hello", "stream": True, "n_predict": 16_000, "ignore_eos": True})
+            client.sendall(f"POST /completion HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+
+            async def has_said_more_than_fits() -> bool:
+                busy = [slot for slot in await get(supervisor, "/slots") if slot["is_processing"]]
+                return any(slot["next_token"][0]["n_decoded"] > 1000 for slot in busy)
+
+            await wait_until(has_said_more_than_fits, within_s=60, what="it has said more than fits into the socket")
+            await asyncio.wait_for(supervisor.stop("p"), 20)
+        assert not runs(pid)
