@@ -15,7 +15,7 @@ from sollol.report import BackendEndpoint, DeviceShare, Instance, InstanceKind, 
 from agent.forwarder.status import NO_FREE_PORT, Status, read_status
 from agent.supervisor.command import CPU, backend_argv
 from agent.supervisor.failure import KEPT_LINES, ended, killed_for_memory
-from agent.supervisor.files import last_lines
+from agent.supervisor.files import keep_short, last_lines
 from agent.supervisor.freeze import FreezeWatch, look_at
 from agent.supervisor.handshake import HandshakeFailedError, greet, listens
 from agent.supervisor.lending import BackendLaunch, endpoint_of, forwarder_argv
@@ -244,6 +244,7 @@ class Backend(Owner):
             if wrong := next(looks):
                 return self._failed(Reason.ENGINE_STALLED, wrong)
             self._count()
+            keep_short(self.files.log, self._limits.most_log_bytes)
         if self._asked_to_stop.done():
             return None
         if exited.done():

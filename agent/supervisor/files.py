@@ -95,7 +95,29 @@ def last_lines(log: Path, count: int) -> tuple[str, ...]:
 def remove_oldest_logs(directory: Path, *, keep: Iterable[Path]) -> None:
     """Leave `KEPT_LOGS` logs, the newest; those in `keep` belong to running engines and stay in any case."""
     running = set(keep)
-    ended = [path for path in directory.glob("*.log") if path not in running]
-    ended.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in ended[KEPT_LOGS:]:
+    ended = [(_modified_ns(path), path) for path in directory.glob("*.log") if path not in running]
+    for _, path in sorted(ended, reverse=True)[KEPT_LOGS:]:
         path.unlink(missing_ok=True)
+
+
+def _modified_ns(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:  # somebody tidied up, or it leads nowhere
+        return 0
+
+
+def keep_short(log: Path, most_bytes: int) -> None:
+    """Start a long log anew with its last lines. Whoever writes it appends, and goes on behind them."""
+    try:
+        with log.open("rb+") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size <= most_bytes:
+                return
+            file.seek(max(0, size - _TAIL_BYTES))
+            _, _, tail = file.read(_TAIL_BYTES).partition(b"\n")
+            file.truncate(0)
+        with log.open("ab") as file:
+            file.write(b"(more than %d bytes: started anew with its last lines)\n" % most_bytes + tail)
+    except OSError:
+        return  # it is not there, or its disk fails: its engine shall not end for it

@@ -21,7 +21,7 @@ from agent.supervisor.failure import (
     stalled,
     unreachable,
 )
-from agent.supervisor.files import InstanceFiles, last_lines
+from agent.supervisor.files import InstanceFiles, keep_short, last_lines
 from agent.supervisor.health import health
 from agent.supervisor.links import backend_links
 from agent.supervisor.memory_log import OnLogged, logged_memory
@@ -212,6 +212,8 @@ class Coordinator(Owner):
                     return self._lost(backend_lost(plan.model, backend, last_lines(self.files.log, KEPT_LINES)))
                 if wrong := await standstill.seen():
                     return self._frozen(wrong)
+                if comparing.done():  # else the sizes at its beginning are still to be read
+                    keep_short(self.files.log, self._limits.most_log_bytes)
                 await self._next_event(*ends, timeout_s=self._limits.freeze_poll_s)
         finally:
             comparing.cancel()

@@ -30,7 +30,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     `connect_timeout_s` bounds the first sign of life of what can hang without a word: a backend, and a coordinator that
     connects to backends. `gone_after_s` is how long a backend outlives its coordinator, `freeze_poll_s` how often what
     no exit tells is looked for: a process that is stopped or hangs, a coordinator that has lost a backend.
-    `orphan_ttl_s` is how long what nobody can account for is left alone.
+    `orphan_ttl_s` is how long what nobody can account for is left alone. `most_log_bytes` is how long the log of one
+    that serves gets before it is started anew.
     """
 
     start_timeout_s: float = 600.0
@@ -40,6 +41,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     gone_after_s: float = 10.0
     freeze_poll_s: float = 1.0
     orphan_ttl_s: float = 120.0
+    most_log_bytes: int = 64 << 20
 
 
 class Owner(abc.ABC):

@@ -150,8 +150,8 @@ class Supervisor:
             return existing.view
         self._check_start(pool_id, existing)
         self._deaths.check(plan.model, now_s=self._now_s())
-        launch = self._launches.coordinator(pool_id, plan, self._promises.held(pool_id))
         self._owners.make_room(pool_id, now_s=self._now_s())
+        launch = self._launches.coordinator(pool_id, plan, self._promises.held(pool_id))
         coordinator = self._coordinator(launch)
         self._owners.add(coordinator)
         return coordinator.view

@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from msgspec.structs import replace
 from sollol.errors import Reason, SollolError
 from sollol.report import Instance, InstanceState
 
+from agent.supervisor.endpoints import TcpSite
+from agent.supervisor.files import KEPT_LOGS
 from agent.supervisor.owner import Limits
 from agent.supervisor.restarts import RestartPolicy
 from agent.supervisor.state import LIVE
@@ -296,3 +299,30 @@ async def test_many_lives_leave_nothing_open(tmp_path: Path) -> None:
             await started(supervisor, f"p{number}", plan_of("m"))
             await supervisor.stop(f"p{number}")
         assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+async def test_the_log_of_one_that_serves_stays_short_and_goes_on(tmp_path: Path) -> None:
+    limits = replace(QUICK, most_log_bytes=200_000, freeze_poll_s=0.05)
+    async with supervising(tmp_path, fake_engine("flood=300000"), limits=limits) as supervisor:
+        await started(supervisor, "p", plan_of("m"))
+        log = supervisor.log_path("p")
+        await wait_until(lambda: log.stat().st_size < 100_000, what="it has been started anew")
+        await supervisor.stop("p")
+        text = log.read_text()
+        assert "listening" in text, "its last lines are still there"
+        assert text.splitlines()[-1].endswith("cleaning up before exit...")
+        assert "\0" not in text
+
+
+async def test_a_start_for_which_no_room_can_be_made_keeps_no_port(tmp_path: Path, ports: Callable[[], int]) -> None:
+    first = ports()
+    tcp = TcpSite(listen="127.0.0.1", host="127.0.0.1", ports=range(first, first + 1))
+    async with supervising(tmp_path, fake_engine(), tcp=tcp) as supervisor:
+        odd = [tmp_path / "log" / f"{number}.log" for number in range(KEPT_LOGS + 1)]
+        for path in odd:
+            path.mkdir()
+        with pytest.raises(OSError, match="directory"):
+            await supervisor.start("p", plan_of("m"))
+        for path in odd:
+            path.rmdir()
+        assert (await supervisor.start("q", plan_of("m"))).endpoint.endswith(f":{first}")

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sollol.errors import Reason, SollolError
 
-from agent.supervisor.files import KEPT_LOGS, Directories, files_of, last_lines, remove_oldest_logs
+from agent.supervisor.files import KEPT_LOGS, Directories, files_of, keep_short, last_lines, remove_oldest_logs
 
 SOMEWHERE = Directories(log=Path("/log"), run=Path("/run"), state=Path("/state"))
 
@@ -56,3 +56,28 @@ def test_the_oldest_logs_go_but_never_one_of_a_running_engine(tmp_path: Path) ->
         os.utime(path, (1_000_000 - age, 1_000_000 - age))
     remove_oldest_logs(tmp_path, keep=[logs[0]])
     assert sorted(tmp_path.glob("*.log")) == sorted([logs[0], *logs[-KEPT_LOGS:]])
+
+
+def test_a_log_that_is_gone_while_the_oldest_are_looked_for_disturbs_nobody(tmp_path: Path) -> None:
+    (tmp_path / "gone.log").symlink_to(tmp_path / "nowhere")
+    remove_oldest_logs(tmp_path, keep=[])
+
+
+def test_a_long_log_starts_anew_with_its_last_lines_and_its_writer_goes_on_behind_them(tmp_path: Path) -> None:
+    log = tmp_path / "x.log"
+    with log.open("ab", buffering=0) as engine:
+        engine.write(b"".join(b"line %d\n" % number for number in range(100_000)))
+        before = log.stat().st_size
+        keep_short(log, before)
+        assert log.stat().st_size == before
+        keep_short(log, before - 1)
+        engine.write(b"and on\n")
+    first, second, *_, last_but_one, last = log.read_bytes().splitlines()
+    assert first == b"(more than %d bytes: started anew with its last lines)" % (before - 1)
+    assert (second[:5], last_but_one, last) == (b"line ", b"line 99999", b"and on")
+    assert log.stat().st_size < 70_000
+
+
+def test_a_log_that_is_not_there_is_short(tmp_path: Path) -> None:
+    keep_short(tmp_path / "none.log", 1)
+    assert not list(tmp_path.iterdir())
