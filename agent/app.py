@@ -83,7 +83,7 @@ async def serve(live: Live[AgentConfig], environ: Mapping[str, str], stop: Stop)
             ledger = Ledger(clock=time.monotonic, journal=lambda event: _journal(event, reporter))
             inventory, probe = Inventory(_model_roots(config, environ)), _probe(config, environ, places, found)
             streams, learned, key = Streams(), Learned(places.state), config.coordinator_key()
-            cordon, cgroups = Cordon(places.state), EngineCgroups(delegation())
+            cordon, cgroups = Cordon(places.state), EngineCgroups(delegation(), lambda: reporter.unified_gpus())  # noqa: PLW0108 - defined below
             supervisor = _supervisor(
                 config, environ, places,
                 found=found, inventory=inventory, ledger=ledger, streams=streams, key=key, learned=learned, tls=tls,

@@ -3,7 +3,7 @@
 It protects the node from an engine that runs away; it must never end a healthy one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from sollol.report import CoordinatorPlan
 
@@ -15,11 +15,12 @@ _ROOM_BYTES = 512 * MIB
 _DRIVER_BYTES = 1024 * MIB
 
 
-def limit_bytes(reserved: Mapping[str, int], passing_bytes: int = 0) -> int | None:
+def limit_bytes(reserved: Mapping[str, int], passing_bytes: int = 0, unified: Container[str] = ()) -> int | None:
     """Return the limit for an engine that was promised these bytes by device id; None when it was promised none.
 
     - What is reserved on the CPU: weights, KV cache, compute buffers and margin. Mapped weights are charged as page
-      cache, which the kernel takes back before it ends anybody.
+      cache, which the kernel takes back before it ends anybody. So is what is reserved on `unified` GPUs, which take it
+      from the same memory.
     - What the prompt cache may take, which no reservation counts.
     - A quarter of it, and 512 MiB: predictions are wrong by less, and small models are mostly the program itself and
       its threads' stacks and arenas.
@@ -28,7 +29,8 @@ def limit_bytes(reserved: Mapping[str, int], passing_bytes: int = 0) -> int | No
     """
     if not reserved:
         return None
-    own_bytes = reserved.get(CPU, 0) + CACHE_RAM_MIB * MIB
+    own_bytes = sum(size for device, size in reserved.items() if device == CPU or device in unified)
+    own_bytes += CACHE_RAM_MIB * MIB
     driver_bytes = _DRIVER_BYTES if any(device != CPU for device in reserved) else 0
     return own_bytes + own_bytes // 4 + _ROOM_BYTES + driver_bytes + passing_bytes
 

@@ -7,13 +7,14 @@ Anywhere else engines stay in the agent's cgroup, and `unlimited` says why.
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import structlog
 from msgspec import Struct
 
+from agent.supervisor.allowance import limit_bytes
 from agent.supervisor.files import plain_name
 
 log = structlog.get_logger(__name__)
@@ -124,21 +125,26 @@ class EngineCgroup:
 
 
 class EngineCgroups:
-    """All of this agent's. What earlier ones left empty is removed."""
+    """All of this agent's. What earlier ones left empty is removed.
 
-    def __init__(self, found: Delegation) -> None:
-        self.unlimited = found.unlimited
+    Args:
+        unified: The GPUs that have no memory of their own, as far as it is known.
+    """
+
+    def __init__(self, found: Delegation, unified: Callable[[], Container[str]] = frozenset) -> None:
+        self.unlimited, self._unified = found.unlimited, unified
         self._tree = found.tree
         if self.unlimited:
             log.info("engines_unlimited", why=self.unlimited, own_cgroups=self._tree is not None)
         for folder in self._present():
             _removed(folder)  # those of engines that run are not empty
 
-    def of(self, instance_id: str, limit_bytes: int | None) -> EngineCgroup:
-        """That of an instance, whoever made it."""
+    def of(self, instance_id: str, reserved: Mapping[str, int], passing_bytes: int = 0) -> EngineCgroup:
+        """That of an instance, whoever made it; see `limit_bytes`."""
         if self._tree is None:
             return EngineCgroup()
-        return EngineCgroup(self._tree / f"{_PREFIX}{plain_name(instance_id)}", None if self.unlimited else limit_bytes)
+        limit = None if self.unlimited else limit_bytes(reserved, passing_bytes, self._unified())
+        return EngineCgroup(self._tree / f"{_PREFIX}{plain_name(instance_id)}", limit)
 
     def _present(self) -> Iterator[Path]:
         return iter(()) if self._tree is None else self._tree.glob(f"{_PREFIX}*/")

@@ -11,7 +11,7 @@ from sollol.errors import Reason, refuse
 from sollol.report import CoordinatorPlan, InstanceKind
 
 from agent.engine.environment import engine_environment
-from agent.supervisor.allowance import limit_bytes, received_bytes, sent_bytes
+from agent.supervisor.allowance import received_bytes, sent_bytes
 from agent.supervisor.cgroups import EngineCgroups
 from agent.supervisor.command import coordinator_argv, coordinator_environment
 from agent.supervisor.endpoints import Endpoint, Endpoints
@@ -145,7 +145,7 @@ class Launches:
             node_id=self._site.node_id,
             streams=partial(self._streams, record.instance_id),
             on_logged=self._on_logged,
-            cgroup=self._cgroups.of(record.instance_id, limit_bytes(record.reserved, sent_bytes(plan))),
+            cgroup=self._cgroups.of(record.instance_id, record.reserved, sent_bytes(plan)),
         )
 
     def backend(self, instance_id: str, wish: BackendWish, reserved: Mapping[str, int]) -> BackendLaunch:
@@ -187,7 +187,7 @@ class Launches:
             environment=marked(engine_environment(self._environment), self._directories.state),
             files=files_of(record.instance_id, self._directories),
             forwarder_files=files_of(forwarder_id(wish.pool_id), self._directories),
-            cgroup=self._cgroups.of(record.instance_id, limit_bytes(record.reserved, received_bytes(wish))),
+            cgroup=self._cgroups.of(record.instance_id, record.reserved, received_bytes(wish)),
         )
 
     def _check_place(self, record: Record) -> None:

@@ -19,6 +19,10 @@ def test_the_driver_of_a_gpu_has_a_gib_and_what_is_on_the_gpu_does_not_count():
     assert limit_bytes({"CUDA0": 80 * GIB}) == 512 * MIB + GIB
 
 
+def test_a_gpu_without_memory_of_its_own_counts_as_the_cpu_does():
+    assert limit_bytes({"CPU": GIB, "ROCm0": 7 * GIB}, unified={"ROCm0"}) == 10 * GIB + 512 * MIB + GIB
+
+
 def test_what_was_promised_nothing_has_no_limit():
     assert limit_bytes({}) is None
 

@@ -12,6 +12,7 @@ from sollol.errors import Reason
 from sollol.report import InstanceState
 from structlog.testing import capture_logs
 
+from agent.supervisor.allowance import limit_bytes
 from agent.supervisor.cgroups import Delegation, EngineCgroup, EngineCgroups, delegation, own_path
 from tests.fakes.fake_engine import fake_engine
 from tests.fakes.sysfs import write_tree
@@ -66,7 +67,7 @@ def test_without_a_memory_controller_engines_have_cgroups_and_no_limits(tmp_path
     tree = delegated(tmp_path, cgroup_controllers="hugetlb")
 
     found = delegation(tmp_path)
-    EngineCgroups(found).of("p", 1000).take_in(4711)
+    EngineCgroups(found).of("p", {"CPU": 1000}).take_in(4711)
 
     assert found.tree == tree
     assert "has no memory controller" in found.unlimited
@@ -86,16 +87,26 @@ def test_without_version_2_there_are_no_limits(tmp_path: Path):
 def test_an_engine_is_limited_as_a_whole(tmp_path: Path):
     tree = delegated(tmp_path)
 
-    EngineCgroups(delegation(tmp_path)).of("p", 1000).take_in(4711)
+    EngineCgroups(delegation(tmp_path)).of("p", {"CPU": 1000}).take_in(4711)
 
     held = {path.name: path.read_text() for path in (tree / "engine-p").iterdir()}
-    assert held == {"memory.max": "1000", "memory.oom.group": "1", "cgroup.procs": "4711"}
+    assert held == {"memory.max": str(limit_bytes({"CPU": 1000})), "memory.oom.group": "1", "cgroup.procs": "4711"}
+
+
+def test_what_a_gpu_takes_of_the_nodes_memory_is_allowed_to_its_engine(tmp_path: Path):
+    tree = delegated(tmp_path)
+    reserved = {"CPU": 1000, "Vulkan0": 9000}
+
+    EngineCgroups(delegation(tmp_path), lambda: {"Vulkan0"}).of("p", reserved).take_in(4711)
+
+    limit = int((tree / "engine-p/memory.max").read_text())
+    assert limit == limit_bytes(reserved, unified={"Vulkan0"}) > limit_bytes(reserved)
 
 
 def test_an_id_never_becomes_more_than_a_plain_name(tmp_path: Path):
     tree = delegated(tmp_path)
 
-    EngineCgroups(delegation(tmp_path)).of("../../p", None).take_in(4711)
+    EngineCgroups(delegation(tmp_path)).of("../../p", {}).take_in(4711)
 
     (made,) = tree.glob("engine-*")
     assert made.name.isascii()
@@ -105,7 +116,7 @@ def test_an_id_never_becomes_more_than_a_plain_name(tmp_path: Path):
 def test_that_engines_are_not_limited_is_said_once_and_why():
     with capture_logs() as logs:
         cgroups = EngineCgroups(Delegation(tree=None, unlimited="it is old"))
-        cgroups.of("p", 1000).take_in(os.getpid())
+        cgroups.of("p", {"CPU": 1000}).take_in(os.getpid())
 
     assert logs == [{"event": "engines_unlimited", "log_level": "info", "why": "it is old", "own_cgroups": False}]
 
@@ -138,7 +149,7 @@ async def test_an_engine_that_the_kernel_ended_at_its_limit_ran_out_of_memory(tm
     cgroups = EngineCgroups(delegation(tmp_path / "machine"))
     async with supervising(tmp_path, fake_engine(), cgroups=cgroups) as supervisor:
         pid = (await started(supervisor, "p", plan_of("m"))).pid
-        limit_bytes = int((tree / "engine-p/memory.max").read_text())
+        limit = int((tree / "engine-p/memory.max").read_text())
         (tree / "engine-p/memory.events").write_text("oom 1\noom_kill 1\noom_group_kill 1\n")
 
         os.kill(pid, signal.SIGKILL)
@@ -148,8 +159,8 @@ async def test_an_engine_that_the_kernel_ended_at_its_limit_ran_out_of_memory(tm
         for plain_file in (tree / "engine-p").iterdir():  # which no kernel removes with the folder
             plain_file.unlink()
     assert refusal.reason is Reason.OUT_OF_MEMORY
-    assert refusal.numbers == {"limit_bytes": limit_bytes}
-    assert f"the {limit_bytes} bytes that it may use" in refusal.message
+    assert refusal.numbers == {"limit_bytes": limit}
+    assert f"the {limit} bytes that it may use" in refusal.message
 
 
 async def test_the_kernel_ends_an_engine_before_its_agent(tmp_path: Path):

@@ -10,6 +10,7 @@ import pytest
 from sollol.errors import Reason, Refusal
 from sollol.report import Instance, InstanceKind, InstanceState
 
+from agent.supervisor.cgroups import EngineCgroup
 from agent.supervisor.files import files_of
 from agent.supervisor.owner import Limits, Owner
 from agent.supervisor.process import EngineProcess, spawn_server
@@ -37,6 +38,7 @@ class Failing(Owner):
             record,
             files,
             Limits(stop_grace_s=0.05),
+            EngineCgroup(),
             on_change=lambda _: None,
             on_gone=on_gone,
             wait_after=lambda _: 0.0,
