@@ -14,7 +14,7 @@ from sollol.engine import Engine
 from sollol.errors import Reason, refuse
 from sollol.link import Link
 from sollol.registry import RegistryUnavailable
-from sollol.report import Device, DeviceKind, Instance, Model, Report, Reservation, RpcTransport
+from sollol.report import Device, Instance, Model, Report, Reservation, RpcTransport
 from sollol.speed import SpeedObservation
 from sollol.tls import TlsFiles
 
@@ -148,7 +148,7 @@ class Reporter:
     def unified_gpus(self) -> frozenset[str]:
         """Ids of those that take their memory from the CPU's; none before the first report."""
         devices = self._report.devices if self._report is not None else ()
-        return frozenset(device.device_id for device in devices if device.unified and device.kind is not DeviceKind.CPU)
+        return frozenset(device.device_id for device in devices if device.unified)
 
     def summary(self) -> str:
         """What runs here, in a few words."""

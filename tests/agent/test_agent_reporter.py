@@ -139,7 +139,7 @@ async def test_a_report_says_all_that_the_node_knows_of_itself():
 
 async def test_gpus_that_take_their_memory_from_the_cpus_are_known_once_they_are_measured():
     node = Node()
-    node.devices = (replace(CPU, unified=True), CUDA, replace(CUDA, device_id="ROCm0", unified=True))
+    node.devices = (CPU, CUDA, replace(CUDA, device_id="ROCm0", unified=True))
     assert node.reporter.unified_gpus() == frozenset()
     async with running(node) as reporter:
         assert reporter.unified_gpus() == {"ROCm0"}
