@@ -24,6 +24,7 @@ from agent.supervisor.ports import LOOPBACK, Ports
 from agent.supervisor.process import EngineProcess, spawn_server
 from agent.supervisor.records import ENGINE, FORWARDER
 from agent.supervisor.state import Event, after
+from agent.supervisor.strangers import stranger_at
 
 log = structlog.get_logger(__name__)
 
@@ -243,6 +244,9 @@ class Backend(Owner):
             await self._next_event(exited, forwarder_exited, timeout_s=self._limits.freeze_poll_s)
             if wrong := next(looks):
                 return self._failed(Reason.ENGINE_STALLED, wrong)
+            if (user := stranger_at(self.view.pid, self._record.port)) is not None:
+                what = f"was ended: user {user} of that machine is connected to it past its forwarder"
+                return self._failed(Reason.ENGINE_DIED, what, user=user)
             self._count()
             keep_short(self.files.log, self._limits.most_log_bytes)
         if self._asked_to_stop.done():
