@@ -19,10 +19,11 @@ from agent.supervisor.command import coordinator_argv, coordinator_environment
 from tests.waiting import wait_until
 
 PROGRAM = (sys.executable, "-P", "-m", "agent.engine.xllama")
+LONG = 8000  # tokens: many seconds
 PLAN = CoordinatorPlan(
     model="tiny:reciter",
     parallel=2,
-    context_per_slot=512,
+    context_per_slot=8192,
     shares=(DeviceShare(device_id="CPU", layers=9),),
     threads=1,
 )
@@ -113,7 +114,7 @@ async def test_it_serves_on_a_unix_socket_what_llama_server_serves(reciting_mode
         assert (await running.get("/metrics"))[0] == 200
         assert b'"tiny:reciter"' in (await running.get("/v1/models"))[1]
         slots = json.loads((await running.get("/slots"))[1].split(b"\r\n\r\n", 1)[1])
-        assert [slot["n_ctx"] for slot in slots] == [512, 512]
+        assert [slot["n_ctx"] for slot in slots] == [PLAN.context_per_slot] * 2
 
         status, answer = await running.request(chat(max_tokens=12))
 
@@ -132,14 +133,14 @@ async def test_a_client_that_leaves_frees_its_slot(reciting_model):
     async with wheel(reciting_model) as running:
         await running.ready()
         reader, writer = await asyncio.open_unix_connection(str(running.socket))
-        writer.write(chat(max_tokens=400, ignore_eos=True))
+        writer.write(chat(max_tokens=LONG, ignore_eos=True))
         await asyncio.wait_for(reader.readuntil(b'"content":"'), 10)
         writer.close()
 
         async def is_free():
             return await running.busy() == 0
 
-        await wait_until(is_free, within_s=1, what="the slot is free")
+        await wait_until(is_free, within_s=2, what="the slot is free")
 
 
 async def test_progress_and_readiness_are_printed_as_by_a_routers_child(reciting_model):
@@ -175,7 +176,7 @@ async def test_a_second_signal_ends_it_although_a_stream_is_open(reciting_model)
     async with wheel(reciting_model) as running:
         await running.ready()
         reader, writer = await asyncio.open_unix_connection(str(running.socket))
-        writer.write(chat(max_tokens=400, ignore_eos=True))
+        writer.write(chat(max_tokens=LONG, ignore_eos=True))
         await asyncio.wait_for(reader.readuntil(b'"content":"'), 10)
         running.process.send_signal(signal.SIGTERM)
         await wait_until(lambda: "cleaning up" in running.log, what="it has heard the first signal")
