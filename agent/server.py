@@ -12,6 +12,7 @@ import grpc.aio
 import msgspec
 from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untyped]
 from sollol import wire
+from sollol.channels import write_whole
 from sollol.errors import Reason, Refusal, SollolError, refuse
 from sollol.report import BackendEndpoint, Instance, InstanceState, Model
 from sollol.v1 import agent_pb2, agent_pb2_grpc
@@ -113,7 +114,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
             sent = report.models
             response = agent_pb2.WatchReportResponse(models_unchanged=unchanged)
             wire.fill(response.report, msgspec.structs.replace(report, models=()) if unchanged else report)
-            await context.write(response)
+            await write_whole(context, response)
 
     @guarded
     async def Reserve(self, request: agent_pb2.ReserveRequest, context: Any) -> agent_pb2.ReserveResponse:
@@ -229,7 +230,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         async for instance in self._supervisor.watch(check_instance_id(request.instance_id)):
             response = agent_pb2.WatchInstanceResponse()
             wire.fill(response.instance, instance)
-            await context.write(response)
+            await write_whole(context, response)
 
     @guarded
     async def Stop(self, request: agent_pb2.StopRequest, context: Any) -> agent_pb2.StopResponse:
@@ -259,7 +260,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         except SollolError as error:
             response = agent_pb2.TailLogResponse()
             wire.fill(response.refusal, error.refusal)
-            await context.write(response)
+            await write_whole(context, response)
             return
         lines, offset = await log_tail.tail(path, request.lines, unfinished=not request.follow)
         await _write_lines(context, lines)
@@ -296,4 +297,4 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
 
 async def _write_lines(context: Any, lines: Sequence[str]) -> None:
     for start in range(0, len(lines), _LINES_PER_MESSAGE):
-        await context.write(agent_pb2.TailLogResponse(lines=lines[start : start + _LINES_PER_MESSAGE]))
+        await write_whole(context, agent_pb2.TailLogResponse(lines=lines[start : start + _LINES_PER_MESSAGE]))

@@ -4,6 +4,7 @@ The options were measured together: both sides ping a silent peer, so a vanished
 and the server allows the pings it asks for.
 """
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -57,6 +58,7 @@ _UNREACHABLE = frozenset(
 )
 # The details of the INTERNAL that grpc.aio itself makes of a write on a call whose connection has just been lost.
 _LOST_WHILE_WRITING = "Internal error from Core"
+_TAKEN_WITHIN_S = 1.0
 
 
 def open_channel(
@@ -113,6 +115,21 @@ def server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
 
 def _configuration(material: Material) -> grpc.ServerCertificateConfiguration:
     return grpc.ssl_server_certificate_configuration([(material.key, material.chain)], material.ca)
+
+
+async def write_whole(context: Any, message: Any) -> None:
+    """Write to a call that may be aborted while we write: gRPC takes no status before it has taken the message.
+
+    A cancellation waits for that, but no longer than a moment for a peer that does not read.
+    """
+    writing = asyncio.ensure_future(context.write(message))
+    try:
+        await asyncio.shield(writing)
+    except asyncio.CancelledError:
+        await asyncio.wait({writing}, timeout=_TAKEN_WITHIN_S)
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)  # what it has to say is of no interest any more
+        raise
 
 
 async def refusal_abort(context: Any, refusal: Refusal) -> NoReturn:

@@ -19,7 +19,7 @@ import structlog
 from sollol import certificates
 from sollol.access import ACCESS
 from sollol.certificates import Certificate
-from sollol.channels import refusal_abort
+from sollol.channels import refusal_abort, write_whole
 from sollol.errors import Reason, Refusal, SollolError, refuse
 from sollol.identity import Role
 from sollol.tls import TlsFiles, admitted
@@ -119,7 +119,7 @@ def _wrapped(handler: Any, admitted_to: Callable[[Any], AbstractAsyncContextMana
             if hasattr(given, "__aiter__"):
                 async with aclosing(given):
                     async for response in given:
-                        await context.write(response)
+                        await write_whole(context, response)
             else:
                 await given
 

@@ -3,7 +3,7 @@ import asyncio
 import grpc
 import grpc.aio
 import pytest
-from sollol.channels import SERVER_OPTIONS, new_server, open_channel, refusal_abort, refusal_of
+from sollol.channels import SERVER_OPTIONS, new_server, open_channel, refusal_abort, refusal_of, write_whole
 from sollol.errors import SURFACES, Reason, Refusal, Retry
 from sollol.v1 import agent_pb2, agent_pb2_grpc, common_pb2
 
@@ -135,3 +135,34 @@ def _bound(server, port):
         return bool(server.add_insecure_port(f"127.0.0.1:{port}"))
     except RuntimeError:
         return False
+
+
+async def test_a_call_that_is_cancelled_in_mid_write_still_ends_with_its_refusal(tmp_path):
+    """GRPC takes no status while it takes a message; it would end the call with an error of its own."""
+    again = Refusal(reason=Reason.AGENT_RESTARTING, message="come again", retry=Retry.RETRYABLE)
+
+    async def write(context):
+        while True:
+            await write_whole(context, agent_pb2.WatchReportResponse(models_unchanged=True))
+
+    class Servicer(agent_pb2_grpc.AgentServiceServicer):
+        async def WatchReport(self, request, context):  # noqa: N802 - gRPC's name
+            writing = asyncio.create_task(write(context))
+            await asyncio.sleep(0)  # it has begun
+            writing.cancel()
+            await asyncio.gather(writing, return_exceptions=True)
+            await refusal_abort(context, again)
+
+    server = new_server()
+    agent_pb2_grpc.add_AgentServiceServicer_to_server(Servicer(), server)
+    server.add_insecure_port(f"unix:{tmp_path}/s")
+    await server.start()
+    try:
+        async with open_channel(f"unix:{tmp_path}/s") as channel:
+            stub = agent_pb2_grpc.AgentServiceStub(channel)
+            for _ in range(50):
+                with pytest.raises(grpc.aio.AioRpcError) as ended:
+                    _ = [told async for told in stub.WatchReport(agent_pb2.WatchReportRequest())]
+                assert refusal_of(ended.value) == again
+    finally:
+        await server.stop(0)
