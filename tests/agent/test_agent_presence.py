@@ -57,7 +57,7 @@ async def test_it_is_online_while_it_serves_and_offline_as_soon_as_it_is_told_to
     async with daemon("agent", home, *flags, *mqtt(broker)) as agent:
         await heard.says(STATUS, "online", within_s=20)
         agent.process.terminate()
-        await heard.says(STATUS, "offline", within_s=5)
+        await heard.says(STATUS, "offline", within_s=1)
         assert await agent.ended() == 0
     assert "Traceback" not in agent.log
 

@@ -140,7 +140,7 @@ async def test_a_client_that_leaves_frees_its_slot(reciting_model):
         async def is_free():
             return await running.busy() == 0
 
-        await wait_until(is_free, within_s=2, what="the slot is free")
+        await wait_until(is_free, within_s=1, what="the slot is free")
 
 
 async def test_progress_and_readiness_are_printed_as_by_a_routers_child(reciting_model):

@@ -164,7 +164,7 @@ async def test_a_new_head_serves_warm_without_the_old_one_and_without_redis(clus
         except (aiohttp.ClientError, KeyError):
             return ""
 
-    assert await wait_until(answered, within_s=30, what="the new head answers") == RECITAL_20
+    assert await wait_until(answered, within_s=5, what="the new head answers") == RECITAL_20
     assert "pool_starting" not in cluster.log("next")
     cluster.start_head()
     await cluster.nodes_seen(1)

@@ -33,7 +33,7 @@ async def test_it_is_online_while_it_serves_and_offline_at_its_end_however_it_co
     async with daemon("sollold", home, *words) as head:
         await heard.says(STATUS, "online", within_s=20)
         head.process.terminate()
-        await heard.says(STATUS, "offline", within_s=5)
+        await heard.says(STATUS, "offline", within_s=1)
         assert await head.ended() == 0
     async with daemon("sollold", home, *words) as head:
         await heard.says(STATUS, "online", within_s=20)

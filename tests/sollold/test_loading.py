@@ -125,7 +125,7 @@ async def test_an_agent_that_vanishes_between_reserve_and_start_costs_no_wait(se
     pool = await it.load()
 
     assert pool.node_id == "b"
-    assert loop.time() - began < 10
+    assert loop.time() - began < 4, "a node that may be back is waited for 5 s, but not where another one will do"
 
 
 async def test_an_agent_out_of_reach_for_a_moment_is_still_asked_to_clean_up(setup, monkeypatch):
