@@ -9,6 +9,7 @@ from sollol.identity import Identity, Role, role_name
 from sollol.tls import TlsFiles, shown
 
 WITHIN_S = 3.0
+_PORTS = 1 << 16
 _EXPIRED, _NOT_YET_VALID, _OTHER_NAME = 10, 9, 62  # OpenSSL's X509_V_ERR_…
 
 
@@ -66,9 +67,17 @@ async def speaks_tls(address: str) -> bool:
 
 def _host_and_port(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
+    if not (_is_name(host) and port.isdecimal() and int(port) < _PORTS):
         raise refuse(Reason.INVALID_REQUEST, f"{address[:100]!r} is not HOST:PORT, such as 192.168.1.10:7461")
     return host.strip("[]"), int(port)
+
+
+def _is_name(host: str) -> bool:
+    """Whether the resolver takes it; it raises no OSError for a name that is none, such as `a..b`."""
+    try:
+        return bool(host.encode("idna"))
+    except UnicodeError:
+        return False
 
 
 def _not_trusted(address: str, role: Role, error: ssl.SSLCertVerificationError) -> SollolError:
