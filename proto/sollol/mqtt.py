@@ -5,8 +5,9 @@ Import it only where a broker is configured: it loads the client library.
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from typing import Any
 
 import aiomqtt
 import structlog
@@ -91,8 +92,8 @@ class Connection:
         while True:
             try:
                 await self._session()
-            except* Exception as errors:  # noqa: BLE001 - logged by _complain; a bug in here must not end the daemon
-                lost = _cause(_first(errors))
+            except Exception as error:  # noqa: BLE001 - logged by _complain; a bug in here must not end the daemon
+                lost = _cause(error)
             was_connected, self._client = self._client is not None, None
             if was_connected:
                 pause_s = RETRY_MAX_S if _code(lost) == _TAKEN_OVER else RETRY_MIN_S
@@ -110,14 +111,7 @@ class Connection:
         )
         await heeding(client.__aenter__())
         try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._receive(client), name="mqtt receive")
-                await self._subscribe_all(client)
-                self._outbox.restore()
-                self._client = client
-                self._problem = ""
-                log.info("mqtt_connected", broker=self._broker.address)
-                tasks.create_task(self._drain(client), name="mqtt publish")
+            await _until_one_ends(self._receive(client), self._speak(client))
         except asyncio.CancelledError:
             await self._say_goodbye(client)
             raise
@@ -126,8 +120,19 @@ class Connection:
                 async with asyncio.timeout(GOODBYE_WITHIN_S):
                     await heeding(client.__aexit__(None, None, None))
 
+    async def _speak(self, client: aiomqtt.Client) -> None:
+        await self._subscribe_all(client)
+        self._outbox.restore()
+        self._client = client
+        self._problem = ""
+        log.info("mqtt_connected", broker=self._broker.address)
+        await self._drain(client)
+
     async def _subscribe_all(self, client: aiomqtt.Client) -> None:
-        for topic_filter, _ in self._subscriptions.values():
+        for topic in tuple(self._subscriptions):
+            if (found := self._subscriptions.get(topic)) is None:  # meanwhile nobody wants to hear of it any more
+                continue
+            topic_filter, _ = found
             for code in await heeding(client.subscribe(topic_filter, qos=1)):
                 if isinstance(code, ReasonCode) and code.value >= _REFUSED_FROM:
                     log.warning("mqtt_subscription_refused", topic=topic_filter, problem=str(code))
@@ -183,9 +188,18 @@ class Connection:
         self._problem = problem
 
 
-def _first(errors: BaseExceptionGroup[Exception]) -> BaseException:
-    first = errors.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first
+async def _until_one_ends(*work: Coroutine[Any, Any, None]) -> None:
+    """Run all of it, and end with what ends first. A task group loses a cancellation when a part fails just then."""
+    tasks = [asyncio.create_task(each) for each in work]
+    try:
+        ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in tasks:
+        if task in ended:
+            task.result()
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -11,7 +11,9 @@ import time
 
 import pytest
 import structlog
+from aiomqtt import MqttError
 from sollol import log as logging
+from sollol import mqtt as module
 from sollol.broker import broker_of
 from sollol.mqtt import Connection
 from sollol.mqtt_client import WILL_DELAY_S, heeding
@@ -248,3 +250,30 @@ async def test_a_cancellation_that_the_library_swallows_is_heeded():
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_a_connection_that_breaks_in_the_moment_of_the_end_delays_it_not(broker, monkeypatch):
+    async def lost(*_):
+        raise MqttError("Disconnected")
+
+    async with running(connection(broker)) as link:
+        await wait_until(lambda: link._client and not link._wake.is_set(), what="all is said")
+        monkeypatch.setattr(module, "publish", lost)
+        link.publish(state("1"))
+
+
+async def test_a_subscription_that_ends_while_others_are_made_costs_no_connection(broker, monkeypatch):
+    asked, subscribe = [], module.aiomqtt.Client.subscribe
+
+    async def subscribed(client, topic, **options):
+        asked.append(topic)
+        await link.unsubscribe("b")
+        return await subscribe(client, topic, **options)
+
+    monkeypatch.setattr(module.aiomqtt.Client, "subscribe", subscribed)
+    link = connection(broker)
+    link.subscribe("a", lambda _: None)
+    link.subscribe("b", lambda _: None)
+    async with running(link):
+        await wait_until(lambda: link._client, what="connected")
+    assert asked == [STATUS, "a"]
