@@ -133,7 +133,8 @@ class Backend(Owner):
             self._announce(pid=process.pid)
             # One that serves already has been greeted, and must not be asked again.
             refusal = None if launch.running else await self._until_answers(process, exited, port)
-            if refusal is None and not self._asked_to_stop.done():
+            # One that was taken up has a forwarder, which must be seen gone.
+            if launch.running or (refusal is None and not self._asked_to_stop.done()):
                 refusal = await self._serve_behind_forwarder(process, exited, port)
             self._announce_stop()
             if not exited.done() and refusal is None:  # a failed one is killed

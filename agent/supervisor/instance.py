@@ -122,8 +122,9 @@ class Coordinator(Owner):
         try:
             async with self._watched(TUNNEL, process) as exited:
                 self._tunnel = TunnelWatch(process.pid, exited, launch, every_s=self._limits.freeze_poll_s)
-                refusal = await self._until_tunnelled(self._tunnel)
-                if refusal is None and not self._asked_to_stop.done():
+                taken_up = bool(self._launch.running)  # listens already, and has an engine that must be seen gone
+                refusal = None if taken_up else await self._until_tunnelled(self._tunnel)
+                if taken_up or (refusal is None and not self._asked_to_stop.done()):
                     refusal = await self._serve()
                 self._announce_stop()
                 await process.stop(exited, min(self._grace_s, _TUNNEL_GRACE_S))
@@ -159,9 +160,8 @@ class Coordinator(Owner):
                     streams=self._launch.streams,
                     every_s=self._limits.freeze_poll_s,
                 )
-                refusal = None
-                if self.view.state is InstanceState.STARTING:
-                    refusal = await self._until_ready(process, exited, standstill)
+                loads = self.view.state is InstanceState.STARTING
+                refusal = await self._until_ready(process, exited, standstill) if loads else None
                 if refusal is None:
                     refusal = await self._until_ended(process.pid, exited, standstill)
                 self._announce_stop()

@@ -322,6 +322,17 @@ async def test_agents_that_restart_leave_both_ends_as_they_are_and_the_next_ones
     await nothing_left(nodes, pids)
 
 
+async def test_a_stop_that_comes_before_anything_else_ends_all_that_was_taken_up(nodes: Nodes) -> None:
+    await nodes.start(*LENDERS)
+    pids = nodes.engine_pids()
+    for node_id in (COORDINATOR, *LENDERS):
+        assert await nodes.restart(node_id) == 1
+        await nodes.supervisors[node_id].stop("p")
+        assert not nodes.supervisors[node_id].instances()
+    assert not [pid for pid in pids if runs(pid)]
+    await nothing_left(nodes, pids)
+
+
 async def test_a_tunnel_outlives_its_agent_and_ends_by_itself_when_its_coordinator_is_gone(nodes: Nodes) -> None:
     ready = await nodes.start(*LENDERS)
     pids = nodes.engine_pids()
