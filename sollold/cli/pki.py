@@ -20,7 +20,7 @@ from sollold.pki.invite import Invited, Inviter
 from sollold.pki.join import join as ask_to_join
 from sollold.pki.join import role_of
 from sollold.pki.messages import Answer
-from sollold.pki.store import Held, Store, host_id, named, place
+from sollold.pki.store import Held, Store, host_id, named, place, write
 
 _DAY_S = 86_400
 
@@ -67,17 +67,29 @@ def rotate(options: argparse.Namespace) -> int:
         return 0
     if options.authority == "drop":
         store.drop_authority(force=options.force)
-        print("The former authority is trusted no more.")
+        print("This machine's daemons trust the former authority no more. Every other machine does until it renews its")
+        print("certificate once again (`sollol pki invite --node ID` here, `sollol join` there).")
         return 0
     if options.authority == "switch":
         store.switch_authority()
-    directories = [Path(item).absolute() for item in options.directories] or [held.directory for held in store.held()]
+    directories = [Path(item).absolute() for item in options.directories] or _renewable(store)
     for held in store.rotate(directories, days=options.days):
         print(f"renewed {held.certificate.identity} until {_day(held.certificate.not_after_s)}: {held.directory}")
     print("Daemons take new certificates by themselves; nothing has to be restarted.")
     if options.authority == "switch":
         print("Have every other machine renew its certificate once more: `--authority drop` ends those of before.")
     return 0
+
+
+def _renewable(store: Store) -> list[Path]:
+    """Every identity of this machine but those that are revoked: who shut them out did not mean for a while."""
+    revoked, found = store.revoked().serials, []
+    for held in store.held():
+        if held.certificate.serial in revoked:
+            print(f"left alone, since it is revoked: {held.certificate.identity}: {held.directory}")
+        else:
+            found.append(held.directory)
+    return found
 
 
 def revoke(options: argparse.Namespace) -> int:
@@ -150,7 +162,10 @@ def _configure(path: Path, answer: Answer) -> None:
     if tomllib.loads(former):
         print(f"{path} has settings already and is left as it is. They should agree with:\n{lines}", end="")
         return
-    path.write_text(f"{former}\n{lines}" if former else lines)
+    if path.exists():
+        path.write_text(f"{former}\n{lines}")
+    else:  # the registry's address may hold a password
+        write(path, lines.encode(), 0o640)
     print(f"Its settings are in {path}.")
 
 

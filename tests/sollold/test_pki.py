@@ -163,8 +163,32 @@ async def test_an_authority_is_not_dropped_while_that_would_lock_somebody_out(tm
     assert "would lock them out: agent n1 of home." in err
     assert trusts(base / "head", remote)
     store.issue(Role.AGENT, "n1", remote)
-    assert (await sollol("pki", "rotate", "--authority", "drop", *at))[0] == 0
+    status, out, _ = await sollol("pki", "rotate", "--authority", "drop", *at)
+    assert status == 0
     assert trusts(base / "head", remote)
+    assert not trusts(base / "head", tmp_path / "stolen")
+    assert trusts(remote, tmp_path / "stolen"), "nobody has told that machine yet"
+    assert "Every other machine does until it renews" in out
+    store.issue(Role.AGENT, "n1", remote)
+    assert not trusts(remote, tmp_path / "stolen")
+
+
+async def test_whoever_is_revoked_is_renewed_by_name_only(store):
+    at = ("--dir", str(store.base))
+    shut_out, head = store.base / "agent", store.base / "head"
+    store.issue(Role.HEAD, "h", head)
+    store.issue(Role.AGENT, "n1", shut_out)
+    store.revoke(Role.AGENT, "n1")
+    before = serial(shut_out), serial(head)
+
+    status, out, _ = await sollol("pki", "rotate", *at)
+
+    assert status == 0
+    assert "left alone, since it is revoked: agent n1 of lab" in out
+    assert serial(shut_out) == before[0]
+    assert serial(head) != before[1]
+    assert (await sollol("pki", "rotate", *at, str(shut_out)))[0] == 0
+    assert serial(shut_out) not in store.revoked().serials
 
 
 async def test_an_authority_is_dropped_by_force_whoever_is_locked_out(store, tmp_path):

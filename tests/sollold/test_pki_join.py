@@ -74,7 +74,9 @@ async def test_one_line_on_each_side_makes_a_node_of_a_machine(tmp_path, ports):
     assert TlsFiles(there / "agent").identity == checked("lab", "agent", "n1")
     assert stat.S_IMODE((there / "agent" / "node.key").stat().st_mode) == 0o600
     assert "sollol-agent" in out
-    assert (tmp_path / "there" / "agent.toml").read_text() == (
+    settings = tmp_path / "there" / "agent.toml"
+    assert stat.S_IMODE(settings.stat().st_mode) & 0o007 == 0, "a registry's address may hold a password"
+    assert settings.read_text() == (
         'node_id = "n1"\nhost = "127.0.0.1"\nlisten = "127.0.0.1"\nredis_url = "redis://127.0.0.1:6379/3"\n'
     )
 
