@@ -96,7 +96,8 @@ def words_of(flags: dict[str, object]) -> list[str]:
 @asynccontextmanager
 async def forwarding(directory: Path, target: int, **given: object) -> AsyncIterator[Forwarding]:
     secret = given.pop("secret", b"")
-    with (directory / "log").open("wb") as output:
+    log = given.pop("log", directory / "log")
+    with log.open("wb") as output:
         process = await whispered_to(secret, *argv(directory, target, **given), stderr=output)
     forwarding = Forwarding(process, directory)
     try:

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-import sys
+import os
 import time
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 # Exit statuses: 0 ended as its rules say.
 NO_FREE_PORT, NO_ADDRESS, NO_TLS_FILES = 3, 4, 5
 _LOGGED_REFUSALS = 100
+_STDERR = 2
 
 
 class Status(NamedTuple):
@@ -59,7 +60,10 @@ def read_status(path: Path) -> Status | None:
 
 
 def log(event: str, **fields: object) -> None:
-    print(json.dumps({"at": round(time.time(), 3), "event": event, **fields}), file=sys.stderr, flush=True)  # noqa: T201 - its log is its standard error
+    """To standard error, which is a file: a full disk must not cut a running pool here either."""
+    line = json.dumps({"at": round(time.time(), 3), "event": event, **fields})
+    with contextlib.suppress(OSError):
+        os.write(_STDERR, f"{line}\n".encode())
 
 
 class RefusalLog:

@@ -94,6 +94,17 @@ async def test_a_stranger_is_refused_and_logged(tmp_path: Path) -> None:
         link[1].close()
 
 
+async def test_a_full_disk_cuts_no_client_when_there_is_something_to_log(tmp_path: Path) -> None:
+    full = Path("/dev/full")
+    async with backend_that() as backend, forwarding(tmp_path, backend.port, log=full, gone_after=0.2) as forwarder:
+        link = await forwarder.connect()
+        assert await ask(link, b"mine") == b"mine"
+        assert await is_cut(await forwarder.connect(source="127.0.0.2"))
+        assert await ask(link, b"still mine") == b"still mine"
+        link[1].close()
+        assert await forwarder.ended() == "coordinator_gone"
+
+
 async def test_hosts_may_be_names(tmp_path: Path) -> None:
     allowed = "localhost,no-such-host.invalid"
     async with backend_that() as backend, forwarding(tmp_path, backend.port, allow=allowed) as forwarder:
