@@ -56,18 +56,15 @@ async def ask(argv: tuple[str, ...], environment: Mapping[str, str], *, within_s
 
 
 async def end_group(process: asyncio.subprocess.Process, *, grace_s: float = 0.0) -> None:
-    """End a child started in its own session, and its children: TERM, `grace_s` seconds, KILL."""
-    if process.returncode is not None:
-        return
-    if grace_s:
+    """End a child started in its own session, and its children: TERM, `grace_s` seconds, KILL.
+
+    Those that it has left behind end too, when it has ended by itself.
+    """
+    if grace_s and process.returncode is None:
         _signal_group(process.pid, signal.SIGTERM)
-        try:
+        with contextlib.suppress(TimeoutError):  # it had its chance
             async with asyncio.timeout(grace_s):
                 await process.wait()
-        except TimeoutError:
-            pass  # it had its chance
-        else:
-            return
     _signal_group(process.pid, signal.SIGKILL)
     await process.wait()
 

@@ -1,11 +1,12 @@
 import asyncio
+import signal
 import sys
 import time
 
 import psutil
 import pytest
 
-from agent.engine.ask import ask
+from agent.engine.ask import ask, end_group
 from tests.waiting import wait_until
 
 ENVIRONMENT = {"PATH": "/usr/bin:/bin"}
@@ -33,6 +34,24 @@ async def test_a_binary_that_hangs_is_killed_with_its_children(tmp_path):
     assert "within 0.5 s" in answer.trouble
     assert time.monotonic() - began < 20
     await wait_until(lambda: not any(map(is_running, pids.read_text().split())), what="all are gone")
+
+
+@pytest.mark.parametrize("output", [">/dev/null 2>&1", ""], ids=["silent", "holds our pipe"])
+async def test_what_a_binary_leaves_behind_when_it_ends_by_itself_is_killed_too(tmp_path, output):
+    pid = tmp_path / "pid"
+    answer = await ask(("/bin/sh", "-c", f"sleep 600 {output} & echo $! >{pid}; echo yes"), ENVIRONMENT, within_s=2)
+    assert answer.output == ("yes\n" if output else "")
+    await wait_until(lambda: not is_running(pid.read_text()), what="it is gone")
+
+
+async def test_a_child_that_outlives_a_gentle_end_of_its_leader_is_killed(tmp_path):
+    pids = tmp_path / "pids"
+    ignores = f"trap '' TERM; echo $$ >{pids}.new; mv {pids}.new {pids}; sleep 600"
+    process = await asyncio.create_subprocess_exec("/bin/sh", "-c", f'sh -c "{ignores}" & wait', start_new_session=True)
+    await wait_until(pids.exists, what="both run")
+    await end_group(process, grace_s=20)
+    assert process.returncode == -signal.SIGTERM
+    await wait_until(lambda: not is_running(pids.read_text()), what="it is gone")
 
 
 async def test_what_cannot_be_run_is_an_answer_and_no_exception(tmp_path):
