@@ -102,10 +102,8 @@ async def serve(live: Live[AgentConfig], environ: Mapping[str, str], stop: Stop)
             )  # fmt: skip
             supervisor.subscribe(lambda _: reporter.changed())
             links.subscribe(reporter.changed)
-            if found is not None:
-                devices = DeviceList(partial(listed_devices, found, environ), probe, reporter.changed)
-                supervisor.subscribe(devices.instance_changed)
-                closing.run("devices", devices.run(), stop, within_s=STEP_WITHIN_S)
+            devices = DeviceList(partial(listed_devices, found, environ), probe, reporter.changed)
+            supervisor.subscribe(devices.instance_changed)
             live.subscribe(lambda settings: _reconfigure(settings, environ, inventory, probe, reporter))
             closing.run("speeds", speeds.run(), stop, within_s=STEP_WITHIN_S)
             supervisor.adopt()
@@ -114,6 +112,7 @@ async def serve(live: Live[AgentConfig], environ: Mapping[str, str], stop: Stop)
             _close_engines(supervisor, config, closing)
             if not await _before_stop(reporter.ready(), stop):
                 return
+            closing.run("devices", devices.run(), stop, within_s=STEP_WITHIN_S)  # from here on the probe knows drivers
             service = AgentService(
                 reporter=reporter, ledger=ledger, supervisor=supervisor, relay=relay, links=links, sink=sink,
                 cordon=cordon, active_streams=streams.active,

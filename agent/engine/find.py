@@ -77,8 +77,10 @@ async def find_engine(
     return None
 
 
-async def listed_devices(found: FoundEngine, environ: Mapping[str, str]) -> tuple[EngineDevice, ...] | None:
-    """Its devices as they are now; None when it does not answer, or lists others than when it was found."""
+async def listed_devices(found: FoundEngine | None, environ: Mapping[str, str]) -> tuple[EngineDevice, ...] | None:
+    """Its devices as they are now; None when there is no engine, or no answer, or others than when it was found."""
+    if found is None:
+        return None
     listing = await ask((*found.argv, "--list-devices"), engine_environment(environ))
     devices = parse_devices(listing.output) if listing.status == 0 else ()
     same = [device.device_id for device in devices] == [device.device_id for device in found.devices]

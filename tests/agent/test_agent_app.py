@@ -98,6 +98,27 @@ async def test_engines_outlive_an_agent_that_is_restarted_or_killed(ports, home,
     assert not runs(pid)
 
 
+async def test_what_only_the_engine_knows_to_be_free_is_known_to_the_next_agent_at_once(ports, home, reciting_model):
+    """Not a minute later: a list from before an instance was ready counts for nothing, and it is told of that one."""
+    engine, port = write_engine(home / "engine"), ports()
+    gpu = 'echo "  Vulkan0: Some GPU (16384 MiB, 15000 MiB free)"'
+    engine.write_text(engine.read_text().replace('"Available devices:"', f'"Available devices:"; {gpu}'))
+    flags = agent_flags(home, port=port, engine=engine, model=reciting_model)
+
+    async def free():
+        devices = {each.device_id: each.free_bytes for each in (await report_of(port)).devices}
+        return devices["Vulkan0"] == 15_000 << 20
+
+    async with daemon("agent", home, *flags, "--leave-engines") as agent:
+        await agent.says("agent_ready")
+        await start_engine(port)
+        await wait_until(free, within_s=20, what="the engine was asked when an instance was ready")
+        assert await agent.end() == 0
+    async with daemon("agent", home, *flags) as agent:
+        await agent.says("agent_ready")
+        await wait_until(free, within_s=20, what="the next agent has asked too")
+
+
 async def test_engines_that_were_left_are_ended_on_demand_and_never_those_of_a_running_agent(
     ports, home, reciting_model
 ):
