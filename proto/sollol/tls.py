@@ -27,7 +27,7 @@ __all__ = ["Identity", "Material", "Role", "TlsFiles", "admitted", "load_chain",
 CA, CERTIFICATE, KEY, REVOKED = "ca.pem", "node.pem", "node.key", "revoked"
 _NAMES = (CA, CERTIFICATE, KEY, REVOKED)
 # A rotation replaces file after file: key and certificate of different ages are there for a moment.
-_SETTLED_WITHIN_S = 1.0
+_SETTLED_WITHIN_S, _SETTLED_POLL_S = 1.0, 0.01
 
 Stamp = tuple[tuple[int, int, int] | None, ...]
 
@@ -149,14 +149,16 @@ class TlsFiles:
         return context
 
     def _first(self) -> tuple[Stamp, Material]:
+        """Waits for the end of a rotation that has just begun: a daemon that starts then would not be started again."""
         deadline = time.monotonic() + _SETTLED_WITHIN_S
         while True:
             stamp = self._stamps()
             try:
                 return stamp, self._read()
             except SollolError:
-                if time.monotonic() > deadline or stamp == self._stamps():
+                if time.monotonic() > deadline or not _is_changing(self._stamps()):
                     raise
+            time.sleep(_SETTLED_POLL_S)
 
     def _follow(self, stamp: Stamp) -> None:
         try:
@@ -285,3 +287,9 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return found.st_mtime_ns, found.st_ino, found.st_size
+
+
+def _is_changing(stamp: Stamp) -> bool:
+    """Whether all is there that must be, and some of it has come a moment ago."""
+    needed = [found[0] for found in stamp[:-1] if found is not None]
+    return len(needed) == len(stamp) - 1 and time.time_ns() - max(needed) < _SETTLED_WITHIN_S * 1e9

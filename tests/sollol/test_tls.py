@@ -9,6 +9,7 @@ import pytest
 from cryptography import x509
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from sollol import certificates
+from sollol import tls as module
 from sollol.channels import bind, new_server, open_channel
 from sollol.errors import Reason, SollolError
 from sollol.identity import Role, checked, parse, role_name
@@ -78,7 +79,8 @@ def test_a_missing_file_is_named(tmp_path, ours, missing):
 
 
 @pytest.mark.parametrize("name", ["ca.pem", "node.pem", "node.key"])
-def test_a_file_that_holds_something_else_is_refused(tmp_path, ours, name):
+def test_a_file_that_holds_something_else_is_refused(tmp_path, ours, name, monkeypatch):
+    monkeypatch.setattr(module, "_SETTLED_WITHIN_S", 0.0)
     write_identity(tmp_path, ours, "agent", "n1")
     (tmp_path / name).write_bytes(b"not PEM")
     with pytest.raises(SollolError) as raised:
@@ -86,12 +88,28 @@ def test_a_file_that_holds_something_else_is_refused(tmp_path, ours, name):
     assert raised.value.refusal.reason is Reason.CERTIFICATE_UNREADABLE
 
 
-def test_a_key_of_another_certificate_is_refused(tmp_path, ours):
+def test_a_key_of_another_certificate_is_refused(tmp_path, ours, monkeypatch):
+    monkeypatch.setattr(module, "_SETTLED_WITHIN_S", 0.05)
     other = write_identity(tmp_path / "other", ours, "agent", "n2")
     mine = write_identity(tmp_path / "mine", ours, "agent", "n1")
     (other / "node.key").replace(mine / "node.key")
     with pytest.raises(SollolError, match="belongs to it"):
         TlsFiles(mine)
+
+
+def test_who_starts_in_the_middle_of_a_rotation_waits_for_its_end(tmp_path, ours, monkeypatch):
+    directory = write_identity(tmp_path, ours, "agent", "n1")
+    newer = write_identity(tmp_path / "newer", ours, "agent", "n1")
+    (newer / "node.key").replace(directory / "node.key")
+    waited = []
+
+    def rotated(pause_s):
+        waited.append(pause_s)
+        (newer / "node.pem").replace(directory / "node.pem")
+
+    monkeypatch.setattr(module.time, "sleep", rotated)
+    assert TlsFiles(directory).identity == checked("test", "agent", "n1")
+    assert len(waited) == 1
 
 
 def test_files_that_change_are_followed(tmp_path, ours):
