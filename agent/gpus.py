@@ -103,7 +103,9 @@ class Nvidia:
 
     def _gpu(self, nvml: Any, index: int) -> Gpu:
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        name, uuid = (_decoded(ask(handle)) for ask in (nvml.nvmlDeviceGetName, nvml.nvmlDeviceGetUUID))
+        name, uuid = _decoded(nvml.nvmlDeviceGetName(handle)), ""
+        with suppress(nvml.NVMLError_NotSupported):  # then it cannot be named in CUDA_VISIBLE_DEVICES either
+            uuid = _decoded(nvml.nvmlDeviceGetUUID(handle))
         total = free = 0
         with suppress(nvml.NVMLError_NotSupported):  # a GPU without memory of its own
             memory = nvml.nvmlDeviceGetMemoryInfo(handle)

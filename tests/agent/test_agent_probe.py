@@ -1,4 +1,5 @@
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -99,6 +100,11 @@ async def test_a_gpu_that_the_engine_lists_has_its_id_and_the_drivers_live_figur
 async def test_a_gpu_that_the_engine_does_not_list_is_shown_as_unusable(tmp_path: Path):
     (gpu,) = await Bench(tmp_path, FakeNvml([RTX])).gpus()
     assert (gpu.device_id, gpu.usable, gpu.total_bytes) == ("NVIDIA0", False, 24 * GIB)
+
+
+async def test_a_gpu_without_an_id_of_its_own_is_a_gpu(tmp_path: Path):
+    (gpu,) = await Bench(tmp_path, FakeNvml([replace(RTX, uuid=None)])).gpus()
+    assert gpu.total_bytes == 24 * GIB
 
 
 async def test_name_then_size_then_order_tell_which_gpu_is_which(tmp_path: Path):

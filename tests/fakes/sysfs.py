@@ -42,7 +42,7 @@ class FakeGpu:
     free: int = 0
     bus_bits: int | None = None
     clock_mhz: int = 0
-    uuid: str = ""
+    uuid: str | None = ""
     lost: bool = False
 
 
@@ -74,6 +74,8 @@ class FakeNvml:
         return self.gpus[index]
 
     def nvmlDeviceGetUUID(self, gpu: FakeGpu) -> str:
+        if gpu.uuid is None:
+            raise NVMLError_NotSupported
         return gpu.uuid
 
     def nvmlDeviceGetName(self, gpu: FakeGpu) -> str | bytes:
