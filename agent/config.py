@@ -176,9 +176,9 @@ class AgentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         return tuple(Path(item).expanduser() for item in self.model_dirs)
 
     def rpc_port_range(self) -> range:
-        """Raises ValueError: it is not two ports in order."""
+        """Raises ValueError: it is not two ports in order. One would leave none for the half that others reach."""
         first, dash, last = self.rpc_ports.partition("-")
-        if not (dash and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last) <= 65535):
+        if not (dash and first.isdecimal() and last.isdecimal() and 1 <= int(first) < int(last) <= 65535):
             raise ValueError(f"rpc_ports is {self.rpc_ports!r}, not first and last port such as 7500-7699")
         return range(int(first), int(last) + 1)
 

@@ -346,6 +346,7 @@ def test_engines_listen_on_ports_where_only_this_machine_or_a_trusted_network_or
         (("--coordinator-port", "32705"), "coordinator_port must be int from 1024 to 32704, got"),
         ((*TCP, "--coordinator-port", "7600"), "coordinator_port is 7600, and 7600 to 7663 overlap with rpc_ports"),
         ((*TCP, "--coordinator-port", "7437"), "7437 to 7500 overlap with rpc_ports"),
+        (("--rpc-ports", "7500-7500"), "rpc_ports is '7500-7500', not first and last port such as 7500-7699"),
     ],
 )
 def test_ports_for_engines_that_cannot_be_are_refused(words, complaint):
