@@ -100,8 +100,8 @@ class ClusterService(rpc.ClusterServiceServicer):
         try:
             await self._nodes.link(pool.node_id).stop(instance_id)
             await asyncio.gather(*(self._nodes.link(node_id).stop(instance_id) for node_id in sorted(lenders)))
-        except SollolError:
-            self._pools.doubt(instance_id)  # it may well run on
+        except BaseException:
+            self._pools.doubt(instance_id)  # it may well run on, also when the operator has left
             raise
 
     async def Cordon(self, request: pb.CordonRequest, context: Context) -> pb.CordonResponse:

@@ -39,7 +39,8 @@ class Head:
     def __init__(self):
         self.nodes = {"a": node("a")}
         self.stopped, self.loads = [], []
-        self.stop_fails = None
+        self.stop_fails = self.stop_takes = None
+        self.stops_left = 0
         self.pools = Pools(self, load=self.load, numbers=PoolNumbers(self), max_queue=10)
         catalogue = Catalogue(self, stale_after_s=8.0)
         self.service = ClusterService(
@@ -78,6 +79,12 @@ class Head:
 
     async def stop(self, instance_id, *, at_once=False):
         self.stopped.append(instance_id)
+        try:
+            if self.stop_takes is not None:
+                await self.stop_takes.wait()
+        except asyncio.CancelledError:
+            self.stops_left += 1
+            raise
         if self.stop_fails is not None:
             raise self.stop_fails
 
@@ -222,6 +229,20 @@ async def test_a_pool_that_cannot_be_stopped_is_told_and_used_again_when_it_repo
 
     assert (await refused(client.unload(M))).reason is Reason.AGENT_UNREACHABLE
     assert sorted(head.stopped) == ["p", "q"], "the others are asked all the same"
+    head.report(instance("p"))
+
+    assert len(head.pools._index.ready(M)) == 1
+
+
+async def test_a_pool_that_an_operator_left_before_it_was_stopped_is_used_again_when_it_reports(served):
+    head, client, _ = served
+    head.report(instance("p"))
+    head.stop_takes = asyncio.Event()
+    unloading = asyncio.create_task(client.unload(M))
+    await wait_until(lambda: head.stopped, what="stopping")
+
+    unloading.cancel()
+    await wait_until(lambda: head.stops_left, what="the agent is no longer asked")
     head.report(instance("p"))
 
     assert len(head.pools._index.ready(M)) == 1
