@@ -40,11 +40,17 @@ async def rpc_protocol(ask: Ask) -> str | None:
         if answer is None:
             return None
         if answer:
-            minor = 0
-            while minor < _MOST_MINORS and await _accepts(ask, major, minor + 1):
-                minor += 1
-            return f"{major}.{minor}"
+            return await _with_minor(ask, major)
     return None
+
+
+async def _with_minor(ask: Ask, major: int) -> str | None:
+    """A guess that is too low would keep this node apart from those with the same engine: None rather than that."""
+    for minor in range(_MOST_MINORS):
+        more = await _accepts(ask, major, minor + 1)
+        if not more:
+            return None if more is None else f"{major}.{minor}"
+    return f"{major}.{_MOST_MINORS}"
 
 
 async def _accepts(ask: Ask, major: int, minor: int) -> bool | None:

@@ -65,6 +65,14 @@ async def test_an_engine_that_is_overdue_twice_is_told_of_and_not_asked_for_ever
     ]
 
 
+async def test_an_engine_that_is_overdue_at_a_minor_version_is_unknown_and_not_taken_for_a_lower_one():
+    async def engine(more: tuple[str, ...]) -> Answer:
+        answer = await ask((sys.executable, "-I", str(CLIENT), "7.1", *more), {})
+        return answer if answer.status == 0 else Answer(None, errors="gave no answer within 10 s")
+
+    assert await rpc_protocol(engine) is None
+
+
 async def test_an_engine_that_connects_but_lists_no_device_is_not_believed():
     async def engine(more: tuple[str, ...]) -> Answer:
         host, port = more[1].split(":")
