@@ -50,6 +50,12 @@ class Tally:
         self._generated += frames
         return frames
 
+    @property
+    def ended(self) -> bool:
+        """Whether the terminal event is here, as a whole; a relay that waits for credit cuts it like anything else."""
+        last = self._last[-1]
+        return (last if len(last) >= len(_TERMINAL) else b"".join(self._last)).endswith(_TERMINAL)
+
     def settle(self) -> int:
         """What is still to be charged, or given back if below 0, by the engine's own count; 0 if it told none."""
         counts = (_tokens_in(data) for data in EventReader().feed(b"".join(self._last)))
@@ -112,7 +118,7 @@ class MeteredStream:
     async def __aiter__(self) -> AsyncIterator[bytes]:
         async for chunk in self._stream:
             self._permit.charge(self._tally.feed(chunk))
-            if chunk.endswith(_TERMINAL):  # nothing is owed any more to whoever has read the end and asks again
+            if self._tally.ended:  # nothing is owed any more to whoever has read the end and asks again
                 self._permit.charge(self._tally.settle())
                 self._permit.release()
             yield chunk

@@ -103,6 +103,15 @@ async def test_a_key_is_free_for_its_next_request_when_the_end_of_this_one_leave
     assert running == [1, 1, 1, 1, 1, 0]
 
 
+@pytest.mark.parametrize("cut", range(1, len(DONE)))
+async def test_wherever_the_end_is_cut_its_key_is_free_and_charged_as_the_engine_counted(meter, cut):
+    chunks = (*HELLO[:-1], DONE[:cut], DONE[cut:])
+    async with opening(FakeDispatcher(FakeStream(chunks=chunks)), meter.permit()) as opened_:
+        seen = [(meter.running, meter.used) async for _ in await opened_]
+    assert [running for running, _ in seen] == [1] * len(HELLO) + [0]
+    assert seen[-1] == (0, 7)
+
+
 async def test_whoever_leaves_early_has_paid_for_what_was_sent(meter):
     async with (
         opening(FakeDispatcher(FakeStream(chunks=HELLO)), meter.permit()) as opened_,
