@@ -116,13 +116,20 @@ class ClusterService(rpc.ClusterServiceServicer):
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> AsyncIterator[pb.DrainResponse]:
         async with _aborting(context):
-            await self._set_cordoned(request.node_id, cordoned=True, draining=True)
+            node_id = request.node_id
+            before, draining = self._nodes.status(node_id), False
+            await self._set_cordoned(node_id, cordoned=True, draining=True)
             told: tuple[Pool, ...] | None = None
             while told != ():
-                self._nodes.link(request.node_id)  # of a node that is lost for good nobody knows what it runs
+                self._nodes.link(node_id)  # of a node that is lost for good nobody knows what it runs
+                now = self._nodes.status(node_id)
+                if now is not None and (before is None or now.report is not before.report):
+                    if draining and not now.report.draining:
+                        raise _called_off(node_id)
+                    draining = now.report.draining
                 left = tuple(
                     replace(pool, instance=self._pools.newest(pool.instance))
-                    for pool in drain.left_on(request.node_id, self._nodes.statuses())
+                    for pool in drain.left_on(node_id, self._nodes.statuses())
                 )
                 if left != told:
                     response = pb.DrainResponse()
@@ -183,6 +190,11 @@ async def _with_progress(
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+def _called_off(node_id: str) -> SollolError:
+    why = f"node {node_id} is not drained any more: somebody has uncordoned it, or cordoned it only"
+    return refuse(Reason.STOPPED, f"{why}; ask again to drain it", retryable=True)
 
 
 def _pool_count(request: pb.LoadRequest) -> int:

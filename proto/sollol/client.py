@@ -148,7 +148,7 @@ class Client:
     async def drain(self, node_id: str) -> AsyncGenerator[tuple[Pool, ...], None]:
         """Cordon a node and have it emptied; yield what is left on every change, at last nothing.
 
-        Leaving the loop early leaves the node draining.
+        Leaving the loop early leaves the node draining. Raises STOPPED when somebody calls it off.
         """
         async with self._answering(self._cluster().Drain(cluster_pb2.DrainRequest(node_id=node_id))) as responses:
             async for response in responses:

@@ -7,7 +7,7 @@ import pytest
 from msgspec.structs import replace
 from sollol.channels import new_server, open_channel
 from sollol.client import Client
-from sollol.errors import Reason, SollolError, refuse
+from sollol.errors import Reason, Retry, SollolError, refuse
 from sollol.inference import Progress
 from sollol.report import Instance, InstanceState, PlacementWish, Pool
 from sollol.v1 import cluster_pb2, cluster_pb2_grpc
@@ -40,7 +40,7 @@ class Head:
         self.nodes = {"a": node("a")}
         self.stopped, self.loads = [], []
         self.stop_fails = self.stop_takes = None
-        self.stops_left = 0
+        self.stops_left = self.looks = 0
         self.pools = Pools(self, load=self.load, numbers=PoolNumbers(self), max_queue=10)
         catalogue = Catalogue(self, stale_after_s=8.0)
         self.service = ClusterService(
@@ -48,6 +48,7 @@ class Head:
         )
 
     def statuses(self):
+        self.looks += 1
         return tuple(self.nodes.values())
 
     def status(self, node_id):
@@ -337,3 +338,35 @@ async def test_a_node_that_is_lost_while_it_drains_is_not_said_to_be_empty(serve
 
     refusal = await refused(anext(left))
     assert (refusal.reason, refusal.message) == (Reason.AGENT_UNREACHABLE, "node a is not known")
+
+
+async def test_a_drain_that_is_called_off_says_so_and_waits_no_more(served):
+    head, client, _ = served
+    head.report(instance())
+    left = client.drain("a")
+    assert [pool.instance.instance_id for pool in await anext(left)] == ["p"]
+    head.nodes["a"] = node("a", instances=(instance(),), cordoned=True, draining=True)
+    ending = asyncio.create_task(anext(left))
+    seen = head.looks
+    await wait_until(lambda: head.looks > seen + 1, what="a look at the node that drains")
+
+    head.nodes["a"] = node("a", instances=(instance(),))
+
+    refusal = await refused(asyncio.wait_for(ending, 5))
+    assert (refusal.reason, refusal.retry) == (Reason.STOPPED, Retry.RETRYABLE)
+    assert "node a is not drained any more" in refusal.message
+
+
+async def test_a_drain_that_begins_right_after_another_was_called_off_waits_for_its_own(served):
+    head, client, _ = served
+    head.nodes["a"] = node("a", instances=(instance(),), cordoned=True, draining=True)  # from before
+    left = client.drain("a")
+    assert [pool.instance.instance_id for pool in await anext(left)] == ["p"]
+    ending = asyncio.create_task(anext(left))
+
+    head.nodes["a"] = node("a", instances=(instance(),))  # what the uncordoning has left on its way
+    seen = head.looks
+    await wait_until(lambda: head.looks > seen + 1, what="a look at the node")
+    head.nodes["a"] = node("a", cordoned=True, draining=True)
+
+    assert await asyncio.wait_for(ending, 5) == ()

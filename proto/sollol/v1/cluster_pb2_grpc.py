@@ -137,7 +137,8 @@ class ClusterServiceServicer(object):
 
     def Drain(self, request, context):
         """Cordons the node; its pools, and those it lends to, take no new requests and stop when their streams have ended. Streams
-        what is left on every change, and ends when nothing is. Cancelling the call stops nothing of that: Uncordon does.
+        what is left on every change, and ends when nothing is. Cancelling the call stops nothing of that: Uncordon does, and
+        ends the call with STOPPED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

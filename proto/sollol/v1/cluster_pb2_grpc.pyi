@@ -43,7 +43,8 @@ class ClusterServiceStub:
     """The node is as any other again, and no longer drained."""
     Drain: grpc.UnaryStreamMultiCallable[sollol.v1.cluster_pb2.DrainRequest, sollol.v1.cluster_pb2.DrainResponse]
     """Cordons the node; its pools, and those it lends to, take no new requests and stop when their streams have ended. Streams
-    what is left on every change, and ends when nothing is. Cancelling the call stops nothing of that: Uncordon does.
+    what is left on every change, and ends when nothing is. Cancelling the call stops nothing of that: Uncordon does, and
+    ends the call with STOPPED.
     """
     TailPoolLog: grpc.UnaryStreamMultiCallable[sollol.v1.cluster_pb2.TailPoolLogRequest, sollol.v1.cluster_pb2.TailPoolLogResponse]
     """The engine's log of one pool, through its agent."""
@@ -69,7 +70,8 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     """The node is as any other again, and no longer drained."""
     Drain: grpc.aio.UnaryStreamMultiCallable[sollol.v1.cluster_pb2.DrainRequest, sollol.v1.cluster_pb2.DrainResponse]  # type: ignore[assignment]
     """Cordons the node; its pools, and those it lends to, take no new requests and stop when their streams have ended. Streams
-    what is left on every change, and ends when nothing is. Cancelling the call stops nothing of that: Uncordon does.
+    what is left on every change, and ends when nothing is. Cancelling the call stops nothing of that: Uncordon does, and
+    ends the call with STOPPED.
     """
     TailPoolLog: grpc.aio.UnaryStreamMultiCallable[sollol.v1.cluster_pb2.TailPoolLogRequest, sollol.v1.cluster_pb2.TailPoolLogResponse]  # type: ignore[assignment]
     """The engine's log of one pool, through its agent."""
@@ -140,7 +142,8 @@ class ClusterServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[sollol.v1.cluster_pb2.DrainResponse], collections.abc.AsyncIterator[sollol.v1.cluster_pb2.DrainResponse]]:
         """Cordons the node; its pools, and those it lends to, take no new requests and stop when their streams have ended. Streams
-        what is left on every change, and ends when nothing is. Cancelling the call stops nothing of that: Uncordon does.
+        what is left on every change, and ends when nothing is. Cancelling the call stops nothing of that: Uncordon does, and
+        ends the call with STOPPED.
         """
 
     @abc.abstractmethod
