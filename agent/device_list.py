@@ -74,11 +74,14 @@ class DeviceList:
 
     async def _refresh(self) -> None:
         devices = await self._ask()
+        if devices is None and not self._silent:  # a load makes the machine busy, and an engine overdue
+            devices = await self._ask()
         if self._due.is_set():
             return  # something has changed meanwhile: the list may be from before, and is asked for again
         if devices is None:
-            if not self._silent:  # the former figures stand, with their age
-                log.warning("engine_lists_no_devices", hint="what is free on its GPUs is as old as its last list")
+            if not self._silent:
+                hint = "what is free on its GPUs is as old as its last list, and nothing where that is outdated"
+                log.warning("engine_lists_no_devices", hint=hint)
         else:
             self._listener.heard_engine(devices)
             self._on_change()

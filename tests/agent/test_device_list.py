@@ -122,6 +122,20 @@ async def test_an_engine_that_does_not_answer_is_told_once_and_asked_again():
     assert [entry["event"] for entry in logs] == ["engine_lists_no_devices"]
 
 
+async def test_an_engine_that_is_overdue_once_is_asked_again_at_once_and_not_told_of():
+    bench = Bench()
+    bench.free = None
+    with capture_logs() as logs:
+        async with bench.running() as devices:
+            bench.go_on.clear()
+            devices.instance_changed(instance(InstanceState.READY))
+            await wait_until(lambda: bench.asked == 1, what="it asks")
+            bench.free = 7
+            bench.go_on.set()
+            await wait_until(lambda: bench.heard, what="it has asked again")
+    assert (bench.heard, bench.asked, logs) == ([7], 2, [])
+
+
 async def test_a_list_of_other_devices_than_were_found_does_not_count(tmp_path: Path):
     """Plans name the devices that were found: where the order changed, figures would go to the wrong one."""
     script = tmp_path / "llama-server"
