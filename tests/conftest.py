@@ -32,6 +32,9 @@ __all__ = [
 settings.register_profile("busy", deadline=None)
 settings.load_profile("busy")
 
+# Daemons are started hundreds of times: their sources are compiled once, whatever the surroundings say.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 _PR_SET_CHILD_SUBREAPER = 36
 _PORTS = range(20_000, 32_000)  # below the ephemeral range, so that no outgoing connection takes one
 
@@ -45,12 +48,16 @@ def pytest_sessionstart() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _running_children(besides: Collection[int] = ()) -> dict[int, str]:
+def _children() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+def _running_children(besides: Collection[int]) -> dict[int, str]:
     """Pid and command line of every descendant, without `besides` and what these have started."""
     running = {}
-    for child in psutil.Process().children(recursive=True):
+    for child in _children():
         try:
-            if child.status() != psutil.STATUS_ZOMBIE and not _is_one_of(child, besides):
+            if not _is_one_of(child, besides) and child.status() != psutil.STATUS_ZOMBIE:
                 running[child.pid] = " ".join(child.cmdline()) or child.name()
         except psutil.NoSuchProcess:
             continue
@@ -58,13 +65,13 @@ def _running_children(besides: Collection[int] = ()) -> dict[int, str]:
 
 
 def _is_one_of(process: psutil.Process, pids: Collection[int]) -> bool:
-    return bool(pids) and not {process.pid, *(parent.pid for parent in process.parents())}.isdisjoint(pids)
+    return process.pid in pids or any(parent.pid in pids for parent in process.parents())
 
 
 @pytest.fixture(autouse=True)
 def no_process_left() -> Iterator[None]:
     """Fail a test that leaves a process behind. What a wider fixture's processes are and start does not count."""
-    before = _running_children()
+    before = {child.pid for child in _children()}
     yield
     deadline = time.monotonic() + 10
     while (left := _running_children(besides=before)) and time.monotonic() < deadline:

@@ -14,6 +14,7 @@ from sollol.channels import open_channel
 from sollol.v1 import agent_pb2, agent_pb2_grpc, common_pb2
 
 from tests.fakes.fake_engine import fake_engine
+from tests.kept_bandwidth import keep_bandwidth
 from tests.waiting import wait_until
 
 ENDS_WITHIN_S = 15
@@ -101,6 +102,7 @@ def agent_flags(home: Path, *, node: str = "a", port: int, engine: Path, model: 
     if not (models / model.name).exists():
         shutil.copy(model, models)
     places = {"state": home / node / "s", "log": home / node / "l", "run": home / node / "r"}
+    keep_bandwidth(places["state"])
     return [
         *("--node-id", node, "--port", str(port), "--engine", str(engine), "--redis-url", redis_url),
         *("--model-dirs", str(models), "--ollama-dir", "", "--huggingface-dir", "", "--stop-grace-s", "1"),

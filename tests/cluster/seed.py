@@ -17,6 +17,7 @@ from sollold.pki.authority import Authority, new_authority
 from tests.certificates import write_identity
 from tests.cluster.ask import Answer, Question
 from tests.cluster.network import Host, network, processes_in
+from tests.kept_bandwidth import keep_bandwidth
 from tests.waiting import LOOK_AT_MOST_S
 
 HEAD = "192.168.1.10"
@@ -24,6 +25,7 @@ LARGE = "192.168.1.20"
 ADDRESSES = (HEAD, LARGE, "192.168.1.21", "192.168.1.22")
 REDIS_PORT = 6379
 AGENT_PORT = 7462
+ENGINE_THREADS = 1
 UP_WITHIN_S = 90.0
 ENGINES = ("llama-server", "ggml-rpc-server")
 FORWARDERS = frozenset({"agent.forwarder", "agent.tunnel"})
@@ -71,7 +73,7 @@ class Cluster:
         flags = [
             *("--node-id", node, "--host", address, "--listen", address),
             *(("--tls-dir", self.tls_dir("agent", node)) if self.authority else ("--insecure",)),
-            *("--redis-url", f"redis://{HEAD}:{REDIS_PORT}/0", "--engine", engine, "--threads", "1"),
+            *("--redis-url", f"redis://{HEAD}:{REDIS_PORT}/0", "--engine", engine, "--threads", str(ENGINE_THREADS)),
             *("--ollama-dir", "", "--huggingface-dir", "", "--log-format", "json"),
             *self._directories(address),
         ]
@@ -142,6 +144,7 @@ class Cluster:
     def _directories(self, address: str) -> list[str]:
         base = self.directory / address
         base.mkdir(exist_ok=True)
+        keep_bandwidth(base / "state", threads=ENGINE_THREADS)
         return [part for kind in ("state", "log", "run") for part in (f"--{kind}-dir", str(base / kind))]
 
     def _start(self, name: str, address: str, module: str, *flags: str) -> None:

@@ -25,8 +25,9 @@ ANSWER_WITHIN_S = 60
 RECITED = 20
 RECITAL_20 = "".join(PIECES[:RECITED])
 """What the reciting model says within 20 tokens."""
+ENGINE_THREADS = 1
 # Generations end fast at shutdown, and engines compute on one thread: the machine is shared.
-_ENVIRON = {"SOLLOL_AGENT_THREADS": "1", "SOLLOL_HEAD_SHUTDOWN_GRACE_S": "1", "PYTHONUNBUFFERED": "1"}
+_ENVIRON = {"SOLLOL_AGENT_THREADS": str(ENGINE_THREADS), "SOLLOL_HEAD_SHUTDOWN_GRACE_S": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def chat_body(model: str, **more: Any) -> dict[str, Any]:

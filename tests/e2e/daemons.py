@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.e2e.cluster import READY_WITHIN_S, Cluster
+from tests.e2e.cluster import ENGINE_THREADS, READY_WITHIN_S, Cluster
+from tests.kept_bandwidth import keep_bandwidth
 from tests.redis_fixture import redis_command, wait_for_redis
 from tests.waiting import wait_until
 
@@ -36,6 +37,8 @@ class Up(Cluster):
     ) -> None:
         super().__init__(home, ports, environ)
         self._output, self._errors = home / "up.out", home / "up.err"
+        for at in range(agents):
+            keep_bandwidth(self.state / f"node-{at + 1}", threads=ENGINE_THREADS)
         with self._output.open("wb") as output, self._errors.open("wb") as errors:
             self.process = subprocess.Popen(
                 [
@@ -122,6 +125,7 @@ class ByHand(Cluster):
         """Start it, or start it again with the same port and directories."""
         if node not in self._ports:
             self._ports[node] = self._new_port()
+        keep_bandwidth(self.state / node, threads=ENGINE_THREADS)
         places = ("--state-dir", self.state / node, "--log-dir", self.log_dir(node), "--run-dir", self.run_dir(node))
         names = ("--node-id", node, "--port", str(self._ports[node]), "--model-dirs", str(self._models))
         return self._daemon(node, "agent", *names, "--engine", str(self._engine), *map(str, places), *flags)
