@@ -1,5 +1,6 @@
 """What every test may ask for: free ports, the tiny models, the real engine; and what every test must do: clean up."""
 
+import contextlib
 import ctypes
 import os
 import random
@@ -43,45 +44,48 @@ def pytest_sessionstart() -> None:
     """Become the parent of orphans: an engine that outlives its agent is then seen, not lost to init."""
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
-    # A shell that starts us in the background has SIGINT ignored, and whatever we start would inherit that.
+    # A shell that starts us in the background has SIGINT ignored, nohup SIGHUP, and whatever we start would inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)
 
 
-def _children() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
-
-
-def _running_children(besides: Collection[int]) -> dict[int, str]:
-    """Pid and command line of every descendant, without `besides` and what these have started."""
-    running = {}
-    for child in _children():
-        try:
-            if not _is_one_of(child, besides) and child.status() != psutil.STATUS_ZOMBIE:
-                running[child.pid] = " ".join(child.cmdline()) or child.name()
-        except psutil.NoSuchProcess:
-            continue
-    return running
-
-
-def _is_one_of(process: psutil.Process, pids: Collection[int]) -> bool:
-    return process.pid in pids or any(parent.pid in pids for parent in process.parents())
+def _started(before: Collection[int]) -> list[psutil.Process]:
+    """Our running children besides `before`. An orphan becomes our child: whatever else is left is below one of these."""
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.pid not in before and child.status() != psutil.STATUS_ZOMBIE:
+                found.append(child)
+    return found
 
 
 @pytest.fixture(autouse=True)
 def no_process_left() -> Iterator[None]:
     """Fail a test that leaves a process behind. What a wider fixture's processes are and start does not count."""
-    before = {child.pid for child in _children()}
+    before = {child.pid for child in psutil.Process().children()}
     yield
     deadline = time.monotonic() + 10
-    while (left := _running_children(besides=before)) and time.monotonic() < deadline:
+    while (left := _started(before)) and time.monotonic() < deadline:
         time.sleep(0.02)
-    for pid in left:
-        try:
-            psutil.Process(pid).kill()
-        except psutil.NoSuchProcess:
-            continue
-    assert not left, f"the test left processes running: {left}"
+    if left:
+        pytest.fail(f"the test left processes running: {_ended(left)}")
+
+
+def _ended(left: list[psutil.Process]) -> dict[int, str]:
+    """Pid and command line of each of them, and of all below, killed now."""
+    lines = {}
+    gone = contextlib.suppress(psutil.NoSuchProcess)
+    for top in left:
+        below: list[psutil.Process] = []
+        with gone:
+            below = top.children(recursive=True)
+        for process in (top, *below):
+            with gone:
+                lines[process.pid] = " ".join(process.cmdline()) or process.name()
+                process.kill()
+    return lines
 
 
 @pytest.fixture(scope="session")
