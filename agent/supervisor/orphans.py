@@ -1,6 +1,7 @@
 """Processes that nobody can account for: left alone for a while, so that a person can look at them, then ended."""
 
 import asyncio
+import contextlib
 from collections.abc import Iterable
 
 import structlog
@@ -56,6 +57,7 @@ class Orphans:
         self._all: list[Orphan] = []
         self._ending: dict[asyncio.Task[None], Orphan] = {}
         self._task: asyncio.Task[None] | None = None
+        self._closing = asyncio.Event()
 
     def add(self, orphan: Orphan, why: str, *, at_once: bool = False) -> None:
         """Take one over; `at_once` for what we know and nobody can use: it would only hold memory."""
@@ -75,13 +77,16 @@ class Orphans:
         return any(each.name == name for each in (*self._all, *self._ending.values()))
 
     async def _reap(self) -> None:
-        await asyncio.sleep(self._ttl_s)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._ttl_s):
+                await self._closing.wait()
+                return
         await self._end()
 
     async def close(self, *, leave: bool) -> None:
-        """End them, or leave them to the next agent."""
+        """End them, or leave them to the next agent. Those that are being ended are waited for, and ended once."""
+        self._closing.set()
         if self._task is not None:
-            self._task.cancel()
             await asyncio.wait({self._task})
         await asyncio.gather(*self._ending)
         if not leave:

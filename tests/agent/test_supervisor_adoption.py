@@ -22,7 +22,7 @@ from agent.supervisor.files import files_of
 from agent.supervisor.freeze import look_at
 from agent.supervisor.identity import Identity, boot_id, identity_of, is_running, started_ticks
 from agent.supervisor.lending import forwarder_id
-from agent.supervisor.orphans import end_everything
+from agent.supervisor.orphans import Orphan, Orphans, end_everything
 from agent.supervisor.records import ENGINE, FORWARDER, Record
 from agent.supervisor.supervisor import Supervisor
 from agent.supervisor.tunnelling import tunnel_id
@@ -263,6 +263,26 @@ async def test_a_damaged_record_is_put_aside_and_its_engine_ended_after_a_stated
     assert aside.name.startswith("p.json.bad-")
     told = [(each["event"], each["pids"]) for each in logs if each["event"].startswith("orphan")]
     assert told == [("orphan_found", [pid]), ("orphan_ended", [pid])]
+
+
+async def test_an_orphan_that_is_being_ended_when_the_agent_ends_is_waited_for_and_ended_once(tmp_path: Path) -> None:
+    class Slow(Orphan):
+        ends, gone = 0, asyncio.Event()
+
+        async def end(self, grace_s: float) -> None:
+            self.ends += 1
+            await self.gone.wait()
+
+    slow = Slow("p", ())
+    orphans = Orphans(directories(tmp_path), ttl_s=0, grace_s=0)
+    orphans.add(slow, "nobody knows")
+    await wait_until(lambda: slow.ends, what="its time is over")
+    closing = asyncio.create_task(orphans.close(leave=False))
+    await asyncio.wait({closing}, timeout=0.1)
+    assert not closing.done()
+    slow.gone.set()
+    await closing
+    assert slow.ends == 1
 
 
 @pytest.mark.parametrize(
