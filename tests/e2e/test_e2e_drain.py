@@ -12,6 +12,7 @@ from tests.waiting import wait_until
 
 pytestmark = pytest.mark.engine
 LONG = 4000
+LONG_THROUGH_A_BACKEND = 2000  # tokens: each costs several times as much
 
 
 @pytest.fixture
@@ -41,8 +42,8 @@ async def cordoned(cluster):
         return {node.report.node_id: (node.report.cordoned, node.report.draining) for node in await client.nodes()}
 
 
-async def long_stream(cluster, begun):
-    async with cluster.stream(RANDOM, max_tokens=LONG) as events:
+async def long_stream(cluster, begun, tokens=LONG):
+    async with cluster.stream(RANDOM, max_tokens=tokens) as events:
         seen = []
         async for event in events:
             seen.append(event)
@@ -59,10 +60,7 @@ async def test_a_drain_lets_a_stream_end_sends_others_elsewhere_and_holds_throug
 
     drain = asyncio.create_task(cluster.cli("drain", node, "--timeout", "60", within_s=90))
 
-    async def draining():
-        return (await cordoned(cluster))[node] == (True, True)
-
-    await wait_until(draining, what="the node is reported draining")
+    await wait_until(lambda: drains(cluster, node), what="the node is reported draining")
     assert await cluster.say(RANDOM, max_tokens=5)
     elsewhere = [pool for pool in await cluster.pools(RANDOM) if pool.instance.state is InstanceState.READY]
     assert other_than(node) in [pool.node_id for pool in elsewhere]
@@ -89,6 +87,10 @@ async def test_a_drain_lets_a_stream_end_sends_others_elsewhere_and_holds_throug
 
     assert (await cluster.cli("uncordon", node))[0] == 0
     await wait_until(lambda: free(cluster, node), what="the node takes pools again")
+
+
+async def drains(cluster, node):
+    return (await cordoned(cluster))[node] == (True, True)
 
 
 async def free(cluster, node):
@@ -129,10 +131,12 @@ async def test_draining_a_lender_lets_the_pool_it_lends_to_end_its_stream_first(
     pool = await by_hand.ready_pool(RANDOM)
     lender = next(share.node_id for share in pool.instance.shares if share.node_id and share.layers)
     begun = asyncio.Event()
-    running = asyncio.create_task(long_stream(by_hand, begun))
+    running = asyncio.create_task(long_stream(by_hand, begun, LONG_THROUGH_A_BACKEND))
     await asyncio.wait_for(begun.wait(), 20)
 
     drain = asyncio.create_task(by_hand.cli("drain", lender, "--timeout", "60", within_s=90))
+    await wait_until(lambda: drains(by_hand, lender), within_s=10, what="the lender is reported draining")
+    assert not running.done()
     events = await running
     status, _, err = await drain
 
