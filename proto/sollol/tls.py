@@ -11,18 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from msgspec import Struct
 from msgspec.structs import replace
 
 from sollol import certificates, revocations
 from sollol.certificates import Certificate
+from sollol.contexts import CLIENT, HTTP2_CLIENT, SERVER, Kind, new_context
 from sollol.errors import Reason, SollolError, refuse
 from sollol.identity import Identity, Role, role_name
 from sollol.material import Material, admitted
 from sollol.revocations import Revocations
 from sollol.running import Running
 
-__all__ = ["Identity", "Material", "Role", "TlsFiles", "admitted", "load_chain", "own_files", "role_name", "shown"]
+__all__ = ["Identity", "Material", "Role", "TlsFiles", "admitted", "own_files", "role_name", "shown"]
 
 CA, CERTIFICATE, KEY, REVOKED = "ca.pem", "node.pem", "node.key", "revoked"
 _NAMES = (CA, CERTIFICATE, KEY, REVOKED)
@@ -49,8 +49,9 @@ class TlsFiles:
         self.directory = directory
         self._tell = tell or _to_our_log
         self._lock = threading.Lock()
+        self._keeping = threading.Lock()
         self._stamp, self._material = self._first()
-        self._contexts: dict[_Kind, tuple[Material, ssl.SSLContext]] = {}
+        self._contexts: dict[Kind, tuple[Material, ssl.SSLContext]] = {}
         self.running = Running()
         self._looked_at = self._material
         self._listeners: list[Callable[[], None]] = []
@@ -94,34 +95,43 @@ class TlsFiles:
             SollolError: INVALID_REQUEST; it is none, or an older one. FOREIGN_CERTIFICATE; another authority's.
         """
         sent = revocations.verified(pem, self.current().ca)
+        with self._keeping:  # the newest is what is written last
+            if not self._is_news(sent):
+                return None
+            self._keep_revoked(sent.pem)
+        return sent
+
+    def _is_news(self, sent: Revocations) -> bool:
+        """Use it if it is newer; raises INVALID_REQUEST for an older one."""
         with self._lock:
             if (stamp := self._stamps()) != self._stamp:
                 self._follow(stamp)  # a newer one may have been put there meanwhile
             ours = self._material.revoked
-            if sent.number == ours.number:
-                return None
             if sent.number < ours.number:
                 raise refuse(
                     Reason.INVALID_REQUEST, f"list {sent.number} of revoked certificates is older than {ours.number}"
                 )
-            self._material = replace(self._material, revoked=sent)
-            self._keep_revoked(sent.pem)
-        return sent
+            if sent.number > ours.number:
+                self._material = replace(self._material, revoked=sent)
+            return sent.number > ours.number
 
     def _keep_revoked(self, pem: bytes) -> None:
         path, draft = self.directory / REVOKED, self.directory / f".{REVOKED}.taken"
         try:
-            draft.write_bytes(pem)
+            with draft.open("wb") as file:
+                file.write(pem)
+                file.flush()
+                os.fsync(file.fileno())  # an empty file, after a loss of power, would be none that a daemon starts with
             draft.replace(path)
         except OSError as error:
             self._tell("error", "revoked_list_not_kept", path=str(path), problem=str(error.strerror))
 
     def server_context(self) -> ssl.SSLContext:
         """TLS 1.3; peers show a certificate of our CA. A listener made with it follows the files by itself."""
-        context = self._context(_SERVER)
+        context = self._context(SERVER)
 
         def newest(connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
-            connection.context = self._context(_SERVER)
+            connection.context = self._context(SERVER)
 
         context.sni_callback = newest  # called for every connection, also when no name is asked
         return context
@@ -131,19 +141,19 @@ class TlsFiles:
 
         With `http2` it says that it wants to speak that, without which gRPC's servers answer nothing.
         """
-        return self._context(_HTTP2_CLIENT if http2 else _CLIENT)
+        return self._context(HTTP2_CLIENT if http2 else CLIENT)
 
     def peer(self, connection: ssl.SSLObject | ssl.SSLSocket) -> Identity:
         """Who is at the other end of a verified connection. Raises SollolError as `admitted`, or NO_CERTIFICATE."""
         return admitted(shown(connection), self.current(), now_s=time.time())
 
-    def _context(self, kind: "_Kind") -> ssl.SSLContext:
+    def _context(self, kind: Kind) -> ssl.SSLContext:
         material = self.current()
         with self._lock:
             known = self._contexts.get(kind)
             if known is not None and known[0] is material:
                 return known[1]
-        context = _new_context(material, kind)
+        context = new_context(material, kind)
         with self._lock:
             self._contexts[kind] = (material, context)
         return context
@@ -195,7 +205,7 @@ class TlsFiles:
                 certificate=certificate,
                 identity=_named(certificate),
             )
-            _new_context(material, _SERVER)
+            new_context(material, SERVER)
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             problem = f"{error.strerror}: {error.filename}" if isinstance(error, PermissionError) else str(error)
             raise refuse(
@@ -242,37 +252,6 @@ def shown(connection: ssl.SSLObject | ssl.SSLSocket) -> Certificate:
     if not der:
         raise refuse(Reason.NO_CERTIFICATE, "the peer has shown no certificate")
     return certificates.read_der(der)
-
-
-class _Kind(Struct, frozen=True):
-    protocol: int
-    alpn: tuple[str, ...] = ()
-
-
-_SERVER = _Kind(ssl.PROTOCOL_TLS_SERVER)
-_CLIENT = _Kind(ssl.PROTOCOL_TLS_CLIENT)
-_HTTP2_CLIENT = _Kind(ssl.PROTOCOL_TLS_CLIENT, ("h2",))
-
-
-def _new_context(material: Material, kind: _Kind) -> ssl.SSLContext:
-    context = ssl.SSLContext(kind.protocol)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.load_verify_locations(cadata=material.ca.decode("ascii"))
-    if kind.alpn:
-        context.set_alpn_protocols(list(kind.alpn))
-    load_chain(context, material.chain, material.key)
-    return context
-
-
-def load_chain(context: ssl.SSLContext, chain: bytes, key: bytes) -> None:
-    """Load what was read, not what files have become: OpenSSL takes paths only, so both are in memory."""
-    descriptor = os.memfd_create("sollol-tls", os.MFD_CLOEXEC)
-    try:
-        os.write(descriptor, key + b"\n" + chain)
-        context.load_cert_chain(f"/proc/self/fd/{descriptor}")
-    finally:
-        os.close(descriptor)
 
 
 def _to_our_log(level: str, event: str, **fields: Any) -> None:

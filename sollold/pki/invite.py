@@ -10,9 +10,9 @@ from typing import Self
 
 import structlog
 from msgspec import Struct
+from sollol.contexts import load_chain
 from sollol.errors import Reason, Refusal, SollolError, refuse
 from sollol.identity import Identity
-from sollol.tls import load_chain
 
 from sollold.pki.authority import fingerprint, issue_requested, issue_server, new_key
 from sollold.pki.invitations import Invitation, Invitations

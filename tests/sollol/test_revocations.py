@@ -1,8 +1,12 @@
 """Lists of revoked certificates: as they are read, verified, taken over and kept."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from cryptography import x509
 from sollol import revocations
+from sollol import tls as module
 from sollol.errors import Reason, SollolError
 from sollol.tls import TlsFiles
 from structlog.testing import capture_logs
@@ -113,6 +117,27 @@ def test_a_list_that_cannot_be_kept_counts_all_the_same(files, ours, bad):
     assert [entry["event"] for entry in logs] == ["revoked_list_not_kept"]
     replace_file(files.directory / "ca.pem", ours.certificate)
     assert files.current().revoked.number == 5
+
+
+def test_a_list_is_on_the_disk_before_it_is_in_place_and_a_slow_disk_holds_nobody_up(files, ours, bad, monkeypatch):
+    writing, go_on, sync = threading.Event(), threading.Event(), module.os.fsync
+
+    def slow(descriptor):
+        writing.set()
+        assert go_on.wait(10)
+        sync(descriptor)
+
+    monkeypatch.setattr(module.os, "fsync", slow)
+    with ThreadPoolExecutor(2) as others:
+        taken = others.submit(files.take_revoked, revoked_list(ours, bad, number=5))
+        try:
+            assert writing.wait(10)
+            assert not (files.directory / "revoked").exists()
+            assert others.submit(files.current).result(10).revoked.number == 5
+        finally:
+            go_on.set()
+        assert taken.result(10).number == 5
+    assert revocations.read((files.directory / "revoked").read_bytes()).number == 5
 
 
 def test_a_file_that_is_no_list_is_not_taken_for_an_empty_one(files):
