@@ -33,6 +33,7 @@ class HttpsFiles:
     def __init__(self, certificate: Path, key: Path) -> None:
         self._certificate, self._key = certificate, key
         self._stamp = self._now()
+        self._problem = ""
         self.expires_unix_s: float | None = None
         try:
             self._newest = self.context = self._loaded()
@@ -48,14 +49,23 @@ class HttpsFiles:
         """Called for every connection, also when no name is asked."""
         stamp = self._now()
         if stamp != self._stamp:
-            self._stamp = stamp
-            try:
-                self._newest = self._loaded()
-            except OSError as error:  # half of a renewal, perhaps: the other half changes the stamp again
-                log.warning("certificate_not_followed", file=str(self._certificate), problem=str(error))
-            else:
-                log.info("certificate_followed", file=str(self._certificate))
+            self._follow(stamp)
         connection.context = self._newest
+
+    def _follow(self, stamp: _Stamp) -> None:
+        problem = ""
+        try:
+            self._newest = self._loaded()
+        except ssl.SSLError as error:  # half of a renewal, perhaps: the other half changes the stamp again
+            self._stamp, problem = stamp, str(error)
+        except OSError as error:  # it may pass, such as too many open files: the next connection tries again
+            problem = str(error)
+        else:
+            self._stamp = stamp
+            log.info("certificate_followed", file=str(self._certificate))
+        if problem and problem != self._problem:
+            log.warning("certificate_not_followed", file=str(self._certificate), problem=problem)
+        self._problem = problem
 
     def _loaded(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

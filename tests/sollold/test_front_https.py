@@ -1,5 +1,6 @@
 """HTTPS on the head's HTTP port: only that, with a certificate that is followed when it is renewed."""
 
+import errno
 import ssl
 import time
 
@@ -78,6 +79,27 @@ async def test_half_of_a_renewal_leaves_the_former_certificate_in_use(site, port
         with capture_logs() as logs:
             assert await answered(port, trusted) == "hello"
         assert [entry["event"] for entry in logs] == ["certificate_not_followed"]
+    finally:
+        await runner.cleanup()
+
+
+async def test_an_error_that_passes_while_a_renewal_is_read_delays_it_by_no_more_than_that(site, ports, monkeypatch):
+    app, port = web.Application(), ports()
+    app.router.add_get("/", hello)
+    first, files = site(), https_files(*site.files)
+    runner = await serve(app, "127.0.0.1", port, files.context)
+
+    def fail(*_files):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    try:
+        second = site(days=2)
+        with capture_logs() as logs, monkeypatch.context() as patched:
+            patched.setattr(files, "_loaded", fail)
+            assert await answered(port, first) == "hello"
+            assert await answered(port, first) == "hello"
+        assert [entry["event"] for entry in logs] == ["certificate_not_followed"]
+        assert await answered(port, second) == "hello"
     finally:
         await runner.cleanup()
 
