@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import structlog
+from sollol import kept
 from sollol.errors import Reason, Refusal, SollolError, refuse
 
 from sollold import keys
@@ -125,3 +126,4 @@ def _replace(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     fresh.replace(path)
+    kept.sync_directory(path.parent)  # a revocation that was said to hold outlives a loss of power

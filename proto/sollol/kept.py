@@ -62,10 +62,10 @@ def save(path: Path, content: object, *, version: int, durable: bool = True) -> 
             os.fsync(file.fileno())
     fresh.replace(path)
     if durable:
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     """Only then is the new name on the disk, too."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from msgspec import Struct
-from sollol import certificates, revocations
+from sollol import certificates, kept, revocations
 from sollol.certificates import Certificate
 from sollol.errors import Reason, refuse
 from sollol.identity import Identity, Role, checked, parse
@@ -239,7 +239,7 @@ def place(directory: Path, role: Role, *, key: bytes, chain: bytes, ca: bytes, r
 
 
 def write(path: Path, content: bytes, mode: int) -> None:
-    """Put a whole file in place at once; nobody ever sees half of it, or a key that others may read."""
+    """Put a whole file in place and on the disk: nobody ever sees half of it, or a key that others may read."""
     draft = path.with_name(f".{path.name}.new")
     draft.unlink(missing_ok=True)
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
@@ -250,6 +250,7 @@ def write(path: Path, content: bytes, mode: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
+    kept.sync_directory(path.parent)
 
 
 def _folder(path: Path) -> None:

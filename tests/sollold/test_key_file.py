@@ -2,6 +2,7 @@ import errno
 import os
 import stat
 import threading
+from pathlib import Path
 
 import pytest
 from sollol.errors import Reason, SollolError
@@ -51,6 +52,18 @@ def test_only_its_owner_may_read_the_file(path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert [entry.name for entry in path.parent.iterdir()] == ["keys.json"]
+
+
+def test_a_change_is_on_the_disk_with_its_name_before_it_is_said_to_hold(path, monkeypatch):
+    add(path, key_of("alice"))
+    synced, before = [], path.stat().st_ino
+
+    def fsync(descriptor):
+        synced.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, path.stat().st_ino != before))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    add(path, key_of("bob"))
+    assert synced == [(f"{path.name}.new", False), (path.parent.name, True)]
 
 
 def test_a_change_that_is_refused_leaves_the_file_as_it_was(path):
