@@ -106,8 +106,8 @@ def _path(options: argparse.Namespace) -> Path:
     return Path(options.file) if options.file else default_path()
 
 
-def default_path() -> Path:
+def default_path(settings: Path = DEFAULT_FILE) -> Path:
     """Where the head of this machine has its keys, as its settings say; whether it could listen now does not matter."""
     argv = ["--listen", "127.0.0.1"]
-    config = load(HeadConfig, name="head", argv=argv, environ=os.environ, default_file=DEFAULT_FILE).value
+    config = load(HeadConfig, name="head", argv=argv, environ=os.environ, default_file=settings).value
     return key_file.keys_path(config.keys_file, config.state_dir, os.environ)

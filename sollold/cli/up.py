@@ -14,6 +14,7 @@ from sollol import log
 from sollol.directories import directories, private, runtime_directory
 from sollol.errors import Reason, refuse
 
+from sollold.__main__ import DEFAULT_FILE
 from sollold.cli.children import Child, is_error, readable
 from sollold.cli.keys import default_path
 from sollold.cli.machine import check_port, http_status, unequal_caps
@@ -103,7 +104,7 @@ class _Up:
             *("--grpc-port", str(self._options.grpc_port), "--redis-url", redis_url),
             *("--log-format", "json", "--exit-with-parent", "--tls-dir", "", "--state-dir", str(self._state / "head")),
             *(["--mqtt-inference"] if self._options.mqtt_inference else []),
-            *("--keys-file", str(default_path())),  # where `sollol keys` writes
+            *("--keys-file", str(keys_file())),
         ]
 
     def _agent_flags(self, name: str, port: int, redis_url: str, cap_bytes: int | None) -> list[str]:
@@ -220,6 +221,16 @@ class _Up:
             for line in child.new_lines():
                 if self._options.verbose or is_error(line):
                     sys.stderr.write(f"{child.name} | {readable(line)}\n")
+
+
+def keys_file() -> Path:
+    """Where `sollol keys` writes on this machine; this user's own, where the services' settings are not for us to read.
+
+    Raises:
+        ConfigError: the settings make no sense.
+    """
+    readable = os.access(DEFAULT_FILE, os.R_OK, effective_ids=True)
+    return default_path(DEFAULT_FILE if readable else Path(os.devnull))
 
 
 def model_directory(given: str) -> str:

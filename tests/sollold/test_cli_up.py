@@ -1,15 +1,19 @@
 """`sollol up` starts everything, tells where it is, and leaves nothing behind, however it ends."""
 
 import asyncio
+import contextlib
 import os
+import pwd
 import signal
 import socket
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
 from sollol.errors import Reason, SollolError
 
+from sollold.cli import up
 from sollold.cli.children import is_error, readable
 from sollold.cli.machine import check_port, free_memory, http_status, unequal_caps
 from tests.waiting import wait_until
@@ -101,6 +105,29 @@ async def test_the_services_settings_in_etc_are_not_ours(start):
     await up.end(signal.SIGTERM)
 
     assert [line[line.index("--config") + 1] for line in lines] == [os.devnull] * 2
+
+
+@contextlib.contextmanager
+def as_an_ordinary_user():
+    """Root may read everything; nobody may not."""
+    before = os.geteuid()
+    try:
+        if before == 0:
+            os.seteuid(pwd.getpwnam("nobody").pw_uid)
+        yield
+    finally:
+        os.seteuid(before)
+
+
+def test_keys_are_where_the_services_settings_say_for_whoever_may_read_these(tmp_path, monkeypatch):
+    settings = tmp_path / "head.toml"
+    settings.write_text('keys_file = "/srv/keys.json"\n')
+    monkeypatch.setattr(up, "DEFAULT_FILE", settings)
+    monkeypatch.setenv("SOLLOL_HEAD_STATE_DIR", "/home/me/head")
+    assert up.keys_file() == Path("/srv/keys.json")
+    settings.chmod(0)
+    with as_an_ordinary_user():
+        assert up.keys_file() == Path("/home/me/head/keys.json")
 
 
 async def test_children_end_when_up_is_killed(start):
