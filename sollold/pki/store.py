@@ -16,7 +16,7 @@ from pathlib import Path
 from msgspec import Struct
 from sollol import certificates, kept, revocations
 from sollol.certificates import Certificate
-from sollol.errors import Reason, refuse
+from sollol.errors import Reason, SollolError, refuse
 from sollol.identity import Identity, Role, checked, parse
 from sollol.revocations import Revocations
 from sollol.tls import CA, CERTIFICATE, KEY, REVOKED
@@ -189,12 +189,23 @@ class Store:
             write(held.directory / CA, self.bundle(), 0o644)
 
     def revoked(self) -> Revocations:
-        """Raises CERTIFICATE_UNREADABLE."""
+        """The newest list that was signed here. An authority that was restored from a copy may know an older one than
+        this machine's daemons, and must not bring back who is in theirs. Raises CERTIFICATE_UNREADABLE.
+        """
         path = self.directory / REVOKED
         try:
-            return revocations.read(path.read_bytes()) if path.exists() else Revocations()
+            ours = revocations.read(path.read_bytes()) if path.exists() else Revocations()
         except ValueError as error:
             raise refuse(Reason.CERTIFICATE_UNREADABLE, f"{path}: {error}") from error
+        return max([ours, *self._handed_on()], key=lambda each: each.number)
+
+    def _handed_on(self) -> Iterator[Revocations]:
+        if not self.exists():
+            return
+        authorities = self.bundle()
+        for held in self.held():
+            with contextlib.suppress(OSError, SollolError):  # what none of the authorities signed counts for nothing
+                yield revocations.verified((held.directory / REVOKED).read_bytes(), authorities)
 
     def revoke(self, role: Role, node_id: str) -> list[str]:
         """Refuse every certificate that this name has got so far; returns the serial numbers.

@@ -1,6 +1,7 @@
 """The authority's store, and `sollol pki`: what is made, renewed, revoked, and with which permissions."""
 
 import pwd
+import shutil
 import stat
 import subprocess
 import time
@@ -13,6 +14,7 @@ from sollol.tls import TlsFiles, admitted
 
 from sollold.pki.authority import fingerprint, issue_requested, new_key, request
 from sollold.pki.store import Store, place
+from tests.certificates import authority, revoked_list
 from tests.sollol_command import sollol
 
 
@@ -261,6 +263,30 @@ def test_whoever_is_revoked_stays_so_in_each_newer_list_under_a_new_authority_an
     files = TlsFiles(tmp_path / "again").current()
     assert files.revoked == store.revoked()
     assert files.certificate.serial not in files.revoked.serials
+
+
+def test_an_authority_that_was_restored_from_a_copy_brings_nobody_back(store, tmp_path):
+    head, gone = store.base / "head", {}
+    store.issue(Role.HEAD, "h", head)
+    for name in ("n1", "n2"):
+        gone[name] = store.issue(Role.AGENT, name, tmp_path / name).serial
+    shutil.copytree(store.directory, tmp_path / "copy")
+    store.revoke(Role.AGENT, "n1")
+    shutil.rmtree(store.directory)
+    shutil.copytree(tmp_path / "copy", store.directory)
+
+    store.rotate([head])
+    assert revocations.read((head / "revoked").read_bytes()).serials == {gone["n1"]}
+    store.revoke(Role.AGENT, "n2")
+    assert store.revoked().serials == set(gone.values())
+    assert revocations.read((head / "revoked").read_bytes()).serials == set(gone.values())
+
+
+def test_a_list_beside_a_certificate_counts_only_when_an_authority_of_ours_signed_it(store):
+    store.issue(Role.HEAD, "h", store.base / "head")
+    for bad in (b"no list", revoked_list(authority("lab"), store.base / "head", number=2**40)):
+        (store.base / "head" / "revoked").write_bytes(bad)
+        assert store.revoked().number == 0
 
 
 def test_a_list_that_cannot_be_read_is_not_replaced_by_a_shorter_one(store, tmp_path):
