@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from sollol import certificates, revocations
 from sollol.certificates import Certificate
 from sollol.contexts import CLIENT, HTTP2_CLIENT, SERVER, Kind, new_context
-from sollol.errors import Reason, SollolError, refuse
+from sollol.errors import Reason, Refusal, SollolError, refuse
 from sollol.identity import Identity, Role, role_name
 from sollol.material import Material, admitted
 from sollol.revocations import Revocations
@@ -50,6 +50,7 @@ class TlsFiles:
         self._tell = tell or _to_our_log
         self._lock = threading.Lock()
         self._keeping = threading.Lock()
+        self._problem = ""
         self._stamp, self._material = self._first()
         self._contexts: dict[Kind, tuple[Material, ssl.SSLContext]] = {}
         self.running = Running()
@@ -174,10 +175,11 @@ class TlsFiles:
         try:
             material = self._read()
         except SollolError as error:
-            self._tell(
-                "warning", "certificate_not_followed", reason=error.refusal.reason, message=error.refusal.message
-            )
+            self._complain(error.refusal)
+            if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, ssl.SSLError):
+                return  # it may pass, such as too many open files: what is there may revoke somebody
         else:
+            self._problem = ""
             ours = self._material.revoked
             if material.revoked.number < ours.number:
                 self._tell("warning", "revoked_list_older", number=material.revoked.number, in_use=ours.number)
@@ -188,6 +190,11 @@ class TlsFiles:
                 )
                 self._material = material
         self._stamp = stamp
+
+    def _complain(self, refusal: Refusal) -> None:
+        if refusal.message != self._problem:
+            self._tell("warning", "certificate_not_followed", reason=refusal.reason, message=refusal.message)
+        self._problem = refusal.message
 
     def _stamps(self) -> Stamp:
         return tuple(_stamp(self.directory / name) for name in _NAMES)

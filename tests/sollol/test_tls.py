@@ -1,6 +1,7 @@
 """Certificates as daemons read them, and contexts and credentials that follow the files."""
 
 import asyncio
+import errno
 import ssl
 import time
 
@@ -133,6 +134,23 @@ def test_a_half_finished_rotation_leaves_the_former_content_in_use_and_is_logged
     assert [entry["event"] for entry in logs] == ["certificate_not_followed"]
     (other / "node.pem").replace(tmp_path / "node.pem")
     assert files.current().certificate.serial != before.certificate.serial
+
+
+def test_a_change_that_cannot_be_read_at_this_moment_is_taken_in_the_next(tmp_path, ours, monkeypatch):
+    directory = write_identity(tmp_path / "n1", ours, "agent", "n1")
+    bad = write_identity(tmp_path / "bad", ours, "agent", "bad")
+    files = TlsFiles(directory)
+
+    def full(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    revoke(directory, ours, bad)
+    with capture_logs() as logs, monkeypatch.context() as patched:
+        patched.setattr(module.os, "memfd_create", full)
+        for _ in range(3):
+            assert files.current().revoked.number == 0
+    assert [entry["event"] for entry in logs] == ["certificate_not_followed"]
+    assert files.current().revoked.number == 1
 
 
 def test_what_is_revoked_foreign_or_expired_is_not_admitted(tmp_path, ours):
