@@ -115,6 +115,11 @@ class Owner(abc.ABC):
     def is_live(self) -> bool:
         return self.view.state in LIVE
 
+    @property
+    def shall_stop(self) -> bool:
+        """Somebody has asked; its state shows it only when its own task has heard of it."""
+        return self._asked_to_stop.done()
+
     async def _run(self) -> None:
         try:
             refusal = await self._serve_until_gone()

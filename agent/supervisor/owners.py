@@ -45,8 +45,8 @@ class Owners:
         return [item for item in self if item.is_live]
 
     async def leave(self) -> None:
-        """Let those that start or serve run on, and know them no more."""
-        useful = [item for item in self if item.view.state in USEFUL]
+        """Let those that start or serve, and shall not stop, run on, and know them no more."""
+        useful = [item for item in self if item.view.state in USEFUL and not item.shall_stop]
         await asyncio.gather(*(item.leave() for item in useful))
         for item in useful:
             del self._all[item.view.instance_id]

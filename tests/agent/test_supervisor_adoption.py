@@ -217,6 +217,14 @@ async def test_one_that_is_just_stopping_is_not_left(tmp_path: Path) -> None:
         await stopping
 
 
+async def test_one_that_was_asked_to_stop_a_moment_ago_is_not_left_either(tmp_path: Path) -> None:
+    async with supervising(tmp_path, fake_engine()) as supervisor:
+        pid = (await started(supervisor, "p", plan_of("m"))).pid
+        async with asyncio.timeout(10):  # who asked would wait for ever for one that was left
+            await asyncio.gather(supervisor.stop("p"), supervisor.close(leave=True))
+        assert not runs(pid)
+
+
 @pytest.mark.parametrize("changes", [{"started_ticks": 1}, {"boot_id": "another boot"}])
 async def test_a_stranger_with_the_same_pid_is_left_alone(
     tmp_path: Path, stranger: subprocess.Popen[bytes], changes: dict[str, object]
