@@ -34,7 +34,10 @@ class MetricsPage:
 
     async def answer(self, accept: str) -> web.Response:
         """In the form that `accept` asks for, Prometheus's own text if in doubt."""
-        write, content_type = choose_encoder(accept)
+        try:
+            write, content_type = choose_encoder(accept)
+        except (TypeError, ValueError):  # the library compares a version that is none with one
+            write, content_type = choose_encoder("")
         page = await asyncio.to_thread(write, _Page(self.metrics, self._facts()))
         return web.Response(body=page, headers={"Content-Type": content_type})
 

@@ -153,6 +153,12 @@ async def test_names_keep_to_prometheus_units_and_no_series_is_there_twice(servi
         assert len(series) == len(set(series))
 
 
+@pytest.mark.parametrize("accept", ["application/openmetrics-text; version=abc", "text/plain;version=", ";,=,;", "x/y"])
+async def test_who_asks_for_what_is_no_form_gets_prometheus_own_text(serving, accept):
+    response, _ = await scraped(await serving(), Accept=accept)
+    assert response.content_type == "text/plain"
+
+
 async def test_openmetrics_is_written_for_who_asks_for_it(serving):
     session = await everything(serving)
     response, text = await scraped(session, Accept="application/openmetrics-text;version=1.0.0,text/plain;q=0.5")
