@@ -130,7 +130,7 @@ class Coordinator(Owner):
                 await process.stop(exited, min(self._grace_s, _TUNNEL_GRACE_S))
                 return refusal
         finally:
-            self._clear(launch.files)
+            self._clear(launch.files, self.files)
 
     async def _until_tunnelled(self, tunnel: TunnelWatch) -> Refusal | None:
         """Return None when the engine can connect to it, or shall stop."""

@@ -356,6 +356,7 @@ async def test_a_stop_while_the_tunnel_starts_is_no_death_of_the_model(nodes: No
         await nodes.coordinator.stop(f"p{number}")
         states = [change.state for change in await changes]
         assert states[-2:] == [InstanceState.STOPPING, InstanceState.STOPPED], states
+        assert not files_of(f"p{number}", directories(nodes.directory / COORDINATOR)).state.exists()
     assert (await nodes.coordinator.start("p", to_nobody())).state is InstanceState.STARTING
 
 
@@ -374,6 +375,7 @@ async def test_a_tunnel_that_cannot_start_says_why_and_is_no_death_of_the_model(
         path.unlink()
     await nodes.coordinator.start("q", to_nobody())
     refusals.append((await settled(nodes.coordinator, "q")).refusal)
+    assert not list(directories(nodes.directory / COORDINATOR).instances.iterdir()), "a record of none that runs"
     reasons = [refusal.reason for refusal in refusals if refusal is not None]
     assert reasons == [*[Reason.PORT_TAKEN] * RestartPolicy().deaths, Reason.CERTIFICATE_UNREADABLE]
     assert str(taken) in refusals[0].message
