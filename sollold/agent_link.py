@@ -126,8 +126,11 @@ class AgentLink:
         call = line.revocation.ExchangeRevoked()
         try:
             await exchange(tls, call.read, call.write, pb.ExchangeRevokedRequest, peer=f"agent {self.address}")
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:  # the watch on the same line says why
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError) as error:
+            # The watch on the same line says why.
             log.debug("revoked_exchange_ended", address=self.address, error=str(error))
+        except Exception:  # a bug: told of here, since nobody else asks for how it ended
+            log.exception("revoked_exchange_failed", address=self.address)
         finally:
             call.cancel()
 

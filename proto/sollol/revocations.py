@@ -72,7 +72,7 @@ def verified(pem: bytes, ca: bytes) -> Revocations:
         signed = any(sent.is_signature_valid(each.public_key()) for each in authorities)  # type: ignore[arg-type]
         canonical = sent.public_bytes(Encoding.PEM)  # what was verified, and nothing around it
         found = read(canonical)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, x509.InvalidVersion) as error:
         raise refuse(Reason.INVALID_REQUEST, f"what came is no list of revoked certificates: {error}") from error
     if not signed:
         raise refuse(

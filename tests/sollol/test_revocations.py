@@ -1,5 +1,6 @@
 """Lists of revoked certificates: as they are read, verified, taken over and kept."""
 
+import base64
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -48,6 +49,17 @@ def test_what_is_no_list_is_a_value_error_and_refused(ours, pem):
         revocations.read(pem)
     with pytest.raises(SollolError) as raised:
         revocations.verified(pem, ours.certificate)
+    assert raised.value.refusal.reason is Reason.INVALID_REQUEST
+
+
+def test_a_list_of_another_version_is_refused_like_any_other_that_is_none(ours):
+    pem = signing.revocations(ours, SERIALS, 1)
+    der = bytearray(x509.load_pem_x509_crl(pem).public_bytes(signing.serialization.Encoding.DER))
+    at = bytes(der).index(b"\x02\x01\x01")  # version 2 is written as 1
+    der[at + 2] = 7
+    body = base64.encodebytes(der)
+    with pytest.raises(SollolError, match="not a valid CRL version") as raised:
+        revocations.verified(b"-----BEGIN X509 CRL-----\n" + body + b"-----END X509 CRL-----\n", ours.certificate)
     assert raised.value.refusal.reason is Reason.INVALID_REQUEST
 
 
