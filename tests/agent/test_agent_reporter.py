@@ -59,8 +59,9 @@ class Node:
         self.learned: tuple[MemoryCorrection, ...] = ()
         self.cordoned = self.draining = False
         self.measurements = self.scans = 0
-        self.go_on_scanning = threading.Event()
+        self.go_on_scanning, self.go_on_measuring = threading.Event(), asyncio.Event()
         self.go_on_scanning.set()
+        self.go_on_measuring.set()
         self.ledger = Ledger(clock=asyncio.get_running_loop().time, journal=lambda _event: self.reporter.changed())
         self.reporter = Reporter(
             config=AgentConfig(
@@ -81,14 +82,16 @@ class Node:
 
     async def measure(self) -> tuple[Device, ...]:
         self.measurements += 1
-        return self.devices
+        devices = self.devices
+        await self.go_on_measuring.wait()
+        return devices
 
     def scan(self) -> tuple[Model, ...]:
         self.scans += 1
         self.go_on_scanning.wait(10)
         if self.models == ("broken",):
             raise PermissionError("models: permission denied")
-        return tuple(self.models)
+        return (*self.models,)  # a new object each time, as of a real look
 
     def corrections(self) -> tuple[MemoryCorrection, ...]:
         return self.learned
@@ -159,14 +162,29 @@ async def test_a_promise_shows_in_the_next_report_at_once():
         assert (report.devices[0].reserved_bytes, report.devices[0].free_bytes) == (300, 500)
 
 
-async def test_changes_that_come_together_are_one_report():
+async def test_changes_that_come_together_are_one_report(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reporter_module, "REPORT_GAP_S", 0.3)
+    node, clock = Node(), asyncio.get_running_loop().time
+    async with running(node) as reporter:
+        before, begun_s = reporter.current().sequence, clock()
+        for _ in range(100):
+            reporter.changed()
+            await asyncio.sleep(0)
+        report = await until(reporter, lambda now: now.sequence > before, "one more report")
+        assert report.sequence - before <= 1 + (clock() - begun_s) / 0.3
+
+
+async def test_a_change_while_it_is_being_measured_is_in_the_report_after_that():
     node = Node()
     async with running(node) as reporter:
-        before = reporter.current().sequence
-        for _ in range(1000):
-            reporter.changed()
-        await until(reporter, lambda now: now.sequence > before, "one more report")
-        assert reporter.current().sequence <= before + 1
+        before = node.measurements
+        node.go_on_measuring.clear()
+        reporter.changed()
+        await wait_until(lambda: node.measurements > before, what="it measures")
+        node.devices = (CPU,)
+        reporter.changed()
+        node.go_on_measuring.set()
+        await until(reporter, lambda now: now.devices == (CPU,), "the change is reported")
 
 
 async def test_it_reports_every_heartbeat_without_any_change():
@@ -339,7 +357,7 @@ def test_anonymous_memory_is_read_of_a_live_process_and_zero_of_none():
     assert anonymous_bytes(2**22 + 1) == 0
 
 
-async def test_a_loaded_engines_bytes_are_not_missing_twice():
+async def test_a_loaded_engines_bytes_are_missing_and_not_missing_twice():
     node = Node()
     async with running(node) as reporter:
         node.ledger.reserve("p", {"CUDA0": 100}, 30, reporter.current().devices)
@@ -351,4 +369,7 @@ async def test_a_loaded_engines_bytes_are_not_missing_twice():
         node.running = (instance(InstanceState.READY, pid=0),)
         reporter.changed()
         report = await until(reporter, lambda now: now.instances, "the instance is reported")
-        assert report.devices[1].free_bytes == 300
+        assert (report.devices[1].reserved_bytes, report.devices[1].free_bytes) == (100, 300)
+        node.ledger.reserve("q", {"CUDA0": 30}, 30, report.devices)
+        report = await until(reporter, lambda now: len(now.reservations) == 2, "another promise is reported")
+        assert (report.devices[1].reserved_bytes, report.devices[1].free_bytes) == (130, 270)

@@ -1,6 +1,7 @@
 """`sollol up` over stand-ins for both daemons: run as `python -m tests.fakes.up_with_fakes up ...`.
 
-The same module plays the daemons. `$FAKE_DIES` ends the agent of that name, `$FAKE_DEAF` makes it ignore SIGTERM.
+The same module plays the daemons. `$FAKE_DIES` ends the agent of that name, once `$FAKE_DIES_AFTER` runs; `$FAKE_DEAF`
+makes one ignore SIGTERM, and `$FAKE_SLOW` takes a moment to end.
 """
 
 import http.server
@@ -9,11 +10,17 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 
 def flag(name: str) -> str:
     return sys.argv[sys.argv.index(name) + 1] if name in sys.argv else ""
+
+
+def mark(name: str) -> Path:
+    """Is there once that daemon answers a signal."""
+    return Path(f"{os.environ['FAKE_ENDS']}.{name}.up")
 
 
 def daemon() -> None:
@@ -27,12 +34,14 @@ def daemon() -> None:
             flush=True,
         )
     if os.environ.get("FAKE_DIES") == name:
+        while not all(mark(other).exists() for other in os.environ["FAKE_DIES_AFTER"].split()):
+            time.sleep(0.01)
         sys.exit("Traceback: boom")
     if os.environ.get("FAKE_DEAF") == name:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     else:
         signal.signal(signal.SIGTERM, lambda *_: ended(name))
-    Path(f"{os.environ['FAKE_ENDS']}.{name}.up").touch()  # from here a signal is answered
+    mark(name).touch()
     if name == "head":
         server = http.server.ThreadingHTTPServer(("127.0.0.1", int(flag("--http-port"))), Ready)
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -42,6 +51,8 @@ def daemon() -> None:
 
 
 def ended(name: str) -> None:
+    if os.environ.get("FAKE_SLOW") == name:
+        time.sleep(0.5)
     with Path(os.environ["FAKE_ENDS"]).open("a") as ends:
         ends.write(name + "\n")
     os._exit(0)
@@ -64,8 +75,7 @@ if __name__ == "__main__":
         from sollold.cli.arguments import run
 
         async def all_seen(self: "up._Up") -> bool:
-            marks = (Path(f"{os.environ['FAKE_ENDS']}.node-{at + 1}.up") for at in range(self._options.agents))
-            return all(mark.exists() for mark in marks)
+            return all(mark(f"node-{at + 1}").exists() for at in range(self._options.agents))
 
         up.HEAD_MODULE = up.AGENT_MODULE = "tests.fakes.up_with_fakes"
         up.AGENT_STOP_S = 3

@@ -74,7 +74,7 @@ async def start(tmp_path, ports):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_a_signal_stops_the_head_first_then_the_agents_and_is_exit_0(start, number):
-    up = await start("--agents", "2")
+    up = await start("--agents", "2", FAKE_SLOW="head")
 
     shown = await up.ready()
     status, _ = await up.end(number)
@@ -140,14 +140,14 @@ async def test_children_end_when_up_is_killed(start):
 
 
 async def test_a_child_that_dies_stops_everything_with_its_last_words(start):
-    up = await start("--agents", "2", FAKE_DIES="node-2")
+    up = await start("--agents", "2", FAKE_DIES="node-2", FAKE_DIES_AFTER="head node-1")
 
     status, err = await up.end()
 
     assert status == 6
     assert "ENGINE_DIED: node-2 ended by itself with status 1" in err
     assert "node-2 | Traceback: boom" in err
-    assert {"head", "node-1"} >= set(up.ends())
+    assert up.ends() == ["head", "node-1"]
 
 
 async def test_a_child_that_ignores_the_signal_is_killed_in_time(start):
@@ -158,6 +158,8 @@ async def test_a_child_that_ignores_the_signal_is_killed_in_time(start):
 
     assert status == 0
     assert "node-1 did not stop within 3 s and was killed" in err
+    assert up.ends() == ["head"], "an agent that is left over ends by itself"
+    assert "left by a daemon" not in err
 
 
 async def test_errors_in_the_daemons_logs_are_shown_and_the_rest_with_verbose(start, tmp_path):
@@ -183,7 +185,9 @@ async def test_one_agent_has_no_cap_and_several_have_unequal_ones(start):
     _, of_two = await several.end(signal.SIGINT)
 
     assert "node-1 | started caps=\n" in of_one
-    assert len({line for line in of_two.splitlines() if "started caps=CPU=" in line}) == 2
+    caps = [line.partition(" | started caps=CPU=") for line in of_two.splitlines() if "started caps=CPU=" in line]
+    assert sorted(name for name, _, _ in caps) == ["node-1", "node-2"]
+    assert len({cap for _, _, cap in caps}) == 2
 
 
 async def test_a_taken_port_is_one_clear_message(start, ports):
