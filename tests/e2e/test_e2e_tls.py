@@ -6,6 +6,7 @@ import shutil
 from contextlib import asynccontextmanager
 
 import grpc.aio
+import psutil
 import pytest
 from sollol.channels import open_channel, refusal_of
 from sollol.client import Client
@@ -51,6 +52,19 @@ async def secured(reciting_model, ports):
 def logged(cluster, name, event):
     lines = (json.loads(line) for line in cluster.log(name).splitlines() if line.startswith("{"))
     return [line for line in lines if line["event"] == event]
+
+
+def connections(cluster):
+    """Those of the head to agents: ports of both ends."""
+    agents = {cluster.port_of(node) for node in ("n3", "n4")}
+    found = psutil.Process(cluster.processes["head"].pid).net_connections("tcp")
+    return {(each.laddr.port, each.raddr.port) for each in found if each.raddr and each.raddr.port in agents}
+
+
+def followed(cluster, name):
+    """Whether a daemon uses the certificate that is now in its directory."""
+    serials = [line["serial"] for line in logged(cluster, name, "certificate_followed")]
+    return serials[-1:] == [serial_of(cluster.pki / name)]
 
 
 async def refused(cluster, tls_dir, ask):
@@ -190,20 +204,26 @@ async def test_certificates_and_authority_change_in_the_middle_of_a_stream_that_
     both = old.certificate + new.certificate
     names = {"head": ("head", "h"), "n3": ("agent", "n3"), "n4": ("agent", "n4")}
     async with answering(secured) as stream:
-        former = {name: serial_of(secured.pki / name) for name in names}
+        former, made = {name: serial_of(secured.pki / name) for name in names}, connections(secured)
+        assert len({port for _, port in made}) == 2, "the head is connected to both agents"
         for name in (*names, "admin"):
             replace_file(secured.pki / name / "ca.pem", both)
         for name, (role, node_id) in names.items():
             write_identity(secured.pki / name, new, role, node_id, trusts=both)
-        await secured.nodes_seen(2)
+        for name in names:
+            await wait_until(lambda name=name: followed(secured, name), what=f"{name} uses its new certificate")
         assert not stream.done()
         text, last = await asyncio.wait_for(stream, 30)
     assert text.split() == [f"t{number}" for number in range(TOKENS)]
     assert last == {"done": True}
+    await wait_until(
+        lambda: len({port for _, port in connections(secured) - made}) == 2,
+        within_s=20,
+        what="the head has another connection to each agent",
+    )
     # From here on nobody admits a certificate from before: whatever still works has been made anew.
     for name in names:
         replace_file(secured.pki / name / "revoked", revocations(new, former.values(), 1))
-    await secured.nodes_seen(2)
     text = await secured.say(MODEL, max_tokens=5)
     assert text.split() == ["t0", "t1", "t2", "t3", "t4"]
     assert logged(secured, "head", "node_disconnected") == []
@@ -217,6 +237,12 @@ async def test_an_agent_with_the_certificate_of_another_node_does_not_start(secu
     assert "set node_id to n4" in ended["message"]
 
 
+async def reported(cluster, node_id):
+    """The number of the report that the head has of a node."""
+    async with cluster.client() as operator:
+        return next(node.report.sequence for node in await operator.nodes() if node.report.node_id == node_id)
+
+
 async def test_a_node_that_is_revoked_is_not_watched_and_the_log_says_why(secured):
     secured.processes["n4"].terminate()
     secured.processes["n4"].wait(40)
@@ -228,7 +254,13 @@ async def test_a_node_that_is_revoked_is_not_watched_and_the_log_says_why(secure
         within_s=10,
         what="the head says that n4 is revoked",
     )
-    await secured.nodes_seen(1)
+    told = await reported(secured, "n3")
+
+    async def goes_on():
+        return await reported(secured, "n3") >= told + 2  # a heartbeat lies between; n4 is dialled more often
+
+    await wait_until(goes_on, within_s=20, what="the head hears of the other node")
+    assert [line["node"] for line in logged(secured, "head", "node_connected")].count("n4") == 1
 
 
 async def test_the_list_of_the_revoked_reaches_every_daemon_by_itself(secured, ports):
@@ -246,6 +278,7 @@ async def test_the_list_of_the_revoked_reaches_every_daemon_by_itself(secured, p
             assert kept.read_bytes() == (secured.pki / "head" / "revoked").read_bytes()
         with pytest.raises(SollolError, match="CERTIFICATE_REVOKED"):
             await user.list_models()
+    await wait_until(lambda: logged(secured, "other", "revoked_list_taken"), what="it is told")
     (taken,) = logged(secured, "other", "revoked_list_taken")
     assert (taken["number"], taken["revoked"]) == (2, 1)
     assert taken["peer"].startswith("agent ")

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 
+import grpc
 import pytest
 from sollol.certified import follow
 from sollol.channels import open_channel
@@ -12,6 +13,7 @@ from sollol.v1 import agent_pb2 as pb
 from sollol.v1 import agent_pb2_grpc as rpc
 from structlog.testing import capture_logs
 
+from sollold import agent_line
 from sollold.agent_link import AgentLink
 from tests.certificates import authority, revoke, revoked_list, write_identity
 from tests.fakes.fake_agent import FakeAgent
@@ -107,7 +109,10 @@ async def test_before_it_has_been_seen_nothing_can_be_asked_of_it(head, ports):
     await link.close()
 
 
-async def test_a_renewed_certificate_moves_the_watch_while_a_call_goes_on_where_it_was(tmp_path, ours, head, ports):
+async def test_a_renewed_certificate_moves_the_watch_while_a_call_goes_on_where_it_was(
+    tmp_path, ours, head, ports, monkeypatch
+):
+    monkeypatch.setattr(agent_line, "DRAIN_POLL_S", 0.01)
     tls = TlsFiles(write_identity(tmp_path / "n1", ours, "agent", "n1"))
     agent, release = FakeAgent("n1", ports(), tls=tls), asyncio.Event()
     agent.hooks["Release"] = lambda _: release.wait()
@@ -122,10 +127,16 @@ async def test_a_renewed_certificate_moves_the_watch_while_a_call_goes_on_where_
         agent.tell(cpu_count=3)
         assert (await anext(reports)).cpu_count in {2, 3}
         assert link._line is not former
+        await asyncio.wait({slow}, timeout=0.3)
         assert not slow.done()
+        assert not is_closed(former)
         release.set()
         await slow
-        await wait_until(lambda: not link._draining, what="the former connection is closed")
+        await wait_until(lambda: is_closed(former), what="the former connection is closed")
+
+
+def is_closed(line):
+    return line._channel.get_state() is grpc.ChannelConnectivity.SHUTDOWN
 
 
 class Relaying(FakeAgent):
