@@ -3,22 +3,27 @@
 import asyncio
 import json
 from collections import Counter
+from contextlib import AsyncExitStack, aclosing
 
+import aiohttp
 import grpc
 import pytest
 from redis import Redis
 from sollol.channels import open_channel
+from sollol.inference import Message, Progress, Sampling
 from sollol.report import PlacementWish
 from sollol.v1 import inference_pb2, inference_pb2_grpc
 
 from tests.e2e.cluster import RECITAL_20, chat_body, text_of
 from tests.e2e.models import COLD, LOADED, RANDOM, RECITER
+from tests.fakes.fake_metrics import families, samples
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.engine
 REQUESTS = 200
 FREE_WITHIN_S = 1.0
 LONG = 4000  # tokens: about ten seconds
+QUEUED = 4
 
 
 def starts_in_logs(cluster, model):
@@ -128,11 +133,21 @@ async def test_a_grpc_client_that_cancels_in_the_middle_frees_its_slot_within_a_
 
 
 async def test_a_client_that_leaves_the_queue_gets_no_slot(cluster):
-    """Eight long requests on four slots, all of whose readers go: those that never had a slot must not take one now."""
+    """Not even for a moment when those who have one leave, too: the engine hears of nobody else."""
     pool = await warm(cluster)
-    tasks = [asyncio.create_task(cluster.say(RANDOM, max_tokens=LONG)) for _ in range(8)]
-    await wait_until(lambda: all_busy(cluster, pool), within_s=20, what="four slots are busy")
+    begun, left = taken_on(cluster, pool), await waited(cluster)
+    tasks = [asyncio.create_task(cluster.say(RANDOM, max_tokens=LONG)) for _ in range(pool.instance.parallel)]
+    await wait_until(lambda: all_busy(cluster, pool), within_s=20, what="every slot is busy")
+    async with cluster.client() as client, AsyncExitStack() as queue:
+        for _ in range(QUEUED):
+            asked = client.chat(RANDOM, [Message("user", "Go on")], Sampling(max_tokens=LONG))
+            told = await anext(await queue.enter_async_context(aclosing(asked)))
+            assert isinstance(told, Progress), "it waits"
 
+    async def gone():
+        return await waited(cluster) == left + len(tasks) + QUEUED
+
+    await wait_until(gone, what="the head knows that they have left")
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -140,6 +155,20 @@ async def test_a_client_that_leaves_the_queue_gets_no_slot(cluster):
     await free(cluster, pool)
     assert await cluster.say(RECITER) == RECITAL_20
     assert await cluster.say(RANDOM)
+    assert taken_on(cluster, pool) == begun + len(tasks) + 1
+
+
+def taken_on(cluster, pool):
+    """How many requests the engine has begun with."""
+    log = cluster.log_dir(pool.node_id) / f"{pool.instance.instance_id}.log"
+    return log.read_text().count("| processing task, ")
+
+
+async def waited(cluster):
+    """How many requests have got a slot, or have left without one."""
+    async with aiohttp.ClientSession() as session, session.get(f"{cluster.url}/metrics") as response:
+        page = samples(families(await response.text()).values())
+    return page.get(f"sollol_queue_wait_seconds_count{{model={RANDOM}}}", 0)
 
 
 async def all_busy(cluster, pool):
