@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from sollol.directories import cache_directory
 
 from agent.engine.built import built_engine
@@ -29,8 +29,8 @@ __all__ = [
     "redis_url",
 ]  # fixtures that pytest finds here
 
-# A busy machine makes one example slow, and no code wrong.
-settings.register_profile("busy", deadline=None)
+# A busy machine makes one example slow, or slow to make up, and no code wrong.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
 
 # Daemons are started hundreds of times: their sources are compiled once, whatever the surroundings say.

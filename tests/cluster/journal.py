@@ -4,7 +4,9 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-BEGAN = "began"  # not in the journal itself: an agent has begun, and the promises of one that was killed are over
+# Not in the journal itself: an agent begins, before it takes up what the last one left. What that one had promised and is
+# not promised again is over.
+BEGAN = "began"
 _ENDS = frozenset({"released", "lapsed", "freed"})
 
 
@@ -31,7 +33,7 @@ def _entries(host: str, log: str) -> Iterator[Change]:
             entry = json.loads(line)["entry"]
             at_s = entry["at_s"]
             yield Change(at_s, host, entry["change"], entry["pool_id"], entry["bytes"])
-        elif '"agent_ready"' in line:
+        elif '"engine_found"' in line:
             yield Change(at_s, host, BEGAN, "", {})
 
 

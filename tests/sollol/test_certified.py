@@ -1,9 +1,7 @@
 """What a daemon does about its certificate: which one it takes, what it says without one, and when it warns."""
 
-import asyncio
-
 import pytest
-from sollol.certified import WARNED_EVERY_S, certified, is_ending, watch_expiry
+from sollol.certified import certified, watch_expiry
 from sollol.config import ConfigError, check_listen
 from sollol.errors import Reason, SollolError
 from sollol.identity import Role
@@ -14,7 +12,8 @@ from structlog.testing import capture_logs
 
 from agent.config import AgentConfig
 from tests.certificates import authority, write_identity
-from tests.waiting import wait_until
+
+DAY_S = 86_400
 
 
 async def taken(config, environ):
@@ -82,28 +81,34 @@ def test_off_loopback_it_takes_a_certificate_or_a_human_who_says_insecure():
         check_listen("0.0.0.0", insecure=False)
 
 
+class NoMoreLooksError(Exception):
+    pass
+
+
 async def test_the_last_fifth_of_a_certificates_life_is_warned_of_once_a_day(tmp_path, ours):
     files = TlsFiles(write_identity(tmp_path, ours, "agent", "n1", days=10))
     certificate = files.current().certificate
-    now_s = certificate.not_before_s
-    assert not is_ending(certificate, now_s)
+    end_s = certificate.not_after_s
+    fifth_s = end_s - 0.2 * (end_s - certificate.not_before_s)
+    looks = {
+        certificate.not_before_s: False,
+        fifth_s - 60: False,
+        fifth_s + 60: True,
+        fifth_s + 120: False,
+        fifth_s + 59 + DAY_S: False,
+        fifth_s + 60 + DAY_S: True,
+        end_s + 1: True,
+        end_s + 2: False,
+    }
+    left = list(looks)
 
-    async def warnings(at_s, looks):
-        """How many come while it looks so many times, the clock standing still."""
-        seen = []
+    def clock():
+        if not left:
+            raise NoMoreLooksError
+        return left.pop(0)
 
-        def clock():
-            seen.append(at_s)
-            return at_s
+    with capture_logs() as logs, pytest.raises(NoMoreLooksError):
+        await watch_expiry(files, clock=clock, every_s=0)
 
-        with capture_logs() as logs:
-            task = asyncio.create_task(watch_expiry(files, clock=clock, every_s=0))
-            await wait_until(lambda: len(seen) >= looks, what="it has looked")
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-        return [entry for entry in logs if entry["event"] == "certificate_ends"]
-
-    assert await warnings(now_s, 3) == []
-    (warned,) = await warnings(certificate.not_after_s - 86_400, 3)
-    assert warned["expires_in_s"] == 86_400
-    assert WARNED_EVERY_S == 86_400
+    warnings = [entry["expires_in_s"] for entry in logs if entry["event"] == "certificate_ends"]
+    assert warnings == [round(end_s - now_s) for now_s, warned in looks.items() if warned]

@@ -181,12 +181,15 @@ async def test_a_bug_after_the_headers_ends_in_an_error_event_too(serving, impat
 
 
 async def test_an_error_in_mid_stream_says_when_to_come_back(serving, impatient):
+    begun = asyncio.Event()
+
     async def full(request, on_progress):
-        await asyncio.sleep(0.1)
+        await begun.wait()
         raise refuse(Reason.NO_FIT, "full", retryable=True, retry_after_s=2.5)
 
     _, session = await serving(full)
     async with session.post(CHAT, json={**ASK, "stream": True}) as response:
+        begun.set()
         (event,) = events_of(await response.read())
 
     assert (response.status, event["error"]["retry_after_s"]) == (200, 2.5)

@@ -175,6 +175,9 @@ async def test_a_cancelled_request_frees_its_stream_and_gets_a_last_message(serv
     await device.ask()
     await wait_until(device.messages, what="it runs")
     await device.ask("", topic=CANCEL, correlation="other")
+    await device.ask('{"model": "tiny"}', correlation="8")
+    await device.refused(b"8")  # so that the cancellation before it has been heard, too
+    assert (_ended(device.messages()), stream.closed) == (None, False), "another one's cancellation is none of its"
     await device.ask("", topic=CANCEL)
     assert (await device.refused())["reason"] == "CANCELLED"
     assert stream.closed

@@ -2,15 +2,17 @@
 
 import pwd
 import shutil
+import ssl
 import stat
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from sollol import certificates, revocations
 from sollol.errors import Reason, SollolError
 from sollol.identity import Role, checked
-from sollol.tls import TlsFiles, admitted
+from sollol.tls import TlsFiles, admitted, load_chain
 
 from sollold.pki.authority import fingerprint, issue_requested, new_key, request
 from sollold.pki.store import Store, place
@@ -302,12 +304,25 @@ def test_a_half_replaced_authority_is_not_replaced_again(store):
         store.add_authority()
 
 
-def test_a_daemon_never_sees_a_key_and_a_certificate_that_do_not_belong_together(store, tmp_path):
+def test_a_daemon_never_uses_a_key_and_a_certificate_that_do_not_belong_together(store, tmp_path, monkeypatch):
+    """It looks after every file that is replaced: only the last one makes another identity of them."""
     store.issue(Role.AGENT, "n1", tmp_path / "n1")
     files = TlsFiles(tmp_path / "n1")
-    for _ in range(5):
-        store.issue(Role.AGENT, "n1", tmp_path / "n1")
-        assert files.current().certificate.serial == serial(tmp_path / "n1")
+    former, seen, really_replace = files.current(), [], Path.replace
+
+    def replace(path, target):
+        really_replace(path, target)
+        seen.append((target.name, files.current()))
+        load_chain(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), seen[-1][1].chain, seen[-1][1].key)
+        return target
+
+    monkeypatch.setattr(Path, "replace", replace)
+    store.issue(Role.AGENT, "n1", tmp_path / "n1")
+
+    (*_, (name, newest)) = at = [(name, used) for name, used in seen if name in ("ca.pem", "node.key", "node.pem")]
+    assert (len(at), name) == (3, "node.pem")
+    assert {used.certificate.serial for _, used in at[:-1]} == {former.certificate.serial}
+    assert newest.certificate.serial == serial(tmp_path / "n1") != former.certificate.serial
 
 
 def test_files_that_are_replaced_never_widen_their_permissions(store, tmp_path):
