@@ -139,6 +139,8 @@ class Forwarder:
         self._patience = self._loop.later(patience_s, lambda: self.end(then))
 
     def _keep_counting(self) -> None:
+        for link in tuple(self._links):
+            link.look()
         self._publish()
         self._loop.later(STATUS_EVERY_S, self._keep_counting)
 

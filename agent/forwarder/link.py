@@ -1,12 +1,13 @@
 """One connection that came in and the one made for it: bytes both ways, at the slower one's speed."""
 
 import errno
+import os
 from collections.abc import Callable
 from functools import partial
 
 from agent.forwarder.loop import READ, WRITE, Loop
 from agent.forwarder.refused import HUNG_UP, SILENT, RefusedError
-from agent.forwarder.stream import BLOCKED, Opening, Stream
+from agent.forwarder.stream import BLOCKED, Opening, Stream, has_vanished
 
 OPEN_WITHIN_S = 5.0
 LEAVE_WITHIN_S = 10.0  # a backend that got the end of its input frees its buffers first, and those can be large
@@ -89,6 +90,12 @@ class Link:
         for side in (self._near, self._far):
             self._close(side)
         self._finish()
+
+    def look(self) -> None:
+        """End it when a machine at one of its ends is gone: nothing else tells while bytes wait to be acknowledged."""
+        for side in (self._near, self._far):
+            if self._flows and side.stream is not None and has_vanished(side.stream.connection):
+                self._lost(side, OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)))
 
     def _open(self, side: Side, then: Callable[[], None]) -> None:
         """Go on with the opening as far as it goes now."""

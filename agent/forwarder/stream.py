@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+import struct
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol, TypeVar
@@ -13,6 +14,9 @@ T = TypeVar("T")
 BLOCKED = -1  # nothing can be read, or written, now
 _KEEPALIVE_IDLE_S, _KEEPALIVE_EVERY_S, _KEEPALIVE_PROBES = 3, 2, 2
 _UNACKNOWLEDGED_MS = 8000
+_UNANSWERED_PROBES = 3
+# The beginning of Linux's struct tcp_info: `retransmits`, `probes` that are not answered yet, ms since the last ACK.
+_TCP_INFO = struct.Struct("=2xBB52xI")
 
 
 class Wait(NamedTuple):
@@ -122,10 +126,21 @@ def write_all(stream: Stream, data: bytes) -> Opening[None]:
 
 
 def notice_a_vanished_peer(connection: socket.socket) -> None:
-    """See within 8 s that the other machine is gone, whether we wait for it to speak or to acknowledge."""
+    """See within 8 s that the other machine is gone while we wait for it to speak; `has_vanished` looks at the rest."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_EVERY_S)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNACKNOWLEDGED_MS)
+
+
+def has_vanished(connection: socket.socket) -> bool:
+    """Whether the other machine has answered nothing for 8 s, though what we sent was sent again and again.
+
+    TCP_USER_TIMEOUT is no such limit: it also ends the connection to a peer that is there and does not read. That one's
+    window is closed, and it answers each of the kernel's probes, which become rare.
+    """
+    retransmits, probes, last_ack_ms = _TCP_INFO.unpack(
+        connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+    )
+    return last_ack_ms >= _UNACKNOWLEDGED_MS and bool(retransmits or probes >= _UNANSWERED_PROBES)
