@@ -6,6 +6,7 @@ stop where it means that the terminal is closed.
 
 import asyncio
 import faulthandler
+import gc
 import os
 import signal
 import sys
@@ -217,6 +218,7 @@ def run(
     Once `main` is over, the process ends within a bound even if a task or a thread of a library does not.
     """
     faulthandler.enable()  # what a watchdog's SIGABRT found us doing
+    gc.freeze()  # what is imported by now stays: no collection looks at it again, the one at the end least of all
 
     async def bounded() -> int:
         status = await run_until_signal(main, exit_with_parent=exit_with_parent, reload=reload, notices=notices)
