@@ -79,6 +79,7 @@ def daemons(directory: Path, profiles: Path | None = None) -> Iterator[Stack]:
     }
     head_flags = {
         "agents": f"127.0.0.1:{agent_port}",
+        "state-dir": directory / "head",
         "http-port": http_port,
         "grpc-port": grpc_port,
         "parallel": SLOTS,

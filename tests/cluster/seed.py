@@ -87,7 +87,7 @@ class Cluster:
         # insecure, since its HTTP asks for no keys
         self._start(
             name, host, "sollold", "--listen", host, "--host", host, "--insecure", "--log-format", "json",
-            "--tls-dir", self.tls_dir("head", name),
+            "--tls-dir", self.tls_dir("head", name), "--state-dir", str(self.directory / f"{name}-state"),
             "--redis-url", f"redis://{HEAD}:{REDIS_PORT}/0", *flags,
         )  # fmt: skip
 
