@@ -28,7 +28,7 @@ def test_the_relay_bench_measures_the_real_daemons_and_their_profile(tmp_path):
 @pytest.mark.engine
 def test_the_tunnel_bench_makes_its_page(tmp_path):
     page = tmp_path / "tunnel.md"
-    command = [sys.executable, "-m", "tests.bench.tunnel", "--mib", "4", "--write", str(page)]
+    command = [sys.executable, "-m", "tests.bench.tunnel", "--mib", "4", "--rounds", "1", "--write", str(page)]
     made = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, timeout=90, check=False)
     assert made.returncode == 0, made.stderr.decode()[-2000:]
     rows = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith("| tunnel, TLS, forwarder")]

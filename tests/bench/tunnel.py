@@ -33,7 +33,6 @@ MIB = 1 << 20
 SECRET = bytes(range(32))
 MESSAGE_BYTES = 1000
 ROUND_TRIPS = 3000
-ROUNDS = 3
 TOKENS = 400
 Row = dict[str, float | str]
 
@@ -141,28 +140,28 @@ def other(kind: str, sink: Sink, tls: dict[str, Path]) -> Iterator[tuple[int, tu
             process.communicate()
 
 
-async def ways(directory: Path, tls: dict[str, Path], size: int) -> list[Row]:
+async def ways(directory: Path, tls: dict[str, Path], size: int, rounds: int) -> list[Row]:
     sink = Sink(size)
-    rows = [_row("nothing", sink.port, (), size)]
+    rows = [_row("nothing", sink.port, (), size, rounds)]
     async with ours(directory / "plain", sink, None) as (port, pids):
-        rows.append(await asyncio.to_thread(_row, "forwarder (direct)", port, pids, size))
+        rows.append(await asyncio.to_thread(_row, "forwarder (direct)", port, pids, size, rounds))
     async with ours(directory / "tls", sink, tls) as (port, pids):
-        rows.append(await asyncio.to_thread(_row, "tunnel, TLS, forwarder", port, pids, size))
+        rows.append(await asyncio.to_thread(_row, "tunnel, TLS, forwarder", port, pids, size, rounds))
     with other("asyncio", sink, tls) as (port, pids):
-        rows.append(await asyncio.to_thread(_row, "the same with asyncio's TLS", port, pids, size))
+        rows.append(await asyncio.to_thread(_row, "the same with asyncio's TLS", port, pids, size, rounds))
     with other("threads", sink, tls) as (port, pids):
         rate = await asyncio.to_thread(lambda: mb_per_s(port, size, told=False))
         rows.append({"between": "blocking threads, one way only", "µs": "-", "MB/s": rate, "MiB": memory_mib(*pids)})
     return rows
 
 
-def _row(between: str, port: int, pids: tuple[int, ...], size: int) -> Row:
-    trip_us = min(round_trip_us(port) for _ in range(ROUNDS))
-    rate = max(mb_per_s(port, size) for _ in range(ROUNDS))
+def _row(between: str, port: int, pids: tuple[int, ...], size: int, rounds: int) -> Row:
+    trip_us = min(round_trip_us(port) for _ in range(rounds))
+    rate = max(mb_per_s(port, size) for _ in range(rounds))
     return {"between": between, "µs": trip_us, "MB/s": rate, "MiB": memory_mib(*pids) if pids else "-"}
 
 
-async def tokens_per_s(coordinator: Supervisor, lenders: dict[str, Supervisor], secret: bytes) -> float:
+async def tokens_per_s(coordinator: Supervisor, lenders: dict[str, Supervisor], secret: bytes, rounds: int) -> float:
     wish = {"coordinator_node": "a", "pool_secret": secret}
     backends = tuple([await each.start_backend(wish_of("p", **wish)) for each in lenders.values()])
     shares = [DeviceShare(device_id="CPU", layers=0)]
@@ -174,7 +173,7 @@ async def tokens_per_s(coordinator: Supervisor, lenders: dict[str, Supervisor], 
     await coordinator.start("p", plan)
     assert (await settled(coordinator, "p")).state is InstanceState.READY
     rates = []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         reader, writer = await asyncio.open_unix_connection(str(coordinator.socket_of("p")))
         body = json.dumps({"prompt": "hello", "n_predict": TOKENS, "ignore_eos": True})
         writer.write(f"POST /completion HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
@@ -186,7 +185,7 @@ async def tokens_per_s(coordinator: Supervisor, lenders: dict[str, Supervisor], 
     return max(rates)
 
 
-async def pools(directory: Path, tls: dict[str, Path]) -> list[Row]:
+async def pools(directory: Path, tls: dict[str, Path], rounds: int) -> list[Row]:
     engine = built_engine(cache_directory(os.environ))
     assert engine is not None, "no engine: sollol engine build"
     model = directory / "m.gguf"
@@ -204,7 +203,7 @@ async def pools(directory: Path, tls: dict[str, Path]) -> list[Row]:
                 agent = supervising(where, (str(engine),), resolve=lambda _: model, limits=Limits(), site=site)
                 agents[name] = await stack.enter_async_context(agent)
             coordinator = agents.pop("a")
-            found[way] = await tokens_per_s(coordinator, agents, SECRET if way == "tunnel" else b"")
+            found[way] = await tokens_per_s(coordinator, agents, SECRET if way == "tunnel" else b"", rounds)
     ratio = found["tunnel"] / found["direct"]
     return [{"tokens/s, direct": found["direct"], "through tunnels": found["tunnel"], "ratio": ratio}]
 
@@ -250,15 +249,15 @@ def ktls() -> str:
     return "this kernel has it" if "tls" in modules else "not in this kernel"
 
 
-async def page(size: int) -> str:
+async def page(size: int, rounds: int) -> str:
     with tempfile.TemporaryDirectory(prefix="sollol-bench-", dir="/tmp") as name:
         directory, ca = Path(name), authority()
         tls = {each: write_identity(directory / f"pki-{each}", ca, "agent", each) for each in "abc"}
-        ways_rows, pool_rows = await ways(directory, tls, size), await pools(directory, tls)
+        ways_rows, pool_rows = await ways(directory, tls, size, rounds), await pools(directory, tls, rounds)
     return PAGE.format(
         cores=os.cpu_count(),
         message=MESSAGE_BYTES,
-        rounds=ROUNDS,
+        rounds=rounds,
         size=size // MIB,
         ways=table(ways_rows),
         cipher="TLS_AES_256_GCM_SHA384",
@@ -271,9 +270,10 @@ async def page(size: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.tunnel", description=__doc__)
     parser.add_argument("--mib", type=int, default=512, help="sent one way")
+    parser.add_argument("--rounds", type=int, default=3, help="of each measurement; the best counts")
     parser.add_argument("--write", type=Path)
     options = parser.parse_args()
-    text = asyncio.run(page(options.mib * MIB))
+    text = asyncio.run(page(options.mib * MIB, options.rounds))
     print(text)
     if options.write:
         options.write.write_text(text)

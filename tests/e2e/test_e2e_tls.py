@@ -3,7 +3,7 @@
 import asyncio
 import json
 import shutil
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 
 import grpc.aio
 import psutil
@@ -26,8 +26,8 @@ MODEL = "tiny-reciter"
 TOKENS, RATE = 100, 20
 
 
-@pytest.fixture
-async def secured(reciting_model, ports):
+@contextmanager
+def started(reciting_model, ports):
     """A head and two agents with certificates, on addresses of their own; the engine is slow and plays llama-server."""
     with short_home() as home:
         (home / "models").mkdir()
@@ -43,10 +43,25 @@ async def secured(reciting_model, ports):
                 cluster.start_agent(node, "--listen", address, "--host", address, "--tls-dir", str(tls_dir))
             head = write_identity(cluster.pki / "head", cluster.ours, "head", "h")
             cluster.start_head("--tls-dir", str(head), "--host", "127.0.0.3")
-            await cluster.nodes_seen(2)
             yield cluster
         finally:
             cluster.close()
+
+
+@pytest.fixture
+async def secured(reciting_model, ports):
+    """For a test that revokes or replaces what the daemons have."""
+    with started(reciting_model, ports) as cluster:
+        await cluster.nodes_seen(2)
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def unchanged(reciting_model, ports):
+    """For those that only ask."""
+    with started(reciting_model, ports) as cluster:
+        asyncio.run(cluster.nodes_seen(2))
+        yield cluster
 
 
 def logged(cluster, name, event):
@@ -75,40 +90,40 @@ async def refused(cluster, tls_dir, ask):
     return raised.value.refusal
 
 
-async def test_each_role_gets_what_is_its_own_and_everybody_else_hears_why_not(secured):
-    client = write_identity(secured.pki / "client", secured.ours, "client", "someone")
-    async with Client(secured.head, tls_dir=client) as user:
+async def test_each_role_gets_what_is_its_own_and_everybody_else_hears_why_not(unchanged):
+    client = write_identity(unchanged.pki / "client", unchanged.ours, "client", "someone")
+    async with Client(unchanged.head, tls_dir=client) as user:
         assert [model.name for model in await user.list_models()] == [MODEL]
 
-    assert (await refused(secured, client, lambda user: user.nodes())).reason is Reason.WRONG_ROLE
-    agent = await refused(secured, secured.pki / "n3", lambda user: user.list_models())
+    assert (await refused(unchanged, client, lambda user: user.nodes())).reason is Reason.WRONG_ROLE
+    agent = await refused(unchanged, unchanged.pki / "n3", lambda user: user.list_models())
     assert agent.reason is Reason.WRONG_ROLE
-    told = logged(secured, "head", "peer_refused")
+    told = logged(unchanged, "head", "peer_refused")
     assert [(line["reason"], line["method"]) for line in told] == [
         ("WRONG_ROLE", "/sollol.v1.ClusterService/ListNodes"),
         ("WRONG_ROLE", "/sollol.v1.InferenceService/ListModels"),
     ]
     assert "client someone of test" in told[0]["message"]
 
-    assert (await refused(secured, None, lambda user: user.nodes())).reason is Reason.NO_CERTIFICATE
-    expired = write_identity(secured.pki / "expired", secured.ours, "admin", "o", expired=True)
-    foreign = write_identity(secured.pki / "foreign", authority(), "admin", "o", trusts=secured.ours.certificate)
+    assert (await refused(unchanged, None, lambda user: user.nodes())).reason is Reason.NO_CERTIFICATE
+    expired = write_identity(unchanged.pki / "expired", unchanged.ours, "admin", "o", expired=True)
+    foreign = write_identity(unchanged.pki / "foreign", authority(), "admin", "o", trusts=unchanged.ours.certificate)
     for stranger in (expired, foreign):
-        refusal = await refused(secured, stranger, lambda user: user.nodes())
+        refusal = await refused(unchanged, stranger, lambda user: user.nodes())
         assert refusal.reason is Reason.FOREIGN_CERTIFICATE
         assert "refuses our certificate" in refusal.message
-    elsewhere = write_identity(secured.pki / "elsewhere", authority(), "admin", "o")
-    assert (await refused(secured, elsewhere, lambda user: user.nodes())).reason is Reason.FOREIGN_CERTIFICATE
+    elsewhere = write_identity(unchanged.pki / "elsewhere", authority(), "admin", "o")
+    assert (await refused(unchanged, elsewhere, lambda user: user.nodes())).reason is Reason.FOREIGN_CERTIFICATE
     # gRPC's core tells standard error of handshakes that failed.
-    assert "certificate has expired" in secured.log("head")
-    assert "unable to get local issuer certificate" in secured.log("head")
+    assert "certificate has expired" in unchanged.log("head")
+    assert "unable to get local issuer certificate" in unchanged.log("head")
 
 
-async def test_nodes_say_how_long_their_certificates_last(secured):
-    status, out, _ = await secured.cli("nodes")
+async def test_nodes_say_how_long_their_certificates_last(unchanged):
+    status, out, _ = await unchanged.cli("nodes")
     assert status == 0
     assert out.count("90.0 days") == 2
-    status, out, _ = await secured.cli("nodes", "--json")
+    status, out, _ = await unchanged.cli("nodes", "--json")
     ends = [node["report"]["certificate_expires_in_s"] for node in json.loads(out)["nodes"]]
     assert all(89 * 86_400 < end < 90 * 86_400 for end in ends)
 
@@ -229,10 +244,10 @@ async def test_certificates_and_authority_change_in_the_middle_of_a_stream_that_
     assert logged(secured, "head", "node_disconnected") == []
 
 
-async def test_an_agent_with_the_certificate_of_another_node_does_not_start(secured):
-    process = secured.start_agent("n5", "--listen", "127.0.0.5", "--tls-dir", str(secured.pki / "n4"))
+async def test_an_agent_with_the_certificate_of_another_node_does_not_start(unchanged):
+    process = unchanged.start_agent("n5", "--listen", "127.0.0.5", "--tls-dir", str(unchanged.pki / "n4"))
     assert await asyncio.to_thread(process.wait, 40) == 5
-    (ended,) = logged(secured, "n5", "ended_by_refusal")
+    (ended,) = logged(unchanged, "n5", "ended_by_refusal")
     assert ended["reason"] == "WRONG_NODE"
     assert "set node_id to n4" in ended["message"]
 
@@ -284,14 +299,14 @@ async def test_the_list_of_the_revoked_reaches_every_daemon_by_itself(secured, p
     assert taken["peer"].startswith("agent ")
 
 
-async def test_an_agent_may_measure_the_link_to_another_agent_and_nothing_else(secured):
-    address = f"127.0.0.3:{secured.port_of('n3')}"
-    async with open_channel(address, TlsFiles(secured.pki / "n4").current()) as channel:
+async def test_an_agent_may_measure_the_link_to_another_agent_and_nothing_else(unchanged):
+    address = f"127.0.0.3:{unchanged.port_of('n3')}"
+    async with open_channel(address, TlsFiles(unchanged.pki / "n4").current()) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await agent_pb2_grpc.AgentServiceStub(channel).GetReport(agent_pb2.GetReportRequest())
     assert refusal_of(raised.value).reason is Reason.WRONG_ROLE
-    async with open_channel(address, TlsFiles(secured.pki / "head").current(), name="n3.agent.sollol") as channel:
-        request = agent_pb2.MeasureLinkRequest(node_id="n4", host="127.0.0.4", port=secured.port_of("n4"))
+    async with open_channel(address, TlsFiles(unchanged.pki / "head").current(), name="n3.agent.sollol") as channel:
+        request = agent_pb2.MeasureLinkRequest(node_id="n4", host="127.0.0.4", port=unchanged.port_of("n4"))
         measured = await agent_pb2_grpc.AgentServiceStub(channel).MeasureLink(request, timeout=20)
     assert measured.link.node_id == "n4"
     assert measured.link.bytes_per_s > 1e6

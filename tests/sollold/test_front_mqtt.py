@@ -256,7 +256,10 @@ async def test_a_request_that_runs_when_the_head_ends_is_told_so(serving):
     assert stream.closed
 
 
-async def test_a_broker_that_goes_away_ends_the_stream_and_a_word_waits_for_when_it_is_back(serving, broker):
+async def test_a_broker_that_goes_away_ends_the_stream_and_a_word_waits_for_when_it_is_back(
+    serving, broker, monkeypatch
+):
+    monkeypatch.setattr("sollol.mqtt_client.ANSWER_WITHIN_S", 2.0)
     more = asyncio.Event()
 
     class Stream(FakeStream):

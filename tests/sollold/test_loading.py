@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from sollol.errors import Reason, Retry, SollolError, refuse
 from sollol.report import InstanceState, Reservation
 
-from sollold import loading, starting
+from sollold import away, loading, starting
 from sollold.starting import new_pool_id
 from tests.loader import M, setups
 from tests.placement_cases import model
@@ -130,6 +130,7 @@ async def test_an_agent_that_vanishes_between_reserve_and_start_costs_no_wait(se
 
 async def test_an_agent_out_of_reach_for_a_moment_is_still_asked_to_clean_up(setup, monkeypatch):
     monkeypatch.setattr(starting, "RELEASE_PAUSES_S", (0.1,) * 20)
+    monkeypatch.setattr(away, "LOST_AFTER_S", 0.3)
     it = await setup("a")
     agent = it.agents[0]
 

@@ -6,7 +6,7 @@ import pytest
 from sollol.errors import Reason, refuse
 from sollol.report import Instance, InstanceState
 
-from sollold import starting
+from sollold import away, starting
 from sollold.numbers import GaveWayError
 from tests.loader import M, setups
 from tests.waiting import wait_until
@@ -91,6 +91,7 @@ async def test_nobody_waits_for_a_pool_whose_start_failed(setup):
 
 async def test_a_pool_on_an_agent_out_of_reach_may_yet_show_up_and_be_used(setup, monkeypatch):
     monkeypatch.setattr(starting, "RELEASE_PAUSES_S", ())
+    monkeypatch.setattr(away, "LOST_AFTER_S", 0.3)
     it = await setup("a")
 
     async def vanish(_context):
