@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 from sollol import certificates, revocations
+from sollol.contexts import load_chain
 from sollol.errors import Reason, SollolError
 from sollol.identity import Role, checked
-from sollol.tls import TlsFiles, admitted, load_chain
+from sollol.tls import TlsFiles, admitted
 
 from sollold.pki.authority import fingerprint, issue_requested, new_key, request
 from sollold.pki.store import Store, place
