@@ -17,12 +17,14 @@ from msgspec import Struct
 from sollol import certificates, kept, revocations
 from sollol.certificates import Certificate
 from sollol.errors import Reason, SollolError, refuse
-from sollol.identity import Identity, Role, checked, parse
+from sollol.identity import Identity, Role, checked
 from sollol.revocations import Revocations
 from sollol.tls import CA, CERTIFICATE, KEY, REVOKED
 
+from sollold.pki import issued
 from sollold.pki.authority import LEAF_DAYS, Authority, cluster_of, issue, new_authority, new_key
 from sollold.pki.authority import revocations as signed_revocations
+from sollold.pki.issued import Issued
 
 SERVICE_USER = "sollol"
 _SERVED = (Role.HEAD, Role.AGENT)  # what daemons read
@@ -35,15 +37,6 @@ class Held(Struct, frozen=True):
 
     directory: Path
     certificate: Certificate
-
-
-class Issued(Struct, frozen=True):
-    """A certificate that was made here: whose, and from when until when."""
-
-    serial: str
-    identity: Identity
-    ends_s: float
-    made_s: float
 
 
 class Store:
@@ -95,20 +88,12 @@ class Store:
         return certificates.read(chain)
 
     def record(self, chain: bytes) -> None:
-        """Keep who got which serial number: what `revoke` looks up."""
-        made = certificates.read(chain)
-        assert made.identity is not None
-        with (self.directory / _ISSUED).open("a") as file:
-            file.write(f"{made.serial} {made.identity.uri} {made.not_after_s:.0f} {time.time():.3f}\n")
+        """Keep, before anybody has it, who got which serial number: what `revoke` looks up."""
+        issued.record(self.directory / _ISSUED, certificates.read(chain))
 
     def issued(self) -> Iterator[Issued]:
         """Everything that was issued here, the oldest first."""
-        with contextlib.suppress(FileNotFoundError):
-            for line in (self.directory / _ISSUED).read_text().splitlines():
-                serial, uri, ends_s, made_s = line.split()
-                identity = parse(uri)
-                if identity is not None:
-                    yield Issued(serial, identity, float(ends_s), float(made_s))
+        return issued.read(self.directory / _ISSUED)
 
     def counting(self) -> list[Issued]:
         """What was issued here and is neither over nor revoked."""

@@ -1,5 +1,6 @@
 """The authority's store, and `sollol pki`: what is made, renewed, revoked, and with which permissions."""
 
+import os
 import pwd
 import shutil
 import ssl
@@ -349,3 +350,22 @@ def test_a_certificate_that_was_asked_for_fits_the_key_that_asked(store, tmp_pat
     place(tmp_path / "n", Role.AGENT, key=key, chain=chain, ca=store.bundle())
     assert TlsFiles(tmp_path / "n").identity.node_id == "n"
     assert len(fingerprint(store.authority().certificate)) == 32
+
+
+def test_what_was_issued_is_on_the_disk_before_anybody_has_it_and_half_a_line_of_it_stops_nothing(store, monkeypatch):
+    store.issue(Role.AGENT, "n1", store.base / "n1")
+    with (store.directory / "issued").open("a") as file:
+        file.write("7f00 spiffe://sollol/l")  # power was lost
+    synced = []
+
+    def fsync(descriptor):
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        synced.append((path.name, (store.base / "n2" / "node.pem").exists()))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fsync)
+        store.issue(Role.AGENT, "n2", store.base / "n2")
+
+    assert ("issued", False) in synced
+    assert [each.identity.node_id for each in store.issued()] == ["n1", "n2"]
+    assert len(store.revoke(Role.AGENT, "n2")) == 1
