@@ -44,11 +44,16 @@ class StatusFile:
         """Replace the file in one step, if there is news. A full disk must not cut a running pool."""
         if status == self._written:
             return
-        draft = self._path.with_name(self._path.name + ".new")
+        draft = draft_of(self._path)
         with contextlib.suppress(OSError):
             draft.write_text(json.dumps(status.as_json()) + "\n")
             draft.replace(self._path)
             self._written = status
+
+
+def draft_of(path: Path) -> Path:
+    """Where the next status is written first; one who is killed in the middle of that leaves it behind."""
+    return path.with_name(path.name + ".new")
 
 
 def read_status(path: Path) -> Status | None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from msgspec import Struct
 from sollol.errors import Reason, refuse
 
+from agent.forwarder.status import draft_of
+
 KEPT_LOGS = 50
 _TAIL_BYTES = 64 * 1024
 _SOCKET_PATH_BYTES = 107  # what the kernel takes, without the final NUL
@@ -43,7 +45,7 @@ class InstanceFiles(Struct, frozen=True, kw_only=True):
 
     def remove_run_files(self) -> None:
         """Remove what only a running process needs; llama-server leaves its socket behind, and cannot bind again."""
-        for path in (self.socket, self.stdin, self.progress, self.status):
+        for path in (self.socket, self.stdin, self.progress, self.status, draft_of(self.status)):
             path.unlink(missing_ok=True)
 
 

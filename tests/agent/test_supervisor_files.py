@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sollol.errors import Reason, SollolError
 
+from agent.forwarder.status import Status, StatusFile
 from agent.supervisor.files import KEPT_LOGS, Directories, files_of, keep_short, last_lines, remove_oldest_logs
 
 SOMEWHERE = Directories(log=Path("/log"), run=Path("/run"), state=Path("/state"))
@@ -35,6 +36,21 @@ def test_a_socket_path_that_the_kernel_would_not_take_is_refused_with_its_length
         files_of("p", deep)
     assert refused.value.refusal.reason is Reason.ENGINE_START_FAILED
     assert refused.value.refusal.numbers == {"path_bytes": 119, "limit_bytes": 107}
+
+
+def test_of_one_that_is_killed_while_it_tells_how_it_is_nothing_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = Directories(log=tmp_path / "log", run=tmp_path / "run", state=tmp_path / "state")
+    where.create()
+    files = files_of("p", where)
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            StatusFile(files.status).write(Status(port=7600))
+    assert list(where.run.iterdir())
+    files.remove_run_files()
+    assert not list(where.run.iterdir())
 
 
 def test_the_last_lines_of_a_long_log_are_read_without_reading_it_all(tmp_path: Path) -> None:
