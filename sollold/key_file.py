@@ -1,9 +1,7 @@
 """The file of keys: followed by the head, written by `sollol keys`."""
 
-import fcntl
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import structlog
@@ -88,7 +86,7 @@ def change(path: Path, edit: Callable[[tuple[Key, ...]], tuple[Key, ...]]) -> tu
         OSError: it cannot be written.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _locked(path.parent):
+    with kept.locked(path.parent):
         edited = edit(read(path))
         _replace(path, keys.render(edited))
     return edited
@@ -102,16 +100,6 @@ def read(path: Path) -> tuple[Key, ...]:
         return ()
     except ValueError as error:
         raise refuse(Reason.KEYS_UNREADABLE, f"{path}: {error}; repair it, or remove it and all keys with it") from None
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _replace(path: Path, content: bytes) -> None:

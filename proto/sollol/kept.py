@@ -1,7 +1,10 @@
 """Small values in the state directory that outlive a restart. What cannot be understood is set aside, never obeyed."""
 
+import fcntl
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -63,6 +66,17 @@ def save(path: Path, content: object, *, version: int, durable: bool = True) -> 
     fresh.replace(path)
     if durable:
         sync_directory(path.parent)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keep out everybody else who changes files of this directory under this lock; waits for them."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sync_directory(directory: Path) -> None:

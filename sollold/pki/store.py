@@ -6,12 +6,14 @@ was issued (`issued`), to whom a machine was invited (`invitations.json`) and th
 """
 
 import contextlib
+import functools
 import os
 import pwd
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
 
 from msgspec import Struct
 from sollol import certificates, kept, revocations
@@ -26,6 +28,9 @@ from sollold.pki.authority import LEAF_DAYS, Authority, cluster_of, issue, new_a
 from sollold.pki.authority import revocations as signed_revocations
 from sollold.pki.issued import Issued
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 SERVICE_USER = "sollol"
 _SERVED = (Role.HEAD, Role.AGENT)  # what daemons read
 _NEXT, _NEXT_KEY, _OLD, _CA_KEY = "next.pem", "next.key", "old.pem", "ca.key"
@@ -37,6 +42,18 @@ class Held(Struct, frozen=True):
 
     directory: Path
     certificate: Certificate
+
+
+def _alone(change: Callable[Concatenate["Store", P], R]) -> Callable[Concatenate["Store", P], R]:
+    """One change at a time, whoever makes it: each builds on what the last one left."""
+
+    @functools.wraps(change)
+    def changed(store: "Store", /, *args: P.args, **words: P.kwargs) -> R:
+        store.authority()  # says why there is none
+        with kept.locked(store.directory):
+            return change(store, *args, **words)
+
+    return changed
 
 
 class Store:
@@ -78,6 +95,7 @@ class Store:
         write(self.directory / "ca.pem", made.certificate, 0o644)
         write(self.directory / _CA_KEY, made.key, 0o600)
 
+    @_alone
     def issue(self, role: Role, node_id: str, directory: Path, *, days: float = LEAF_DAYS) -> Certificate:
         """A new key and certificate in `directory`, with all that its owner needs."""
         authority = self.authority()
@@ -125,6 +143,7 @@ class Store:
             renewed.append(Held(directory, self.issue(identity.role, identity.node_id, directory, days=days)))
         return renewed
 
+    @_alone
     def add_authority(self) -> None:
         """From now on a second one is trusted, which signs nothing yet."""
         if (self.directory / _NEXT).exists() or (self.directory / _OLD).exists():
@@ -134,6 +153,7 @@ class Store:
         write(self.directory / _NEXT, made.certificate, 0o644)
         self._tell_all()
 
+    @_alone
     def switch_authority(self) -> None:
         """The second one signs from now on; the first is trusted still."""
         if not (self.directory / _NEXT).exists():
@@ -145,6 +165,7 @@ class Store:
         if serials := self.revoked().serials:
             self._sign_revoked(serials)
 
+    @_alone
     def drop_authority(self, *, force: bool = False) -> None:
         """The former one is trusted no more.
 
@@ -192,6 +213,7 @@ class Store:
             with contextlib.suppress(OSError, SollolError):  # what none of the authorities signed counts for nothing
                 yield revocations.verified((held.directory / REVOKED).read_bytes(), authorities)
 
+    @_alone
     def revoke(self, role: Role, node_id: str) -> list[str]:
         """Refuse every certificate that this name has got so far; returns the serial numbers.
 

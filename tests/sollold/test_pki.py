@@ -7,6 +7,7 @@ import ssl
 import stat
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -369,3 +370,19 @@ def test_what_was_issued_is_on_the_disk_before_anybody_has_it_and_half_a_line_of
     assert ("issued", False) in synced
     assert [each.identity.node_id for each in store.issued()] == ["n1", "n2"]
     assert len(store.revoke(Role.AGENT, "n2")) == 1
+
+
+def test_of_several_who_revoke_at_the_same_time_each_is_heard(store):
+    names = [f"n{at}" for at in range(6)]
+    for name in names:
+        store.issue(Role.AGENT, name, store.base / name)
+
+    with ThreadPoolExecutor(len(names)) as threads:
+        revoked = {
+            serial for serials in threads.map(lambda name: store.revoke(Role.AGENT, name), names) for serial in serials
+        }
+
+    assert store.revoked().serials == revoked
+    assert len(revoked) == len(names)
+    for name in names:
+        assert (store.base / name / "revoked").read_bytes() == store.revoked().pem
