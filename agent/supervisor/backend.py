@@ -29,6 +29,7 @@ from agent.supervisor.strangers import stranger_at
 log = structlog.get_logger(__name__)
 
 _ATTEMPTS = 5
+_DIES_WITHIN_S = 0.5
 _PORT_CLASH = "Failed to create server socket"
 
 
@@ -151,7 +152,7 @@ class Backend(Owner):
         until = loop.time() + self._limits.connect_timeout_s
         while not exited.done() and not self._asked_to_stop.done():
             if listens(process.pid, port):
-                return await self._greeted(port, until - loop.time())
+                return await self._greeted(exited, port, until - loop.time())
             if loop.time() > until:
                 return self._failed(Reason.ENGINE_STALLED, "does not listen in time")
             await self._next_event(exited, timeout_s=self._limits.poll_s)
@@ -159,14 +160,20 @@ class Backend(Owner):
             return None
         if any(_PORT_CLASH in line for line in last_lines(self.files.log, KEPT_LINES)):
             raise _PortTakenError
-        return self._failed(Reason.ENGINE_START_FAILED, f"ended before it listened ({ended(exited.result())})")
+        return self._ended_early(exited)
 
-    async def _greeted(self, port: int, within_s: float) -> Refusal | None:
+    def _ended_early(self, exited: Exited) -> Refusal:
+        return self._failed(Reason.ENGINE_START_FAILED, f"ended before it answered ({ended(exited.result())})")
+
+    async def _greeted(self, exited: Exited, port: int, within_s: float) -> Refusal | None:
         try:
             greeting = await greet(port, within_s=max(within_s, 1.0))
         except TimeoutError:
             return self._failed(Reason.ENGINE_STALLED, "listens and does not answer")
         except HandshakeFailedError as error:
+            await self._next_event(exited, timeout_s=_DIES_WITHIN_S)  # its connections end before it does
+            if exited.done():
+                return self._ended_early(exited)
             return self._failed(Reason.ENGINE_START_FAILED, f"answers what we do not understand ({error})")
         if greeting.devices != len(self._launch.wish.device_ids):
             wanted = ", ".join(self._launch.wish.device_ids)
@@ -209,7 +216,8 @@ class Backend(Owner):
             return self._no_port()
         if forwarder_exited.done():
             lines = last_lines(self._launch.forwarder_files.log, 1)
-            return self._failed(Reason.ENGINE_START_FAILED, f"has no forwarder: {' '.join(lines)}")
+            why = ended(forwarder_exited.result())
+            return self._failed(Reason.ENGINE_START_FAILED, f"has no forwarder ({why}): {' '.join(lines)}")
         return self._died(exited)
 
     def _ready(self, status: Status) -> None:

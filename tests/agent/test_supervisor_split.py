@@ -383,6 +383,26 @@ async def test_a_device_that_is_not_there_fails_with_the_log(supervisor: Supervi
     assert any("CUDA7" in line for line in refusal.log_lines), refusal
 
 
+async def test_one_that_dies_when_it_is_greeted_is_said_to_have_ended_and_not_to_speak_otherwise(
+    tmp_path: Path, ports: Callable[[], int]
+) -> None:
+    program = tmp_path / "ggml-rpc-server"
+    program.write_text(
+        f"#!{sys.executable}\nimport os, socket, sys\n"
+        "with socket.create_server(('127.0.0.1', int(sys.argv[4]))) as server:\n"
+        "    server.accept()[0].close()\n    os.kill(os.getpid(), 9)\n"
+    )
+    program.chmod(0o700)
+    first = ports()
+    site = site_of(program, ports=range(first, first + 4))
+    async with supervising(tmp_path, fake_engine(), limits=REAL, site=site) as supervisor:
+        with pytest.raises(SollolError) as refused:
+            await lend(supervisor, "b1")
+    refusal = refused.value.refusal
+    assert refusal.reason is Reason.ENGINE_START_FAILED
+    assert "ended before it answered (SIGKILL)" in refusal.message
+
+
 async def test_without_the_program_it_is_missing(tmp_path: Path) -> None:
     for program in (None, tmp_path / "not-there"):
         async with supervising(tmp_path, fake_engine(), site=site_of(program)) as supervisor:
