@@ -179,7 +179,7 @@ class Owner(abc.ABC):
             self._announce(state=after(self.view.state, Event.STOP))
 
     def _lost(self, why: Refusal) -> Refusal:
-        """Tell that it serves nobody any more, though it is still there."""
+        """Tell that it serves nobody any more, while what is left of it is being ended."""
         self._announce(state=after(self.view.state, Event.UNHEALTHY), refusal=why)
         return why
 

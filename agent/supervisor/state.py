@@ -20,7 +20,7 @@ LOST = InstanceState.LOST
 class Event(StrEnum):
     START = "START"
     HEALTHY = "HEALTHY"  # the engine says it serves
-    UNHEALTHY = "UNHEALTHY"  # the start made no progress for too long: the process must go
+    UNHEALTHY = "UNHEALTHY"  # it serves nobody any more, or never will: what is left of it must go
     STOP = "STOP"  # somebody asked
     EXITED = "EXITED"  # the process is gone, whatever the reason
     BACK_OFF = "BACK_OFF"  # the model died too often here: starts of it are refused for a while

@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 
 
 class RouteStatus(NamedTuple):
-    """`up_bytes` went to the backend of `node_id`. `failed` says why the last connection that came to nothing did."""
+    """`up_bytes` went to the backend of `node_id`.
+
+    `failed` is about the last connection that could not be made, or that ended first at the backend's side: why.
+    """
 
     node_id: str
     port: int
