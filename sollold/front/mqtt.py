@@ -150,7 +150,8 @@ class MqttFront:
             error = refuse(Reason.INTERNAL, "the head failed; see its log")
         finally:
             del self._running[key]
-        if error is not None:  # by the outbox: the broker may be the one that failed
+        # By the outbox: the broker may be the one that failed. Whoever cancels too late gets no second last message.
+        if error is not None and (not answer.ended or error.refusal.reason is Reason.BROKER_UNREACHABLE):
             self._connection.publish(_to(message, answer.failed(error)))
         noted = {"reason": error.refusal.reason} if error is not None else {}
         log.info("request_ended", method="MQTT", took_s=round(time.monotonic() - started, 4), **noted)

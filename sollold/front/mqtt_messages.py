@@ -60,10 +60,15 @@ def read_request(payload: bytes, user: Mapping[str, str], *, max_bytes: int) -> 
 
 
 class Answer:
-    """The messages of one answer, numbered from 0; the one with `done` is the last."""
+    """The messages of one answer, numbered from 0; the one with `done` is the last.
+
+    Attributes:
+        ended: Whether there was one that says how it finished.
+    """
 
     def __init__(self) -> None:
         self._sequence = 0
+        self.ended = False
 
     def progress(self, progress: Progress) -> bytes:
         """What the request waits for: `state` and `percent`."""
@@ -73,6 +78,7 @@ class Answer:
         return self._message(**{name: value for name, value in (("text", text), ("reasoning", reasoning)) if value})
 
     def finished(self, finish_reason: str, usage: Usage | None) -> bytes:
+        self.ended = True
         return self._message(done=True, finish_reason=finish_reason, usage=usage or Usage())
 
     def failed(self, error: SollolError) -> bytes:

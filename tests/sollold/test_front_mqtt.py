@@ -183,6 +183,27 @@ async def test_a_cancelled_request_frees_its_stream_and_gets_a_last_message(serv
     assert stream.closed
 
 
+async def test_whoever_cancels_when_the_last_message_is_on_its_way_gets_no_other_last_one(serving, monkeypatch):
+    _, device, front = await serving()
+    send, handed_over = front._connection.send, asyncio.Event()
+
+    async def unconfirmed(publication):
+        await send(publication)
+        if json.loads(publication.payload).get("done"):
+            handed_over.set()
+            await asyncio.Event().wait()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(front._connection, "send", unconfirmed)
+        await device.ask()
+        await asyncio.wait_for(handed_over.wait(), 5)
+        await device.ask("", topic=CANCEL)
+        await wait_until(lambda: not front._running, what="the request is over")
+    await device.ask(correlation="8")
+    await device.done(b"8")
+    assert [message["sequence"] for message in device.messages() if message.get("done")] == [2]
+
+
 async def test_a_request_that_comes_twice_while_it_runs_is_answered_once(serving):
     stream = FakeStream(chunks=HELLO[:2], hangs=True)
     dispatcher, device, front = await serving(stream)
