@@ -65,6 +65,10 @@ missing_system_packages() {
     command -v systemd-analyze >/dev/null || echo systemd
     command -v systemd-nspawn >/dev/null || echo systemd-container
     has_command debootstrap || echo debootstrap
+    # Virtual machines, for kernels of their own.
+    [ "$(uname -m)" != x86_64 ] || has_command qemu-system-x86_64 || echo qemu-system-x86
+    has_command mkfs.ext4 || echo e2fsprogs
+    command -v ssh-keygen >/dev/null || echo openssh-client
 }
 
 # Packages that tests start themselves, on their own ports: the installed services must stay off.
@@ -96,15 +100,16 @@ build_engine() {
     .venv/bin/python -m agent.engine build
 }
 
-# The file system that the machines of tests/nspawn boot from; without root these tests are skipped.
-make_machine_root() {
+# The file systems that the machines of tests/nspawn and tests/vm boot from; without root these tests are skipped.
+make_machine_roots() {
     [ "$(id -u)" = 0 ] || return 0
-    say "making the test machines' Debian, unless it is in ${XDG_CACHE_HOME:-$HOME/.cache}/sollol/nspawn (a minute or two)"
+    say "making the test machines' Debians, unless they are in ${XDG_CACHE_HOME:-$HOME/.cache}/sollol/nspawn (a minute or two each)"
     .venv/bin/python -m tests.nspawn.root
+    [ "$(uname -m)" != x86_64 ] || .venv/bin/python -m tests.vm.machine
 }
 
 make_venv
 [ "$mode" = demo ] || install_system_packages
 install_packages
 [ "$mode" = demo ] || build_engine
-[ "$mode" = demo ] || make_machine_root
+[ "$mode" = demo ] || make_machine_roots

@@ -1,8 +1,7 @@
 """Engines' own cgroups, each with a memory limit, in the part of cgroup v2's tree that systemd has given to the agent.
 
-A node of that tree which passes controllers on must hold no process itself. Engines outlive the agent, so systemd
-starts the next one while controllers are on: it must put it into a leaf, `agent` (`DelegateSubgroup=`, systemd 254).
-Anywhere else engines stay in the agent's cgroup, and `unlimited` says why.
+A node of that tree which passes controllers on must hold no process itself, so the agent's unit starts it in a leaf
+beside them, `agent`. Anywhere else engines stay in the agent's cgroup, and `unlimited` says why.
 """
 
 import asyncio
@@ -53,8 +52,8 @@ def delegation(root: Path = Path("/")) -> Delegation:
         return Delegation(tree=None, unlimited="this system has no cgroup v2; boot it with the unified hierarchy")
     leaf = mount / path.lstrip("/")
     if leaf.name != LEAF or leaf == mount:
-        why = f"the agent's cgroup, {path}, is no leaf that systemd 254 or newer has made for it"
-        return Delegation(tree=None, unlimited=f"{why}; `sollol systemd install --agent` asks for one there")
+        why = f"the agent's cgroup, {path}, is not one that a unit has made for it beside its engines'"
+        return Delegation(tree=None, unlimited=f"{why}; `sollol systemd install --agent` writes one that does")
     return _delegated(leaf.parent)
 
 
@@ -91,12 +90,24 @@ class EngineCgroup:
             return
         try:
             self._folder.mkdir(exist_ok=True)
-            if self._limit_bytes is not None:
-                (self._folder / "memory.max").write_text(str(self._limit_bytes))
-                (self._folder / "memory.oom.group").write_text("1")
+            self._limit(self._folder)
             (self._folder / "cgroup.procs").write_text(str(pid))
         except OSError as error:
             log.warning("engine_unlimited", cgroup=str(self._folder), pid=pid, problem=str(error))
+
+    def take_over(self) -> None:
+        """Limit an engine that an earlier agent has put there: before systemd 254 its limit ended with that agent."""
+        if self._folder is None or not self._folder.exists():
+            return
+        try:
+            self._limit(self._folder)
+        except OSError as error:
+            log.warning("engine_unlimited", cgroup=str(self._folder), problem=str(error))
+
+    def _limit(self, folder: Path) -> None:
+        if self._limit_bytes is not None:
+            (folder / "memory.max").write_text(str(self._limit_bytes))
+            (folder / "memory.oom.group").write_text("1")
 
     def out_of_memory(self) -> int | None:
         """The limit in bytes when the kernel has ended the engine for want of memory; None when it has not."""

@@ -138,7 +138,9 @@ class Owner(abc.ABC):
         However long that takes: its memory is its own until then.
         """
         if (identity := process.identity()) is not None:  # else it has ended already: its owner will say so
-            if role == ENGINE and self._record.processes.get(ENGINE) != identity:  # an earlier agent has not done it
+            if role == ENGINE and self._record.processes.get(ENGINE) == identity:  # an earlier agent has started it
+                self._cgroup.take_over()
+            elif role == ENGINE:
                 process.end_first()
                 self._cgroup.take_in(process.pid)
             self._note(processes={**self._record.processes, role: identity})

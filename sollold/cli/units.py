@@ -8,6 +8,7 @@ from pathlib import Path
 HEAD, AGENT = "sollold.service", "sollol-agent.service"
 _ENGINES = "sollol-engines.service"
 _WITH_SUBGROUPS = 254  # systemd's version; earlier ones complain about DelegateSubgroup
+_BY_HAND = re.compile(r"(?m)^(ExecStart=)/bin/sh -c '.*; exec (.*)'$|^ExecStopPost=.*\n")
 _SYSTEM = Path("etc")
 _HOMES = tuple(map(Path, ("/home", "/root", "/run/user")))
 _PROGRAMS = {"/usr/bin/sollold": "sollold", "/usr/bin/sollol-agent": "agent"}
@@ -97,14 +98,22 @@ def for_this_machine(text: str, site: Site) -> str:
     def started(found: re.Match[str]) -> str:
         return re.sub("|".join(_PROGRAMS), lambda each: f"{site.interpreter} -P -m {_PROGRAMS[each[0]]}", found[0])
 
+    if site.systemd >= _WITH_SUBGROUPS:
+        text = _with_subgroup(text)
     text = re.sub(r"(?m)^Exec\w+=.*$", started, text)
-    if site.systemd >= _WITH_SUBGROUPS and site.configuration is None:
-        text = re.sub(r"(?m)^Delegate=yes$", "Delegate=yes\nDelegateSubgroup=agent", text)
     if site.home:
         text = re.sub(
             r"(?m)^ProtectHome=yes$", "# ProtectHome: the interpreter lies in a home.\nProtectHome=read-only", text
         )
     return text
+
+
+def _with_subgroup(text: str) -> str:
+    """The agent's unit for a systemd that puts its main process beside engines, instead of a shell that does."""
+    if "\nDelegate=yes\n" not in text:
+        return text
+    plain = _BY_HAND.sub(lambda found: f"{found[1]}{found[2]}" if found[1] else "", text)
+    return plain.replace("\nDelegate=yes\n", "\nDelegate=yes\nDelegateSubgroup=agent\n")
 
 
 def version_in(text: str) -> int:

@@ -24,7 +24,7 @@ MOUNTS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"))
 
 
 def delegated(root: Path, *, own: str = "/system.slice/sollol-agent.service/agent", **files: str) -> Path:
-    """A tree as systemd 254 leaves it, and version 2's kernel shows it."""
+    """A tree as our unit leaves it, and version 2's kernel shows it."""
     unit = {"cgroup.controllers": "cpu memory pids", "cgroup.procs": "", "cgroup.subtree_control": ""}
     unit |= {name.replace("_", ".", 1): content for name, content in files.items()}
     write_tree(root, {"proc/self/cgroup": f"0::{own}", "sys/fs/cgroup/cgroup.controllers": "cpu memory"})
@@ -52,7 +52,7 @@ def test_in_any_other_cgroup_there_are_no_limits_and_nothing_is_touched(tmp_path
     found = delegation(tmp_path)
 
     assert found.tree is None
-    assert f"the agent's cgroup, {own}, is no leaf that systemd 254" in found.unlimited
+    assert f"the agent's cgroup, {own}, is not one that a unit has made for it" in found.unlimited
     assert (tree / "cgroup.subtree_control").read_text() == "\n"
 
 

@@ -14,18 +14,18 @@ from pathlib import Path
 
 from tests.cluster.network import Host, network, processes_in
 from tests.cluster.seed import await_true
+from tests.nspawn.booted import CLEAN, UP, Booted
 
 BOOTED_WITHIN_S = 40.0
 OFF_WITHIN_S = 20.0
 # The hierarchies by which systemd knows processes; which of them there are is the host's choice.
 CGROUPS = tuple(map(Path, ("/sys/fs/cgroup", "/sys/fs/cgroup/unified", "/sys/fs/cgroup/systemd")))
 _POWER_OFF = signal.SIGRTMIN + 4  # systemd(1)
-UP = ("running", "degraded")
 
 
 @dataclass(frozen=True)
-class Machine:
-    """`leader` is the pid, out here, of its process 1."""
+class Machine(Booted):
+    """A container. `leader` is the pid, out here, of its process 1."""
 
     host: Host
     leader: int
@@ -35,34 +35,7 @@ class Machine:
         return self.host.address
 
     def argv(self, *command: str) -> tuple[str, ...]:
-        """`command` as it has to be started to run in there, as root and with nothing of our environment."""
-        clean = ("env", "-i", "PATH=/opt/sollol/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LC_ALL=C.UTF-8")
-        return ("nsenter", "--target", str(self.leader), "--all", *clean, *command)
-
-    def run(self, *command: str, timeout_s: float = 60.0, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self.argv(*command), input=stdin, capture_output=True, text=True, timeout=timeout_s, check=False
-        )
-
-    def must(self, *command: str, timeout_s: float = 60.0, stdin: str = "") -> str:
-        """What `command` prints; a failure says what it and the journal say."""
-        done = self.run(*command, timeout_s=timeout_s, stdin=stdin)
-        if done.returncode:
-            raise AssertionError(
-                f"{self.address}$ {shlex.join(command)}\n{done.stdout}{done.stderr}\n{self.journal(lines=40)}"
-            )
-        return done.stdout
-
-    def journal(self, *units: str, lines: int = 200) -> str:
-        words = [word for unit in units for word in ("--unit", unit)]
-        return self.run("journalctl", "--no-pager", "--output=cat", f"--lines={lines}", *words).stdout
-
-    def write(self, path: str, text: str) -> None:
-        self.must("sh", "-c", f"mkdir -p {shlex.quote(str(Path(path).parent))}; cat >{shlex.quote(path)}", stdin=text)
-
-    def shows(self, unit: str, prop: str) -> str:
-        """A property of a unit, as `systemctl show` says it."""
-        return self.must("systemctl", "show", "--property", prop, "--value", unit).strip()
+        return ("nsenter", "--target", str(self.leader), "--all", *CLEAN, *command)
 
     def pids_of(self, user: str) -> list[int]:
         """Every process of a user there, by its pid out here."""

@@ -10,12 +10,12 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from sollol.directories import cache_directory
 
 SOURCE = Path(__file__).parents[2]
-SUITE, PYTHON = "bookworm", "3.11"
 # What redis wants below Python 3.11.3: pip goes by the conditions of the Python that it runs in.
 BESIDES = ("async-timeout>=4.0.3",)
 CLEAN = ("env", "-i", "PATH=/usr/bin:/bin:/usr/sbin:/sbin", "HOME=/root", "LC_ALL=C.UTF-8")
@@ -25,18 +25,32 @@ VENV = "/opt/sollol"
 MADE_WITHIN_S = 600.0
 
 
-def machine_root() -> Path:
-    """Make it once, in about two minutes; what went in names it, and another one replaces it."""
+@dataclass(frozen=True)
+class Debian:
+    """A release, its Python, and what is to be there besides `PACKAGES`. `name` is its place in the cache."""
+
+    name: str
+    suite: str
+    python: str
+    more: tuple[str, ...] = ()
+
+
+CONTAINER = Debian("container-12", "bookworm", "3.11")
+
+
+def machine_root(debian: Debian = CONTAINER) -> Path:
+    """Make it once, in about two minutes; what went in names it, and another one of that name replaces it."""
     home = cache_directory(os.environ) / "nspawn"
     home.mkdir(parents=True, exist_ok=True)
-    root = home / _key()
+    root = home / f"{debian.name}-{_key(debian)}"
     with _alone(home / "lock"):
         if not root.exists():
-            for other in home.iterdir():
-                if other.is_dir():
-                    shutil.rmtree(other)
-            draft = home / "draft"  # of a run that was interrupted, too, and so made anew
-            _make(draft)
+            for other in home.glob(f"{debian.name}-*/"):
+                shutil.rmtree(other)
+            draft = home / "draft"
+            if draft.exists():  # of a run that was interrupted
+                shutil.rmtree(draft)
+            _make(debian, draft)
             draft.rename(root)
     return root
 
@@ -71,18 +85,29 @@ def _requirements() -> list[str]:
     return [*project["dependencies"], *BESIDES]
 
 
-def _key() -> str:
-    made_of = "\n".join((SUITE, PYTHON, *PACKAGES, *_requirements(), platform.machine()))
+def _key(debian: Debian) -> str:
+    packages = (*PACKAGES, *debian.more)
+    made_of = "\n".join((debian.suite, debian.python, *packages, *_requirements(), platform.machine()))
     return hashlib.sha256(made_of.encode()).hexdigest()[:12]
 
 
-def _make(root: Path) -> None:
-    run("debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(root), MIRROR)
+def _make(debian: Debian, root: Path) -> None:
+    packages = ",".join((*PACKAGES, *debian.more))
+    run("debootstrap", "--variant=minbase", f"--include={packages}", debian.suite, str(root), MIRROR)
     machine = platform.machine()
     known = [f"manylinux_2_{minor}_{machine}" for minor in range(17, 37)] + [f"manylinux2014_{machine}"]
     wheels = root / "wheels"
     pip(
-        *(sys.executable, "download", "--dest", str(wheels), "--only-binary", ":all:", "--python-version", PYTHON),
+        *(
+            sys.executable,
+            "download",
+            "--dest",
+            str(wheels),
+            "--only-binary",
+            ":all:",
+            "--python-version",
+            debian.python,
+        ),
         *(word for name in known for word in ("--platform", name)),
         *_requirements(),
     )

@@ -18,24 +18,41 @@ def site(interpreter="/opt/sollol/bin/python", *, home=False):
     return Site(shipped=SHIPPED, root=Path("/"), interpreter=Path(interpreter), home=home)
 
 
-@pytest.mark.parametrize("systemd", [254, 257])
-def test_where_systemd_knows_how_the_agent_gets_a_cgroup_beside_its_engines(systemd):
-    shipped = (SHIPPED / "sollol-agent.service").read_text()
-
-    text = for_this_machine(shipped, Site(SHIPPED, Path("/"), Path("/opt/sollol/bin/python"), systemd=systemd))
+@pytest.mark.parametrize("configuration", [None, Path("/c")], ids=["the system's", "a user's"])
+@pytest.mark.parametrize("version", [254, 257])
+def test_where_systemd_knows_how_the_agent_gets_a_cgroup_beside_its_engines_it_does_so(version, configuration):
+    text = agent_unit(Site(SHIPPED, Path("/"), Path("/p"), configuration, systemd=version))
 
     assert "\nDelegate=yes\nDelegateSubgroup=agent\n" in text
+    assert "\nExecStart=/p -P -m agent" in text
+    assert "\nExecStopPost" not in text
+    assert " exec " not in text
 
 
-@pytest.mark.parametrize(
-    "site",
-    [Site(SHIPPED, Path("/"), Path("/p"), systemd=253), Site(SHIPPED, Path("/"), Path("/p"), Path("/c"), systemd=257)],
-)
-def test_an_older_systemd_and_a_users_own_get_no_setting_that_they_complain_about_or_that_limits_nothing(site):
-    for folder in (SHIPPED, SHIPPED / "user"):
-        text = for_this_machine((folder / "sollol-agent.service").read_text(), site)
-        assert "\nDelegate=yes\n" in text
-        assert "\nDelegateSubgroup" not in text
+@pytest.mark.parametrize("configuration", [None, Path("/c")], ids=["the system's", "a user's"])
+@pytest.mark.parametrize("version", [0, 252, 253])
+def test_an_older_or_unknown_systemd_gets_no_setting_that_it_complains_about(version, configuration):
+    text = agent_unit(Site(SHIPPED, Path("/"), Path("/p"), configuration, systemd=version))
+
+    assert "\nDelegate=yes\n" in text
+    assert "\nDelegateSubgroup" not in text
+    (start,) = [line for line in text.splitlines() if line.startswith("ExecStart=")]
+    assert "; exec /p -P -m agent" in start
+    assert "\nExecStopPost=-/bin/sh -c 'echo -memory" in text
+
+
+def agent_unit(site):
+    folder = SHIPPED / "user" if site.configuration else SHIPPED
+    return for_this_machine((folder / "sollol-agent.service").read_text(), site)
+
+
+@pytest.mark.parametrize("unit", ["sollold.service", "sollol-engines.service"])
+def test_the_other_units_are_the_same_for_every_systemd(unit):
+    shipped = (SHIPPED / unit).read_text()
+
+    assert for_this_machine(shipped, Site(SHIPPED, Path("/"), Path("/p"), systemd=257)) == for_this_machine(
+        shipped, site("/p")
+    )
 
 
 def test_systemds_version_is_read_from_what_it_prints():
@@ -70,7 +87,7 @@ async def test_the_units_start_the_interpreter_that_installed_them(tmp_path):
 
     units = tmp_path / "etc/systemd/system"
     assert f"\nExecStart={sys.executable} -P -m sollold\n" in (units / "sollold.service").read_text()
-    assert f"\nExecStart={sys.executable} -P -m agent\n" in (units / "sollol-agent.service").read_text()
+    assert f"; exec {sys.executable} -P -m agent'\n" in (units / "sollol-agent.service").read_text()
     assert f"|| exec {sys.executable} -P -m agent --end-engines'\n" in (units / "sollol-engines.service").read_text()
     assert "systemctl enable --now sollold sollol-agent\n" in out
 
@@ -125,7 +142,7 @@ async def test_a_user_gets_units_and_settings_in_their_configuration_directory(t
         "home/me/.config/sollol/agent.toml",
     }
     text = (tmp_path / "home/me/.config/systemd/user/sollol-agent.service").read_text()
-    assert f"\nExecStart={sys.executable} -P -m agent --config %E/sollol/agent.toml\n" in text
+    assert f"; exec {sys.executable} -P -m agent --config %E/sollol/agent.toml'\n" in text
     assert "User=" not in text
     assert "systemctl --user enable --now sollol-agent\n" in out
     assert "enable-linger" in out
