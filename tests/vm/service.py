@@ -77,8 +77,8 @@ class Node:
         return dict(next((each["refusal"] for each in ended if each["refusal"]), {}))
 
     def answer(self, model: str) -> str:
-        """The first words that the head answers over HTTP; each takes half a second there."""
-        asked = {"model": model, "messages": [{"role": "user", "content": "?"}], "temperature": 0, "max_tokens": 4}
+        """The first word that the head answers over HTTP."""
+        asked = {"model": model, "messages": [{"role": "user", "content": "?"}], "temperature": 0, "max_tokens": 1}
         url = f"http://{HOST}:{self._ours[HTTP]}/v1/chat/completions"
         command = (sys.executable, "-c", ASK, url, json.dumps(asked), "")
         said = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
