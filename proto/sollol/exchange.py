@@ -59,12 +59,10 @@ class _Side:
         self._theirs = number
         if revoked:
             try:
-                taken = await asyncio.to_thread(self._tls.take_revoked, revoked)
+                await asyncio.to_thread(self._tls.take_revoked, revoked, peer=self._peer)
             except SollolError as error:
                 refusal = error.refusal
                 log.warning("revoked_list_refused", peer=self._peer, reason=refusal.reason, message=refusal.message)
             else:
-                if taken is not None:
-                    log.info("revoked_list_taken", peer=self._peer, number=taken.number, revoked=len(taken.serials))
-                    self._tls.look()
+                self._tls.look()
         self.news.set()

@@ -64,10 +64,13 @@ class TlsFiles:
     def current(self) -> Material:
         """The newest content that can be used."""
         with self._lock:
-            stamp = self._stamps()
-            if stamp != self._stamp:
-                self._follow(stamp)
-            return self._material
+            return self._newest()
+
+    def _newest(self) -> Material:
+        stamp = self._stamps()
+        if stamp != self._stamp:
+            self._follow(stamp)
+        return self._material
 
     def look(self) -> None:
         """Follow the files now; if they have changed, end what is `running` for peers that count no more, and say so.
@@ -89,25 +92,24 @@ class TlsFiles:
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
-    def take_revoked(self, pem: bytes) -> Revocations | None:
-        """Use, and keep, the list of revoked certificates that a peer has sent; None: it is the one in use. Blocks.
+    def take_revoked(self, pem: bytes, *, peer: str) -> Revocations | None:
+        """Use, and keep, the list of revoked certificates that `peer` has sent; None: it is the one in use. Blocks.
 
         Raises:
             SollolError: INVALID_REQUEST; it is none, or an older one. FOREIGN_CERTIFICATE; another authority's.
         """
         sent = revocations.verified(pem, self.current().ca)
-        with self._keeping:  # the newest is what is written last
+        with self._keeping:
             if not self._is_news(sent):
                 return None
-            self._keep_revoked(sent.pem)
+            self._tell("info", "revoked_list_taken", peer=peer, number=sent.number, revoked=len(sent.serials))
+            self._keep_revoked(sent)
         return sent
 
     def _is_news(self, sent: Revocations) -> bool:
         """Use it if it is newer; raises INVALID_REQUEST for an older one."""
         with self._lock:
-            if (stamp := self._stamps()) != self._stamp:
-                self._follow(stamp)  # a newer one may have been put there meanwhile
-            ours = self._material.revoked
+            ours = self._newest().revoked
             if sent.number < ours.number:
                 raise refuse(
                     Reason.INVALID_REQUEST, f"list {sent.number} of revoked certificates is older than {ours.number}"
@@ -116,14 +118,16 @@ class TlsFiles:
                 self._material = replace(self._material, revoked=sent)
             return sent.number > ours.number
 
-    def _keep_revoked(self, pem: bytes) -> None:
+    def _keep_revoked(self, taken: Revocations) -> None:
         path, draft = self.directory / REVOKED, self.directory / f".{REVOKED}.taken"
         try:
             with draft.open("wb") as file:
-                file.write(pem)
+                file.write(taken.pem)
                 file.flush()
                 os.fsync(file.fileno())  # an empty file, after a loss of power, would be none that a daemon starts with
-            draft.replace(path)
+            with self._lock:
+                if self._newest().revoked.number == taken.number:  # else a newer one has been put there meanwhile
+                    draft.replace(path)
         except OSError as error:
             self._tell("error", "revoked_list_not_kept", path=str(path), problem=str(error.strerror))
 

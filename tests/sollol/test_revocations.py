@@ -92,22 +92,22 @@ def test_while_an_authority_is_replaced_lists_of_both_count(ours):
 def test_only_what_was_signed_is_kept_of_what_came(files, ours, bad):
     """Another list before or behind the signed one must not be the one that is read later."""
     good, other = revoked_list(ours, bad, number=5), signing.revocations(authority(), (), 9)
-    files.take_revoked(b"who\n" + good + other)
+    files.take_revoked(b"who\n" + good + other, peer="head h")
     assert (files.directory / "revoked").read_bytes() == files.current().revoked.pem
     assert TlsFiles(files.directory).current().revoked.number == 5
     with pytest.raises(SollolError):
-        files.take_revoked(other + good)
+        files.take_revoked(other + good, peer="head h")
 
 
 def test_a_newer_list_is_taken_and_kept_an_older_one_is_refused(files, ours, bad):
-    assert files.take_revoked(revoked_list(ours, bad, number=5)).number == 5
+    assert files.take_revoked(revoked_list(ours, bad, number=5), peer="head h").number == 5
     assert TlsFiles(files.directory).current().revoked == files.current().revoked
-    assert files.take_revoked(revoked_list(ours, bad, number=5)) is None
+    assert files.take_revoked(revoked_list(ours, bad, number=5), peer="head h") is None
     with pytest.raises(SollolError, match="older than 5") as raised:
-        files.take_revoked(revoked_list(ours, number=4))
+        files.take_revoked(revoked_list(ours, number=4), peer="head h")
     assert raised.value.refusal.reason is Reason.INVALID_REQUEST
     assert len(files.current().revoked.serials) == 1
-    assert files.take_revoked(revoked_list(ours, number=6)).serials == frozenset()
+    assert files.take_revoked(revoked_list(ours, number=6), peer="head h").serials == frozenset()
 
 
 def test_an_older_file_or_none_at_all_brings_nobody_back_while_it_runs(files, ours, bad):
@@ -124,14 +124,17 @@ def test_an_older_file_or_none_at_all_brings_nobody_back_while_it_runs(files, ou
 def test_a_list_that_cannot_be_kept_counts_all_the_same(files, ours, bad):
     (files.directory / ".revoked.taken").mkdir()  # as good as a directory that is read-only, for root too
     with capture_logs() as logs:
-        files.take_revoked(revoked_list(ours, bad, number=5))
+        files.take_revoked(revoked_list(ours, bad, number=5), peer="head h")
         assert files.current().revoked.number == 5
-    assert [entry["event"] for entry in logs] == ["revoked_list_not_kept"]
+    assert [entry["event"] for entry in logs] == ["revoked_list_taken", "revoked_list_not_kept"]
     replace_file(files.directory / "ca.pem", ours.certificate)
     assert files.current().revoked.number == 5
 
 
-def test_a_list_is_on_the_disk_before_it_is_in_place_and_a_slow_disk_holds_nobody_up(files, ours, bad, monkeypatch):
+@pytest.mark.parametrize("meanwhile", [0, 6])
+def test_a_list_is_on_the_disk_before_it_is_in_place_and_a_slow_disk_holds_nobody_up(
+    files, ours, bad, monkeypatch, meanwhile
+):
     writing, go_on, sync = threading.Event(), threading.Event(), module.os.fsync
 
     def slow(descriptor):
@@ -141,15 +144,17 @@ def test_a_list_is_on_the_disk_before_it_is_in_place_and_a_slow_disk_holds_nobod
 
     monkeypatch.setattr(module.os, "fsync", slow)
     with ThreadPoolExecutor(2) as others:
-        taken = others.submit(files.take_revoked, revoked_list(ours, bad, number=5))
+        taken = others.submit(files.take_revoked, revoked_list(ours, bad, number=5), peer="head h")
         try:
             assert writing.wait(10)
             assert not (files.directory / "revoked").exists()
             assert others.submit(files.current).result(10).revoked.number == 5
+            if meanwhile:
+                revoke(files.directory, ours, bad, number=meanwhile)
         finally:
             go_on.set()
         assert taken.result(10).number == 5
-    assert revocations.read((files.directory / "revoked").read_bytes()).number == 5
+    assert revocations.read((files.directory / "revoked").read_bytes()).number == max(5, meanwhile)
 
 
 def test_a_file_that_is_no_list_is_not_taken_for_an_empty_one(files):
