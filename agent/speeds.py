@@ -75,6 +75,9 @@ class Speeds:
         before = kept.load(path, _Kept, version=VERSION)
         self._records = Records(before.records if before is not None and before.engine == engine else ())
         self._watched: dict[str, _Watched] = {}
+        self._unlisted: dict[
+            str, Instance
+        ] = {}  # their models are not known, or not yet: engines are taken up before a scan
         self._since_unix_s = time.time()
         self._due: set[str] = set()
         self._wake = asyncio.Event()
@@ -84,6 +87,8 @@ class Speeds:
 
     def observed_ms(self, instance_id: str) -> float:
         """Milliseconds per token of the model and plan that this coordinator runs; 0 when not known."""
+        if (instance := self._unlisted.get(instance_id)) is not None:
+            self._watch(instance)
         watched = self._watched.get(instance_id)
         return self._records.ms_per_token(watched.identity, watched.key) if watched is not None else 0.0
 
@@ -92,16 +97,9 @@ class Speeds:
             return
         if instance.state is not InstanceState.READY:
             self._watched.pop(instance.instance_id, None)
+            self._unlisted.pop(instance.instance_id, None)
         elif instance.instance_id not in self._watched:
-            plan = self._plan_of(instance.instance_id)
-            if plan is not None:
-                self._watch(instance.instance_id, plan)
-                self._note_past(instance)
-
-    def _note_past(self, instance: Instance) -> None:
-        """What one that an earlier agent started has counted so far, nobody has watched."""
-        if instance.started_unix_s < self._since_unix_s and instance.instance_id in self._watched:
-            self._watched[instance.instance_id].meter.disturbed()
+            self._watch(instance)
 
     def streams_changed(self, instance_id: str, active: int) -> None:
         """Tell how many streams an instance has now, with every one that begins or ends."""
@@ -132,22 +130,31 @@ class Speeds:
                 await self._save()
             await asyncio.sleep(GAP_S)
 
-    def _watch(self, instance_id: str, plan: CoordinatorPlan) -> None:
+    def _watch(self, instance: Instance) -> None:
+        plan = self._plan_of(instance.instance_id)
+        if plan is None:
+            return
         try:
             identity = self._identity_of(plan.model)
-        except SollolError as error:  # its file went away while it was loaded
-            log.info("speed_not_watched", instance=instance_id, problem=error.refusal.message)
+        except SollolError as error:
+            if instance.instance_id not in self._unlisted:
+                log.info("speed_not_watched", instance=instance.instance_id, problem=error.refusal.message)
+            self._unlisted[instance.instance_id] = instance
             return
+        late = self._unlisted.pop(instance.instance_id, None) is not None
         lenders = {backend.node_id: backend.threads for backend in plan.backends}
 
         def threads(node_id: str) -> int:
             return lenders.get(node_id, 0) if node_id else plan.threads or self._threads
 
-        self._watched[instance_id] = _Watched(
+        meter = Meter(asyncio.get_running_loop().time())
+        if late or instance.started_unix_s < self._since_unix_s:  # what it has counted so far, nobody has watched
+            meter.disturbed()
+        self._watched[instance.instance_id] = _Watched(
             identity=identity,
             key=plan_key(plan.shares, plan.kv_type, threads),
             predicted_ms_per_token=plan.predicted_ms_per_token,
-            meter=Meter(asyncio.get_running_loop().time()),
+            meter=meter,
         )
 
     async def _look(self, instance_id: str) -> bool:

@@ -210,6 +210,30 @@ async def test_a_coordinator_whose_file_is_gone_is_not_watched(tmp_path: Path):
         assert not node.speeds._due
 
 
+async def test_a_coordinator_is_watched_from_the_moment_its_model_is_listed(tmp_path: Path):
+    """As after a restart: engines are taken up before their models have been found again."""
+    async with running(tmp_path) as node:
+        await node.start()
+        await node.generate()
+        await node.observed()
+    async with running(tmp_path) as node:
+        node.gone.add("llama")
+        with capture_logs() as logs:
+            await node.start()
+            await node.generate()
+            assert [node.speeds.observed_ms("p") for _ in range(3)] == [0.0] * 3
+        assert [entry["event"] for entry in logs].count("speed_not_watched") == 1
+
+        node.gone.clear()
+
+        assert node.speeds.observed_ms("p") == pytest.approx(MS, rel=0.5)
+        await node.generate()  # beside what nobody has watched: not counted
+        await wait_until(lambda: node.speeds._watched["p"].meter._clean, what="it is looked at")
+        assert node.changes == 0
+        await node.generate()
+        await node.observed()
+
+
 async def test_backends_and_streams_of_strangers_are_left_alone(tmp_path: Path):
     async with running(tmp_path) as node:
         backend = Instance(instance_id="p.backend", model="", state=InstanceState.READY, kind=InstanceKind.BACKEND)
