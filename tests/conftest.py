@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import random
 import signal
@@ -49,6 +50,10 @@ def pytest_sessionstart() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda *_: None)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # the collected tests stay until the end: no collection of garbage need look at them again
 
 
 def _started(before: Collection[int]) -> list[psutil.Process]:
