@@ -131,13 +131,16 @@ class Dispatch:
         self._first_byte_timeout_s = first_byte_timeout_s
         self._stall_timeout_s = stall_timeout_s
 
-    async def open(self, request: EngineRequest, on_progress: ProgressSink) -> RelayedStream:
+    async def open(
+        self, request: EngineRequest, on_progress: ProgressSink, on_sent: Callable[[], None]
+    ) -> RelayedStream:
         """See `sollold.streams.Dispatcher.open`."""
         model = self._catalogue.canonical(request.model)
         attempt = 1
         while True:
             # Not tried again when this fails: a load has already tried every node that is worth it.
             lease = await self._acquired(model, on_progress, request.asker)
+            on_sent()
             try:
                 return await self._begun(lease, request)
             except SollolError as error:

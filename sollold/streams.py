@@ -63,11 +63,14 @@ class EngineStream(Protocol):
 
 
 class Dispatcher(Protocol):
-    async def open(self, request: EngineRequest, on_progress: ProgressSink) -> EngineStream:
+    async def open(
+        self, request: EngineRequest, on_progress: ProgressSink, on_sent: Callable[[], None]
+    ) -> EngineStream:
         """Find or load a pool for the model, send the request there, return when the engine's status is known.
 
         `on_progress` is called from the event loop on every change of what the request waits for; never after this
-        returns. Cancelling the call gives up the place in the queue and the engine's slot.
+        returns. `on_sent` is called when an engine is given the request, again with each further one. Cancelling the
+        call gives up the place in the queue and the engine's slot.
 
         Raises:
             SollolError: refused, or failed before the engine answered; worth telling the user as it is.

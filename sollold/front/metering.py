@@ -5,6 +5,7 @@ last frame whether or not the user asked for usage, takes the place of the estim
 charged with what was counted.
 """
 
+import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -91,14 +92,16 @@ async def open_metered(
 ) -> EngineStream:
     """Open a stream on a permit, and tell the account of it.
 
-    The prompt is paid for from now on, also by whoever leaves while it is read; not when the request is refused.
+    The prompt is paid for from now on, also by whoever leaves while it is read; not when the request is refused, nor by
+    whoever leaves before an engine was given it.
     """
-    tally = Tally(request)
+    tally, sent = Tally(request), asyncio.Event()
     permit.charge(tally.charged)
     try:
-        stream = await dispatcher.open(request, on_progress)
-    except Exception:
-        permit.charge(-tally.charged)
+        stream = await dispatcher.open(request, on_progress, sent.set)
+    except BaseException as error:
+        if not (sent.is_set() and isinstance(error, asyncio.CancelledError)):
+            permit.charge(-tally.charged)
         raise
     if stream.status >= 400:
         permit.charge(-tally.charged)

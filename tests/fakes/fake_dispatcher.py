@@ -104,15 +104,21 @@ Opening = Callable[[EngineRequest, ProgressSink], Awaitable[FakeStream]]
 
 
 class FakeDispatcher:
-    """Opens `answer`: a stream, an error to raise, or a function that opens one; records requests and cancellations."""
+    """Opens `answer`: a stream, an error to raise, or a function that opens one; records requests and cancellations.
 
-    def __init__(self, answer: FakeStream | Exception | Opening | None = None) -> None:
+    `queues`: no engine is given the request before the function has returned.
+    """
+
+    def __init__(self, answer: FakeStream | Exception | Opening | None = None, *, queues: bool = False) -> None:
+        self.queues = queues
         self.answer: FakeStream | Exception | Opening = answer if answer is not None else FakeStream()
         self.requests: list[EngineRequest] = []
         self.cancelled = 0
 
-    async def open(self, request: EngineRequest, on_progress: ProgressSink) -> FakeStream:
+    async def open(self, request: EngineRequest, on_progress: ProgressSink, on_sent: Callable[[], None]) -> FakeStream:
         self.requests.append(request)
+        if not self.queues:
+            on_sent()
         if isinstance(self.answer, Exception):
             raise self.answer
         if isinstance(self.answer, FakeStream):

@@ -38,7 +38,7 @@ class Head:
         self.nodes, self.uplink, self.opened = {}, Uplink(), []
         self.relay = self
         self.unreachable = False
-        self.loads = 0
+        self.loads = self.sent = 0
         self.known, self.waits = {}, []
         self.pools = Pools(self, load=self.load, numbers=PoolNumbers(self), max_queue=10)
         for pool_id in pool_ids:
@@ -88,7 +88,10 @@ class Head:
         return stream
 
     def request(self):
-        return asyncio.create_task(self.dispatch.open(REQUEST, lambda _: None))
+        return asyncio.create_task(self.dispatch.open(REQUEST, lambda _: None, self.told_sent))
+
+    def told_sent(self):
+        self.sent += 1
 
     async def attempt(self, number=1):
         """The pool and the stream of the request's n-th attempt."""
@@ -319,6 +322,21 @@ async def test_an_engine_silent_in_mid_stream_is_an_explicit_error():
     assert caught.value.refusal.reason is Reason.STREAM_STALLED
     await stream.aclose()
     assert head.used() == 0
+
+
+async def test_whoever_has_no_slot_is_told_that_no_engine_has_the_request_and_then_when_one_has():
+    head = Head("p")
+    first, second, third = head.request(), head.request(), head.request()
+    _, relayed = await head.attempt(1)
+    await head.attempt(2)
+    await wait_until(lambda: len(head.pools._queues[M].waiters) == 1, what="the third waits")
+    assert head.sent == 2
+    relayed.end(refuse(Reason.INVALID_REQUEST, "no").refusal)
+    await head.attempt(3)
+    assert head.sent == 3
+    for task in (first, second, third):
+        task.cancel()
+    await asyncio.gather(first, second, third, return_exceptions=True)
 
 
 async def test_how_long_a_request_waited_is_told_also_of_one_that_leaves_without_a_slot():

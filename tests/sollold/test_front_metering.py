@@ -134,6 +134,19 @@ async def test_whoever_leaves_while_the_prompt_is_read_has_paid_for_it(meter):
     assert (meter.used, meter.running) == (100, 0)
 
 
+async def test_whoever_leaves_while_it_waits_for_its_turn_has_paid_nothing(meter):
+    entered = asyncio.Event()
+
+    async def waiting(_request, _on_progress):
+        entered.set()
+        await asyncio.Event().wait()
+
+    async with opening(FakeDispatcher(waiting, queues=True), meter.permit()):
+        await asyncio.wait_for(entered.wait(), 5)
+        assert meter.used == 100, "those that wait count, so that no key has too many of them"
+    assert (meter.used, meter.running) == (0, 0)
+
+
 @pytest.mark.parametrize(
     "answer", [refuse(Reason.QUEUE_FULL, "full"), FakeStream(status=400, chunks=(b'{"error": {"message": "no"}}',))]
 )
