@@ -78,6 +78,7 @@ class SlowReading(Generic[T]):
     def _begin(self) -> asyncio.Future[tuple[T, float]]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[tuple[T, float]] = loop.create_future()
+        future.add_done_callback(_seen)  # whoever waits for it may have ended
 
         def run() -> None:
             deliver: Callable[[], None]
@@ -92,3 +93,9 @@ class SlowReading(Generic[T]):
 
         threading.Thread(target=run, name=self._name, daemon=True).start()
         return future
+
+
+def _seen(future: asyncio.Future[tuple[T, float]]) -> None:
+    """A failure that nobody fetches is none to complain of: asyncio would, when it forgets the future."""
+    if not future.cancelled():
+        future.exception()

@@ -1,4 +1,5 @@
 import asyncio
+import gc
 import threading
 from collections.abc import Callable
 
@@ -70,6 +71,28 @@ async def test_what_the_call_raises_reaches_the_waiter_and_the_last_value_stays(
     with pytest.raises(OSError, match="disk gone"):
         await slow.newest()
     assert slow.last() == (7, 0.0)
+
+
+async def test_a_failure_that_comes_when_nobody_waits_any_more_is_none_to_complain_of():
+    complaints, go_on = [], threading.Event()
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: complaints.append(context["message"]))
+
+    def read() -> int:
+        go_on.wait(10)
+        raise OSError("disk gone")
+
+    async def given_up() -> None:
+        slow = reading(read, [0.0], deadline_s=5)
+        waiting = asyncio.create_task(slow.newest())
+        await wait_until(lambda: slow._pending is not None, what="it reads")
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        go_on.set()
+        await wait_until(slow._pending.done, what="it fails")
+
+    await given_up()
+    gc.collect()
+    assert complaints == []
 
 
 async def test_waiters_together_share_one_call():
