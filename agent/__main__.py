@@ -15,6 +15,7 @@ from sollol.config import Loaded, load, load_or_exit
 from sollol.identity import Role
 from sollol.live import Live
 from sollol.notices import Notices
+from sollol.own_address import serve_there
 
 from agent.config import LIVE, AgentConfig
 
@@ -45,7 +46,7 @@ def main() -> None:
 
     sys.exit(
         lifecycle.run(
-            lambda stop: serve(live, environ, stop),
+            lambda stop: serve_there(config.listen, stop, lambda: serve(live, environ, stop)),
             exit_with_parent=config.exit_with_parent,
             reload=live.reload,
             notices=Notices.to_systemd(environ, os.getpid()),

@@ -11,6 +11,7 @@ from sollol.config import load, load_or_exit
 from sollol.identity import Role
 from sollol.live import Live
 from sollol.notices import Notices
+from sollol.own_address import serve_there
 
 from sollold.config import LIVE, HeadConfig
 
@@ -36,7 +37,7 @@ def main() -> None:
 
     sys.exit(
         lifecycle.run(
-            lambda stop: serve(live, environ, stop),
+            lambda stop: serve_there(config.listen, stop, lambda: serve(live, environ, stop)),
             exit_with_parent=config.exit_with_parent,
             reload=live.reload,
             notices=Notices.to_systemd(environ, os.getpid()),
