@@ -35,14 +35,7 @@ class Answer(Struct, frozen=True):
 async def ask(argv: tuple[str, ...], environment: Mapping[str, str], *, within_s: float = LONGEST_S) -> Answer:
     """Run `argv` to its end, or kill its group after `within_s` seconds. Never raises for what the binary does."""
     try:
-        process = await asyncio.create_subprocess_exec(
-            *argv,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env=environment,
-            start_new_session=True,
-        )
+        process = await start(argv, environment, errors=asyncio.subprocess.PIPE)
     except OSError as error:
         return Answer(None, errors=f"cannot be run: {error.strerror}")
     try:
@@ -53,6 +46,32 @@ async def ask(argv: tuple[str, ...], environment: Mapping[str, str], *, within_s
     finally:
         await end_group(process)
     return Answer(process.returncode, output.decode(errors="replace"), errors.decode(errors="replace"))
+
+
+async def start(argv: tuple[str, ...], environment: Mapping[str, str], *, errors: int) -> asyncio.subprocess.Process:
+    """Start `argv` in a session of its own, its output in a pipe.
+
+    When we are cancelled meanwhile it is ended with its children: asyncio would end it alone.
+
+    Raises:
+        OSError: it cannot be run.
+    """
+    starting = asyncio.ensure_future(
+        asyncio.create_subprocess_exec(
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=errors,
+            env=environment,
+            start_new_session=True,
+        )
+    )
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        with contextlib.suppress(OSError):
+            await end_group(await starting)
+        raise
 
 
 async def end_group(process: asyncio.subprocess.Process, *, grace_s: float = 0.0) -> None:

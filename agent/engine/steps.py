@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sollol.errors import Reason, refuse
 
-from agent.engine.ask import end_group
+from agent.engine.ask import end_group, start
 
 _TAIL_LINES = 30
 _SILENCE_S = 1800.0  # pip says nothing while it downloads, and one file may take minutes on a small board
@@ -36,14 +36,7 @@ class Steps:
         """
         self._tail.clear()
         try:
-            process = await asyncio.create_subprocess_exec(
-                *argv,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                env={**self._environment, **(environment or {})},
-                start_new_session=True,
-            )
+            process = await start(argv, {**self._environment, **(environment or {})}, errors=asyncio.subprocess.STDOUT)
         except OSError as error:
             raise self._failed(argv, f"cannot be run: {error.strerror}") from error
         try:

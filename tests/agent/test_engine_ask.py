@@ -6,7 +6,7 @@ import time
 import psutil
 import pytest
 
-from agent.engine.ask import ask, end_group
+from agent.engine.ask import ask, end_group, start
 from tests.waiting import wait_until
 
 ENVIRONMENT = {"PATH": "/usr/bin:/bin"}
@@ -52,6 +52,21 @@ async def test_a_child_that_outlives_a_gentle_end_of_its_leader_is_killed(tmp_pa
     await end_group(process, grace_s=20)
     assert process.returncode == -signal.SIGTERM
     await wait_until(lambda: not is_running(pids.read_text()), what="it is gone")
+
+
+async def test_one_that_is_cancelled_while_it_starts_leaves_no_child(tmp_path):
+    """A program may have begun before asyncio has its pipes."""
+    pid = tmp_path / "pid"
+    starting = asyncio.create_task(
+        start(("/bin/sh", "-c", f"sleep 600 & echo $! >{pid}; wait"), ENVIRONMENT, errors=asyncio.subprocess.STDOUT)
+    )
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)  # the process is made, and is not ours yet
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    found = pid.read_text().strip() if pid.exists() else ""
+    await wait_until(lambda: not found or not is_running(found), what="it is gone")
 
 
 async def test_what_cannot_be_run_is_an_answer_and_no_exception(tmp_path):
