@@ -54,8 +54,3 @@ def nodes(
         with ThreadPoolExecutor(len(DEBIANS)) as pool:
             started = [pool.submit(start, debian) for debian in DEBIANS]
         yield {debian.name: future.result() for debian, future in zip(DEBIANS, started, strict=True)}
-
-
-@pytest.fixture(scope="module", params=[debian.name for debian in DEBIANS])
-def node(request: pytest.FixtureRequest, nodes: dict[str, Node]) -> Node:
-    return nodes[request.param]

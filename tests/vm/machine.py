@@ -23,6 +23,13 @@ PROCESSOR = "max,la57=off,svm=off,smap=off,smep=off,pku=off"
 MEMORY_MIB = 2048
 DISK_BYTES = 4 << 30
 HOST = "127.0.0.1"
+# There is one disk and one network card, whose drivers the kernel's own start has loaded, and nobody at a terminal.
+UNUSED = (
+    *("systemd-udevd.service", "systemd-udevd-control.socket", "systemd-udevd-kernel.socket"),
+    *("systemd-udev-trigger.service", "kmod-static-nodes.service", "systemd-modules-load.service"),
+    *("systemd-random-seed.service", "systemd-timesyncd.service", "getty@tty1.service", "serial-getty@ttyS0.service"),
+    *("apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_reap.service"),
+)
 NETWORK = "[Match]\nType=ether\n[Network]\nAddress=10.0.2.15/24\n"  # QEMU's own: it leads to nobody but us
 
 
@@ -68,8 +75,10 @@ def make_disk(root: Path, directory: Path) -> Path:
     keys.parent.mkdir(mode=0o700, exist_ok=True)
     shutil.copy(directory / "key.pub", keys)
     (root / "etc/systemd/network/80-qemu.network").write_text(NETWORK)
-    (root / "etc/fstab").write_text("/dev/vda / ext4 rw 0 0\n")
+    (root / "etc/ssh/sshd_config.d/plain.conf").write_text("UsePAM no\n")  # no session of systemd's for each command
+    (root / "etc/fstab").write_text("")
     run("chroot", str(root), *CLEAN, "systemctl", "--quiet", "enable", "systemd-networkd", "ssh")
+    run("chroot", str(root), *CLEAN, "systemctl", "--quiet", "mask", *UNUSED)
     disk = directory / "disk"
     with disk.open("wb") as file:
         file.truncate(DISK_BYTES)
@@ -86,7 +95,7 @@ def booted(
     machine = VirtualMachine(directory, free_port(), {free_port(): port for port in forwards})
     (kernel,), (initrd,) = (tuple((root / "boot").glob(f"{name}-*")) for name in ("vmlinuz", "initrd.img"))
     command = (
-        *("qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", PROCESSOR, "-smp", "2"),
+        *("qemu-system-x86_64", "-machine", "q35", "-accel", "tcg", "-cpu", PROCESSOR),
         *("-m", str(MEMORY_MIB), "-nodefaults", "-display", "none", "-no-reboot", "-serial", f"file:{console}"),
         *("-kernel", str(kernel), "-initrd", str(initrd), "-append", "root=/dev/vda rw console=ttyS0 mitigations=off"),
         *("-drive", f"file={disk},format=raw,if=virtio,cache=unsafe"),

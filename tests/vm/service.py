@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from tests.cluster.seed import await_true
@@ -16,6 +18,21 @@ HEAD = 'redis_url = "redis://127.0.0.1:6379/0"\n'
 TREE = "/sys/fs/cgroup/system.slice/sollol-agent.service"
 USER, UID = "ann", 1000
 USER_TREE = f"/sys/fs/cgroup/user.slice/user-{UID}.slice/user@{UID}.service/app.slice/sollol-agent.service"
+
+
+def on_each_machine(test: Callable[["Node"], None]) -> Callable[[dict[str, "Node"]], None]:
+    """A test of one node, made one of all `nodes` at the same time: each leaves a core idle most of the time."""
+
+    def on_all(nodes: dict[str, Node]) -> None:
+        with ThreadPoolExecutor(len(nodes)) as pool:
+            tried = {name: pool.submit(test, node) for name, node in nodes.items()}
+        for name, future in tried.items():
+            if (error := future.exception()) is not None:
+                error.add_note(f"on {name}")
+                raise error
+
+    on_all.__name__, on_all.__doc__ = test.__name__, test.__doc__
+    return on_all
 
 
 class Node:
@@ -71,6 +88,10 @@ class Node:
         await_true(self.instance, WAIT_S, f"{model} is ready")
         return self.instance()
 
+    def engine(self, model: str) -> dict[str, Any]:
+        """The instance that serves the model, which is loaded if none does."""
+        return self.instance() or self.load(model)
+
     def failure(self, instance_id: str) -> dict[str, Any]:
         """Why that instance has ended; empty while it has not."""
         ended = (each for each in self.report().get("instances", ()) if each["instance_id"] == instance_id)
@@ -84,6 +105,7 @@ class Node:
         said = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
         choices = json.loads(said.stdout or "{}").get("choices")
         assert choices, said
+        assert choices[0]["message"]["content"], said
         return str(choices[0]["message"]["content"])
 
     def cgroup_of(self, pid: int) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.cluster.seed import await_true
 from tests.tiny_model import RECITAL
-from tests.vm.service import TREE, USER_TREE, WAIT_S, Node
+from tests.vm.service import TREE, USER_TREE, WAIT_S, Node, on_each_machine
 
 MODEL = "tiny-reciter"
 MIB = 1 << 20
@@ -25,12 +25,6 @@ while True:
 pytestmark = [pytest.mark.engine, pytest.mark.root, pytest.mark.timeout(600)]
 
 
-@pytest.fixture
-def engine(node: Node) -> dict[str, Any]:
-    """The instance that serves the model; loaded by the first test that asks."""
-    return node.instance() or node.load(MODEL)
-
-
 def cgroup_of(engine: dict[str, Any]) -> str:
     return f"engine-{engine['instance_id']}"
 
@@ -39,7 +33,9 @@ def planned_bytes(engine: dict[str, Any]) -> int:
     return sum(share["total_bytes"] for share in engine["shares"])
 
 
-def test_an_engine_has_a_cgroup_of_its_own_beside_the_agents_with_room_for_what_was_planned(node: Node, engine):
+@on_each_machine
+def test_an_engine_has_a_cgroup_of_its_own_beside_the_agents_with_room_for_what_was_planned(node: Node):
+    engine = node.engine(MODEL)
     agent = int(node.machine.shows("sollol-agent", "MainPID"))
 
     assert node.report()["engines_unlimited"] == ""
@@ -51,7 +47,9 @@ def test_an_engine_has_a_cgroup_of_its_own_beside_the_agents_with_room_for_what_
     assert RECITAL.startswith(node.answer(MODEL))
 
 
-def test_an_engine_outlives_an_agent_that_was_killed_and_is_limited_by_the_next_one(node: Node, engine):
+@on_each_machine
+def test_an_engine_outlives_an_agent_that_was_killed_and_is_limited_by_the_next_one(node: Node):
+    engine = node.engine(MODEL)
     agent, limit = node.machine.shows("sollol-agent", "MainPID"), node.held(cgroup_of(engine), "memory.max")
 
     node.machine.must("systemctl", "kill", "--kill-whom=main", "--signal=KILL", "sollol-agent")
@@ -65,7 +63,9 @@ def test_an_engine_outlives_an_agent_that_was_killed_and_is_limited_by_the_next_
     assert RECITAL.startswith(node.answer(MODEL))
 
 
-def test_an_engine_that_takes_more_is_ended_by_the_kernel_alone_and_its_next_one_serves(node: Node, engine):
+@on_each_machine
+def test_an_engine_that_takes_more_is_ended_by_the_kernel_alone_and_its_next_one_serves(node: Node):
+    engine = node.engine(MODEL)
     agent, limit = node.machine.shows("sollol-agent", "MainPID"), int(node.held(cgroup_of(engine), "memory.max"))
 
     eaten = node.machine.run("python3", "-c", EATER, f"{TREE}/{cgroup_of(engine)}", timeout_s=WAIT_S)
@@ -88,13 +88,16 @@ def test_an_engine_that_takes_more_is_ended_by_the_kernel_alone_and_its_next_one
     assert RECITAL.startswith(node.answer(MODEL))
 
 
-def test_a_stop_leaves_no_engine_and_no_cgroup(node: Node, engine):
+@on_each_machine
+def test_a_stop_leaves_no_engine_and_no_cgroup(node: Node):
+    engine = node.engine(MODEL)
     node.machine.must("systemctl", "stop", "sollol-agent", "sollol-engines", timeout_s=WAIT_S)
 
     await_true(lambda: node.machine.run("test", "-e", f"/proc/{engine['pid']}").returncode, 20, "the engine has ended")
     await_true(lambda: node.machine.run("test", "-e", TREE).returncode, 20, "its cgroup is gone")
 
 
+@on_each_machine
 def test_an_engine_of_a_users_own_service_is_limited_too_over_a_restart(node: Node):
     node.install_for_a_user()
     engine = node.load(MODEL)
