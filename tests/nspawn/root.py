@@ -19,7 +19,6 @@ SOURCE = Path(__file__).parents[2]
 # What redis wants below Python 3.11.3: pip goes by the conditions of the Python that it runs in.
 BESIDES = ("async-timeout>=4.0.3",)
 CLEAN = ("env", "-i", "PATH=/usr/bin:/bin:/usr/sbin:/sbin", "HOME=/root", "LC_ALL=C.UTF-8")
-MIRROR = "http://deb.debian.org/debian"
 PACKAGES = ("systemd", "systemd-sysv", "dbus", "python3", "python3-venv", "iproute2", "redis-server")
 VENV = "/opt/sollol"
 MADE_WITHIN_S = 600.0
@@ -93,7 +92,7 @@ def _key(debian: Debian) -> str:
 
 def _make(debian: Debian, root: Path) -> None:
     packages = ",".join((*PACKAGES, *debian.more))
-    run("debootstrap", "--variant=minbase", f"--include={packages}", debian.suite, str(root), MIRROR)
+    run("debootstrap", "--variant=minbase", f"--include={packages}", debian.suite, str(root))
     machine = platform.machine()
     known = [f"manylinux_2_{minor}_{machine}" for minor in range(17, 37)] + [f"manylinux2014_{machine}"]
     wheels = root / "wheels"
