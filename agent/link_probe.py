@@ -50,7 +50,7 @@ async def probe(host: str, port: int, tls: TlsFiles | None = None) -> Probed:
     address = address_of(host, port)
     try:
         rtt_s = await round_trip_s(host, port, tls)
-    except OSError as error:  # a time-out is one
+    except (OSError, OverflowError, UnicodeError) as error:  # a time-out; no port; no name, such as `a..b`
         problem = str(error) or "no answer in time"
         raise SollolError(unreachable(f"agent {address} cannot be reached ({problem})")) from error
     async with _calling(address, PROBE_WITHIN_S, tls) as call:

@@ -21,9 +21,15 @@ def check_keys(config: HeadConfig, path: Path) -> None:
     """Refuse to serve other machines without keys, unless a human said `insecure`; then say loudly what that means.
 
     Raises:
-        ConfigError: requests from other machines would need keys, and there is no file of them; or would need none.
+        ConfigError: requests from other machines would need keys, and there is no file of them; or would need none; or
+            nobody can tell whether there is one.
     """
-    mode, exists = key_mode(config), path.exists()
+    mode = key_mode(config)
+    try:
+        exists = path.exists()
+    except OSError as error:
+        why = f"whether there are API keys in {path} cannot be told ({error.strerror})"
+        raise ConfigError(f"{why}: let this user read its directory, or set keys_file to another") from error
     needs_none = mode == "never" or (mode == "auto" and not exists)
     if needs_none and config.mqtt_inference and config.mqtt_url:
         _warn_of_broker(config.mqtt_url)

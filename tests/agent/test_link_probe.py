@@ -140,6 +140,13 @@ async def test_nobody_there_is_out_of_reach_at_once(ports):
         await probe("no-such-host.invalid", 7462)
 
 
+@pytest.mark.parametrize(("host", "port"), [("a..b", 7462), ("127.0.0.1", 70_000)])
+async def test_what_is_no_address_is_out_of_reach(host, port):
+    with pytest.raises(SollolError) as refused:
+        await link_probe.probe(host, port)
+    assert refused.value.refusal.reason is Reason.AGENT_UNREACHABLE
+
+
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n" * 9, b"220 mail ready\r\n", b""])
 async def test_what_is_no_grpc_server_is_out_of_reach(answer):
     async def other_service(reader, writer):

@@ -36,6 +36,14 @@ def test_off_loopback_a_head_without_keys_does_not_start(path, settings):
         check_keys(config, path)
 
 
+@pytest.mark.parametrize("listen", ["127.0.0.1", "192.168.1.10"])
+def test_a_head_that_cannot_tell_whether_there_are_keys_does_not_start(tmp_path, listen):
+    nowhere = tmp_path / ("x" * 300)  # no file system takes such a name
+
+    with pytest.raises(ConfigError, match=r"cannot be told .*keys_file"):
+        check_keys(HeadConfig(listen=listen, host="192.168.1.10"), nowhere)
+
+
 def test_on_loopback_or_in_a_network_that_somebody_trusts_it_does_and_says_so(path):
     with capture_logs() as lines:
         check_keys(HeadConfig(), path)
