@@ -38,7 +38,8 @@ def test_an_older_or_unknown_systemd_gets_no_setting_that_it_complains_about(ver
     assert "\nDelegateSubgroup" not in text
     (start,) = [line for line in text.splitlines() if line.startswith("ExecStart=")]
     assert "; exec /p -P -m agent" in start
-    assert "\nExecStopPost=-/bin/sh -c 'echo -memory" in text
+    (after,) = [line for line in text.splitlines() if line.startswith("ExecStopPost=")]
+    assert "echo -memory >$own/cgroup.subtree_control" in after
 
 
 def agent_unit(site):

@@ -52,7 +52,8 @@ class Node:
         await_true(self.report, WAIT_S, "the head sees the node")
 
     def install_for_a_user(self) -> None:
-        """The agent, with the engine that the system's has."""
+        """The agent, with the engine that the system's has, and instead of it."""
+        self.machine.must("systemctl", "stop", "sollol-agent", "sollol-engines", timeout_s=WAIT_S)
         self.machine.must("useradd", "--create-home", "--uid", str(UID), USER)
         self.machine.must("systemctl", "start", f"user@{UID}", timeout_s=WAIT_S)
         self.as_user("sollol", "systemd", "install", "--user", "--agent")
