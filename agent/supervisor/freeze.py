@@ -16,14 +16,19 @@ _IDLE_LOOKS = 3  # we may have slept longer than it
 _STOPPED, _SLEEPS = "T", "S"  # a debugger's stop is another state
 RUNS, _WAITS_FOR_A_DISK = "R", "D"
 _ESTABLISHED, _CLOSE_WAIT = "01", "08"
+_ENDED, _PF_EXITING = "ZX", 4  # as ps shows it; linux/sched.h
 
 
 class Look(NamedTuple):
-    """One process at one moment: its state as ps shows it, CPU time so far, and whether work waits for it."""
+    """One process at one moment: its state as ps shows it, CPU time so far, and whether work waits for it.
+
+    `ending`: it will do nothing any more. It closes its connections before ps says that it is a zombie.
+    """
 
     state: str
     cpu_ticks: int
     has_work: bool = False
+    ending: bool = False
 
 
 class FreezeWatch:
@@ -71,7 +76,8 @@ def look_at(pid: int, port: int = 0) -> Look | None:
         unread = bool(port) and _has_unread(Path(f"/proc/{pid}/net/tcp").read_text(), port)
     except OSError:
         return None
-    look = Look(state=fields[0], cpu_ticks=int(fields[11]) + int(fields[12]))
+    ending = fields[0] in _ENDED or bool(int(fields[6]) & _PF_EXITING)
+    look = Look(state=fields[0], cpu_ticks=int(fields[11]) + int(fields[12]), ending=ending)
     return with_work(look, pid) if unread else look
 
 

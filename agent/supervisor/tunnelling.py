@@ -24,7 +24,6 @@ from agent.tunnel.status import read_tunnel_status
 _TUNNEL = ".tunnel"
 _TUNNEL_ARGV = (sys.executable, "-P", "-m", "agent.tunnel")
 _ATTACH_WITHIN_S = 60.0
-_ENDED = "ZX"  # as ps shows it
 
 
 def tunnel_id(pool_id: str) -> str:
@@ -153,7 +152,7 @@ class TunnelWatch:
         if self.exited.done():
             return f"lost the tunnel to its backends ({ended(self.exited.result())})"
         look = look_at(self._pid)
-        return "" if look is not None and look.state not in _ENDED else "lost the tunnel to its backends"
+        return "" if look is not None and not look.ending else "lost the tunnel to its backends"
 
     def frozen(self) -> str:
         now_s = asyncio.get_running_loop().time()
