@@ -72,8 +72,9 @@ async def backend_that(converse=echo) -> AsyncIterator[Backend]:
     backend.port = server.sockets[0].getsockname()[1]
     async with server:
         yield backend
-    for writer in backend.links.values():
-        writer.transport.abort()
+    for serving, writer in backend.links.items():
+        if not serving.done():  # else it has closed its connection, and asyncio aborts no closed one
+            writer.transport.abort()
     await asyncio.wait_for(asyncio.gather(*backend.links), 5)
 
 
