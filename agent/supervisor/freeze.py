@@ -43,14 +43,13 @@ class FreezeWatch:
     def __init__(self, *, computes_here: bool, idle: str = "has let its input lie", slack_ticks: int = 0) -> None:
         self._computes_here, self._idle, self._slack_ticks = computes_here, idle, slack_ticks
         self._stopped_before = False
-        self._cpu_ticks = -(1 << 30)  # not seen yet
-        self._idle_since_s = 0.0
-        self._idle_looks = 0
+        # When it was seen, and its CPU time then: the newest looks between which it did nothing, the oldest first.
+        self._looks: list[tuple[float, int]] = []
 
     def rests(self, look: Look) -> bool:
         """Whether it has done nothing since it was seen last: only then it matters whether there is work for it."""
-        used_ticks = look.cpu_ticks - self._cpu_ticks
-        return self._computes_here and used_ticks <= self._slack_ticks and look.state == _SLEEPS
+        used_little = bool(self._looks) and look.cpu_ticks - self._looks[-1][1] <= self._slack_ticks
+        return self._computes_here and used_little and look.state == _SLEEPS
 
     def sees(self, look: Look | None, now_s: float) -> str:
         """Return what is wrong with it; empty when nothing is known to be. None: it is gone."""
@@ -61,11 +60,14 @@ class FreezeWatch:
         if stopped and stopped_before:
             return "was stopped by a signal and does not go on"
         if not (look.has_work and self.rests(look)):
-            self._cpu_ticks, self._idle_since_s, self._idle_looks = look.cpu_ticks, now_s, 0
+            self._looks = [(now_s, look.cpu_ticks)]
             return ""
-        self._idle_looks += 1
-        if now_s - self._idle_since_s >= IDLE_FOR_S and self._idle_looks >= _IDLE_LOOKS:
-            return f"{self._idle} for {now_s - self._idle_since_s:.0f} s"
+        # What it did at first must not hide for how long it has done nothing since.
+        within = [seen for seen in self._looks if look.cpu_ticks - seen[1] <= self._slack_ticks]
+        self._looks = [*within, (now_s, look.cpu_ticks)]
+        idle_s = now_s - self._looks[0][0]
+        if idle_s >= IDLE_FOR_S and len(within) >= _IDLE_LOOKS:
+            return f"{self._idle} for {idle_s:.0f} s"
         return ""
 
 

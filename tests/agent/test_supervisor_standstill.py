@@ -95,6 +95,12 @@ def test_answering_us_is_not_getting_on_with_the_work() -> None:
     assert not any(said(*creeping, slack_ticks=0))
 
 
+def test_a_little_work_at_first_hides_no_hang_behind_it() -> None:
+    ticks = (0, 5, 5, 6, 6, 6)
+    looks = [Look(state="S", cpu_ticks=each, has_work=True) for each in ticks]
+    assert said(*looks, slack_ticks=5)[4].endswith("for 3 s")
+
+
 def test_two_looks_far_apart_prove_nothing() -> None:
     """We, or the whole machine, may have been the ones that slept."""
     watch = FreezeWatch(computes_here=True)
